@@ -1,0 +1,71 @@
+"""The tensor nouns. B batch, P prompt length (left-padded), R response length (right-padded), T = P + R.
+
+Masks are True (or 1) at real tokens. Every field is always there; its shape stands in its name and its comment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+from torch import Tensor
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    chosen_BT: Tensor  # int64, right-padded
+    chosen_mask_BT: Tensor  # bool
+    rejected_BT: Tensor  # int64, right-padded
+    rejected_mask_BT: Tensor  # bool
+    margin_B: Tensor  # float32
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    tokens_BP: Tensor  # int64, left-padded
+    mask_BP: Tensor  # bool
+    is_safety_B: Tensor  # bool
+    ids_B: Tensor  # int64, row number in the prompt set: the key of all random numbers of the row
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What sampling did."""
+
+    tokens_BT: Tensor  # int64: left-padded prompt, then right-padded response
+    mask_BT: Tensor  # bool
+    response_mask_BR: Tensor  # bool, EOS inside
+    behaviour_logprobs_BR: Tensor  # float32, by the sampler, at the sampling temperature
+    finished_B: Tensor  # bool: the response ends in its own EOS
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the models say of a rollout, without gradient."""
+
+    logprobs_BR: Tensor  # float32, policy, by the training engine
+    ref_logprobs_BR: Tensor  # float32
+    values_BR: Tensor  # float32, critic, read at positions P-1 … T-2
+    helpful_B: Tensor  # float32, raw logit
+    safety_B: Tensor  # float32, raw logit
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that an update needs."""
+
+    tokens_BT: Tensor  # int64
+    mask_BT: Tensor  # bool
+    response_mask_BR: Tensor  # bool
+    old_logprobs_BR: Tensor  # float32
+    old_values_BR: Tensor  # float32
+    advantages_BR: Tensor  # float32, whitened
+    returns_BR: Tensor  # float32
+    importance_BR: Tensor  # float32, detached min(π_train/π_sampler, C)
+
+
+def rows(batch: Batch, index) -> Batch:
+    """The rows of a batch that `index` (slice, list or tensor) names."""
+    return type(batch)(**{f.name: getattr(batch, f.name)[index] for f in fields(batch)})  # type: ignore[arg-type]

@@ -1,0 +1,253 @@
+"""Every setting of a run, one model per concern. An unknown key is an error; nothing here imports torch.
+
+Marks: [P] published for Llama 2-Chat (arXiv 2307.09288), [O] our choice where nothing was published.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+Tag = Literal["helpful", "safety"]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraConfig(Settings):
+    rank: Count = 16
+    alpha: Count = 32
+    targets: str | list[str] = "all-linear"
+
+
+class TinyConfig(Settings):
+    """Shape of the Llama that `model.path: tiny` makes on the spot, and of its tokenizer."""
+
+    vocab_size: Count = 768
+    hidden_size: Count = 128
+    intermediate_size: Count = 352
+    layers: Count = 4
+    heads: Count = 4
+
+
+class ModelConfig(Settings):
+    path: str = "tiny"
+    """A folder, a hub name, or `tiny`: made from `model.tiny` with a tokenizer trained on the run's demonstrations."""
+    tiny: TinyConfig = TinyConfig()
+    lora: LoraConfig | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+class HardwareConfig(Settings):
+    workers: Count = 1
+    workers_per_reward_model: Count | None = None
+    """None: as many as `workers`. Fewer leave room for reward models side by side."""
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    offload_to_cpu: bool = False
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: float32 master weights, bfloat16 autocast in forward and backward; heads and losses stay float32."""
+    ray_address: str | None = None
+    """None: a private Ray on this machine. `auto` or `ray://…`: the cluster that is already there."""
+    placement_timeout_s: Positive = 600.0
+    collective_timeout_s: Positive = 600.0
+    max_restarts: Annotated[int, Field(ge=0)] = 1
+
+
+class OptimConfig(Settings):
+    lr: Annotated[float, Field(ge=0.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-5
+    max_grad_norm: Positive = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_share: Share = 0.1
+    """The cosine ends at this share of `lr`."""
+    warmup_share: Share = 0.0
+    min_warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class SourceConfig(Settings):
+    """Rows of one file, folder or hub data set; `path: shipped` is the data that the project ships."""
+
+    path: str
+    format: Literal[
+        "auto", "native", "hh", "pairs", "ultrafeedback", "helpsteer", "alpaca", "sharegpt", "messages", "prompts"
+    ] = "auto"
+    tag: Tag | None = None
+    """Tag for rows that bring none of their own (None: helpful)."""
+    split: str | None = None
+    """`train` or `held_out` of shipped data; a split name of a hub data set."""
+    select_file: str | None = None
+    """JSON file with lists of row numbers; only those under `select_key` are read."""
+    select_key: str | None = None
+    limit: Count | None = None
+
+
+class RoleConfig(Settings):
+    train: list[SourceConfig]
+    held_out: list[SourceConfig] = []
+    """Empty: `data.held_out_share` of the training prompts is set aside, by a hash of the prompt."""
+
+
+class DataConfig(Settings):
+    root: Path = Path()
+    """Relative source paths start here."""
+    demonstrations: RoleConfig
+    preferences: RoleConfig
+    prompts: RoleConfig
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    shared_prompts: Literal["refuse", "drop"] = "refuse"
+    """What happens to training rows whose prompt is also held out."""
+    held_out_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
+    gold: Literal["none", "shipped"] = "none"
+    """`shipped`: answers are also given their true quality; only the shipped world has one."""
+
+
+class SFTConfig(Settings):
+    epochs: Positive = 2.0  # [P]
+    batch_size: Count = 64  # sequences per optimizer step over all workers [P]
+    micro_batch_size: Count = 8
+    max_length: Count = 4096  # [P]
+    packing: bool = True  # [P]
+    optim: OptimConfig = OptimConfig(lr=2e-5, eps=1e-8, schedule="cosine", warmup_share=0.03)
+    evals: Count = 4  # held-out loss so many times in the stage
+    checkpoints: Annotated[int, Field(ge=0)] = 2
+
+
+class RewardModelConfig(Settings):
+    own_tag: Tag
+    other_share: Share = 0.0
+    """Share of the training set that comes from the other tag (helpfulness 0.5, safety 0.1) [P]."""
+    safety_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """λ of the auxiliary safe/unsafe loss [O]."""
+
+
+class RewardConfig(Settings):
+    models: dict[str, RewardModelConfig] = {
+        "helpfulness": RewardModelConfig(own_tag="helpful", other_share=0.5),
+        "safety": RewardModelConfig(own_tag="safety", other_share=0.1, safety_loss_weight=0.5),
+    }
+    margin: Literal["none", "small", "large"] = "small"  # [P]: all three were compared
+    epochs: Positive = 1.0  # [P]
+    batch_size: Count = 512  # pairs per optimizer step over all workers [P]
+    micro_batch_size: Count = 8
+    max_length: Count = 4096
+    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_share=0.03, min_warmup_steps=5)  # [P]
+    evals: Count = 4
+    checkpoints: Annotated[int, Field(ge=0)] = 2
+    center_rows: Count = 256
+    """SFT answers over which the mean reward is taken and subtracted."""
+
+
+class SamplingConfig(Settings):
+    temperature: Positive = 1.0  # [O]
+    max_new_tokens: Count = 512  # [O]
+    batch_size: Count = 64  # rows sampled together on one worker
+
+
+class KLTargetConfig(Settings):
+    """Adaptive beta (Ziegler et al. 2019, §2.2)."""
+
+    target: Positive
+    horizon: Positive = 10_000.0
+
+
+class PPOConfig(Settings):
+    helpfulness_model: str = "helpfulness"
+    safety_model: str = "safety"
+    """Names in `reward.models`; the same name twice uses one reward model alone."""
+    iterations: Count = 200  # [P] 200–400
+    batch_size: Count = 512  # prompts per iteration over all workers [P]
+    minibatch_size: Count = 64  # [P]
+    epochs: Count = 1  # [P]
+    micro_batch_size: Count = 4
+    max_prompt_length: Count = 2048
+    sampling: SamplingConfig = SamplingConfig()
+    beta: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005
+    kl_target: KLTargetConfig | None = None
+    gamma: Share = 1.0  # [O]
+    lam: Share = 0.95  # [O]
+    clip: Positive = 0.2  # [P]
+    value_clip: Positive = 0.2  # [O]
+    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
+    safety_threshold: Share = 0.15  # [P] on the sigmoid scale
+    whiten_rewards: bool = True  # [P]
+    missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
+    """Subtracted from the score of an answer that did not end itself, after whitening."""
+    optim: OptimConfig = OptimConfig(lr=1e-6)  # [P]
+    critic_optim: OptimConfig = OptimConfig(lr=5e-6)  # [O]
+    eval_every: Count = 10  # iterations
+    eval_prompts: Count = 128
+    patience: Count = 5
+    """Evaluations without a better held-out reward before the stage stops early."""
+    checkpoint_every: Count = 20  # iterations
+    logged_samples: Count = 8
+
+    @model_validator(mode="after")
+    def _minibatches_fill_the_batch(self) -> PPOConfig:
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(f"minibatch_size {self.minibatch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class TrackingConfig(Settings):
+    uri: str | None = "sqlite:///mlflow.db"
+    """Any MLflow tracking URI; null keeps the run's own JSONL files alone."""
+    experiment: str = "rlhf"
+
+
+class RunConfig(Settings):
+    name: str
+    seed: int = 0
+    runs_dir: Path = Path("runs")
+    model: ModelConfig = ModelConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    data: DataConfig
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return self.runs_dir / self.name
+
+    @property
+    def reward_workers(self) -> int:
+        return self.hardware.workers_per_reward_model or self.hardware.workers
+
+    @model_validator(mode="after")
+    def _reward_models_are_named(self) -> RunConfig:
+        for key in ("helpfulness_model", "safety_model"):
+            name = getattr(self.ppo, key)
+            if name not in self.reward.models:
+                raise ValueError(f"ppo.{key} is {name!r}, but reward.models has {', '.join(self.reward.models)}")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_split_evenly(self) -> RunConfig:
+        """Under ZeRO-3 every rank must make the same number of forward passes, or all of them wait for ever."""
+        for stage, key, workers in (
+            ("sft", "batch_size", self.hardware.workers),
+            ("reward", "batch_size", self.reward_workers),
+            ("ppo", "minibatch_size", self.hardware.workers),
+        ):
+            settings = getattr(self, stage)
+            total, unit = getattr(settings, key), settings.micro_batch_size * workers
+            if total % unit:
+                raise ValueError(
+                    f"{stage}.{key} {total} is not a multiple of {workers} workers × "
+                    f"{stage}.micro_batch_size {settings.micro_batch_size}"
+                )
+        return self

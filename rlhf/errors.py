@@ -1,0 +1,17 @@
+"""The one error that people are meant to read: what is wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """A mistake that its reader can mend. Shown as one message without a traceback; the process exits with `exit_code`.
+
+    Exit codes: 2 for a mistake in settings or on the command line, 3 for bad data, 4 for a missing or broken model or
+    artifact, 5 for a machine that is too small (CPUs, disk), 6 for training that had to stop.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code
+
+    def __reduce__(self):  # crosses process borders with its exit code
+        return UserError, (self.message, self.exit_code)
