@@ -1,0 +1,219 @@
+"""What passes between stages: a folder of files whose manifest is written last, so that its existence means complete."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    kind: str  # "sft", "reward/helpfulness", "ppo"
+    path: Path  # the folder; not in the manifest, so it may be moved
+    digest: str  # of the kind and every file's name and content
+    parents: dict[str, str]  # name of each artifact or data set it was made from -> its digest
+    config_digest: str
+    code_revision: str
+    metrics: dict[str, Any]
+
+
+def begin(folder: Path) -> Path:
+    """Empty `folder` for a new artifact. An older manifest goes first: a half-removed artifact is never a whole one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def complete(
+    folder: Path, kind: str, parents: Mapping[str, str], config_digest: str, metrics: Mapping[str, Any]
+) -> Artifact:
+    """Seal the files in `folder` with a manifest. Raises UserError(4) when there are none, UserError(5) on a full disk."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path, to_disk=True)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+    if not files:
+        raise UserError(f"{folder} holds no files, so there is no {kind} artifact to complete.", 4)
+    manifest = {
+        "kind": kind,
+        "digest": digest_of({"kind": kind, "files": {name: entry["sha256"] for name, entry in files.items()}}),
+        "parents": dict(parents),
+        "config_digest": config_digest,
+        "code_revision": code_revision(),
+        "metrics": plain(metrics),
+        "files": files,
+    }
+    require_disk(folder, 2 * len(json.dumps(manifest)))
+    write_json(folder / MANIFEST, manifest)
+    return _artifact(folder, manifest)
+
+
+def load(folder: Path, *, verify: bool = False) -> Artifact:
+    """The finished artifact in `folder`; UserError(4) when it is absent or torn. `verify` also hashes every file."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} holds no finished artifact ({MANIFEST} is missing). Run the stage that makes it.", 4)
+    _check_files(folder, manifest, verify)
+    return _artifact(folder, manifest)
+
+
+def find(folder: Path, config_digest: str, parents: Mapping[str, str]) -> Artifact | None:
+    """The artifact in `folder` if it was made from these settings and these parents, else None.
+
+    Raises UserError(4) when it should be usable but a file of it is missing or changed.
+    """
+    manifest = _manifest(folder)
+    if manifest is None or manifest["config_digest"] != config_digest or manifest["parents"] != dict(parents):
+        return None
+    _check_files(folder, manifest, verify=False)
+    return _artifact(folder, manifest)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-able value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of(path: Path, *, to_disk: bool = False) -> str:
+    """SHA-256 of a file, read in pieces; `to_disk` also waits until its content is on the disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+        if to_disk:
+            os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+@cache
+def code_revision() -> str:
+    """Git commit of this code, with `+changes` when tracked files differ; outside git the version of the package."""
+    here = Path(__file__).parent
+    try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # not merely inside somebody's repository
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+        return _git(here, "rev-parse", "HEAD").strip() + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        return f"rlhf {metadata.version('rlhf')}"
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def code_diff() -> str:
+    """`git diff HEAD` of this code; empty when nothing was changed or this is not a git checkout."""
+    if not code_revision().endswith("+changes"):
+        return ""
+    return _git(Path(__file__).parent.parent, "diff", "HEAD")
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """UserError(5) unless the disk under `folder` has `needed` bytes free."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"Not enough disk space for {folder}: {_size(needed)} needed, {_size(free)} free. "
+            "Free some space, or set runs_dir to another disk.",
+            5,
+        )
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write `value` as JSON so that a reader sees the old file or the new one, never a part of either."""
+    write_atomic(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", durable=durable)
+
+
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write beside `path`, wait for the disk if `durable`, rename over it. A full disk becomes UserError(5)."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full: {path} could not be written. Free some space and run again.", 5
+            ) from None
+        raise
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types: NaN and infinities become null, NumPy and torch scalars become numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest.keys() >= {"kind", "digest", "parents", "config_digest", "code_revision", "metrics", "files"}:
+            return manifest
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{path} is not the manifest of an artifact. Remove {folder} and run the stage again.", 4)
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> None:
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            fault = "is missing"
+        elif (size := path.stat().st_size) != entry["size"]:
+            fault = f"has {size} bytes instead of {entry['size']}"
+        elif verify and sha256_of(path) != entry["sha256"]:
+            fault = "has other content than when it was finished"
+        else:
+            continue
+        raise UserError(f"The artifact in {folder} is damaged: {name} {fault}. Remove {folder} and run again.", 4)
+
+
+def _artifact(folder: Path, manifest: Mapping[str, Any]) -> Artifact:
+    fields = ("kind", "digest", "parents", "config_digest", "code_revision", "metrics")
+    return Artifact(path=folder, **{field: manifest[field] for field in fields})
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True).stdout
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
