@@ -1,0 +1,129 @@
+"""The Llama-2 chat format: messages → token ids and a mask of the answer tokens.
+
+Source: Touvron et al. 2023 (arXiv 2307.09288) and the chat code that was published with it. B = BOS, E = EOS:
+
+    closed turn:  B + enc("[INST] {user.strip()} [/INST] {answer.strip()} ") + E
+    open turn:    B + enc("[INST] {user.strip()} [/INST]")
+
+A system text stands between `<<SYS>>\n` and `\n<</SYS>>\n\n` in front of the first user text. All tags are plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from rlhf.errors import UserError
+
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
+
+
+class ChatMessage(Protocol):
+    @property
+    def role(self) -> str: ...
+    @property
+    def content(self) -> str: ...
+
+
+class Turn(NamedTuple):
+    user: str
+    answer: str | None  # None: the turn is open
+
+
+def encode_dialogue(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
+    """Ids of a dialogue that ends with an answer, and a mask that is 1 on each answer, its closing space and its EOS.
+
+    Raises UserError (3) for roles out of order, for tags inside a message, and where the tokenizer merges the end of
+    the prompt with the start of the answer, so that no mask could be right.
+    """
+    turns = _turns(messages)
+    if turns[-1].answer is None:
+        raise UserError("a dialogue to train on must end with an assistant message, this one ends with the user", 3)
+    return _encode_turns(tokenizer, turns)
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[int]:
+    """Ids of a dialogue whose last turn is open: what the model reads before it answers."""
+    turns = _turns(messages)
+    if turns[-1].answer is not None:
+        raise UserError("a prompt must end with a user message, this one ends with the assistant", 3)
+    return _encode_turns(tokenizer, turns)[0]
+
+
+def encode_answer(tokenizer: Any, messages: Sequence[ChatMessage], answer: str) -> list[int]:
+    """Ids of a prompt together with one answer to it: what a reward model reads."""
+    *earlier, last = _turns(messages)
+    if last.answer is not None:
+        raise UserError("a prompt must end with a user message, this one ends with the assistant", 3)
+    _refuse_tags(answer, "the answer")
+    return _encode_turns(tokenizer, [*earlier, Turn(last.user, answer)])[0]
+
+
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of sampled ids up to the first EOS, without special tokens and outer spaces."""
+    ids = list(ids)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:
+    """User and answer by turn, the system text folded into the first user text."""
+    for number, message in enumerate(messages, 1):
+        _refuse_tags(message.content, f"message {number} ({message.role})")
+    texts = [message.content for message in messages]
+    roles = [message.role for message in messages]
+    if roles[:2] == ["system", "user"]:
+        texts[:2] = [B_SYS + texts[0] + E_SYS + texts[1]]
+        del roles[0]
+    expected = ["assistant" if position % 2 else "user" for position in range(len(roles))]
+    if not roles or roles != expected:
+        raise UserError(
+            f"the roles are {[message.role for message in messages]}; they must be an optional system message, "
+            "then user and assistant in turn, starting with user",
+            3,
+        )
+    answers = [*texts[1::2], None]
+    return [Turn(user, answer) for user, answer in zip(texts[::2], answers, strict=False)]
+
+
+def _refuse_tags(text: str, where: str) -> None:
+    found = next((tag for tag in TAGS if tag in text), None)
+    if found:
+        raise UserError(f"{where} contains {found!r}, a tag of the chat format itself; remove the tag or the row", 3)
+
+
+def _encode_turns(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    mask: list[int] = []
+    for number, turn in enumerate(turns, 1):
+        turn_ids, answer_start = _encode_turn(tokenizer, turn, number)
+        ids += turn_ids
+        mask += [0] * answer_start + [1] * (len(turn_ids) - answer_start)
+    return ids, mask
+
+
+def _encode_turn(tokenizer: Any, turn: Turn, number: int) -> tuple[list[int], int]:
+    """Ids of one turn, and the position of its first answer token."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    opening = f"{B_INST} {turn.user.strip()} {E_INST}"
+    prompt_ids = _plain_ids(tokenizer, opening)
+    answer_start = len(bos) + len(prompt_ids)
+    if turn.answer is None:
+        return bos + prompt_ids, answer_start
+    ids = _plain_ids(tokenizer, f"{opening} {turn.answer.strip()} ")
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise UserError(
+            f"turn {number}: the tokenizer merges the end of the prompt with the start of the answer "
+            f"{turn.answer.strip()[:40]!r}, so prompt and answer cannot be told apart; use another tokenizer or drop "
+            "the row",
+            3,
+        )
+    return [*bos, *ids, tokenizer.eos_token_id], answer_start
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text: nothing added, and a written-out `</s>` stays text instead of ending the turn."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
