@@ -1,0 +1,103 @@
+"""The losses of the reward models and of PPO, as sums with their counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.algorithms.kl import approx_kl
+from rlhf.algorithms.masked import keep, masked_max_abs, masked_sum
+
+LARGEST_LOG_RATIO = 20.0
+"""exp of more would end as inf, and 0 · inf as a NaN in the gradient of clipped tokens."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Scalars over the real tokens; only `sum` carries a gradient."""
+
+    sum: Tensor
+    count: Tensor
+    clipped_sum: Tensor  # tokens whose ratio was clipped
+    approx_kl_sum: Tensor
+    ratio_max: Tensor  # 0 for an empty mask
+
+
+def policy_loss(
+    new_logprobs_BR: Tensor,
+    old_logprobs_BR: Tensor,
+    advantages_BR: Tensor,
+    mask_BR: Tensor,
+    clip: float,
+    importance_BR: Tensor,
+) -> PolicyLoss:
+    """PPO's clipped objective, summed over real tokens:
+
+        w_t · max(-A_t ρ_t, -A_t clip(ρ_t, 1 - clip, 1 + clip))        ρ_t = exp(log π_new - log π_old)
+
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, per token; w is `importance_weight`, which makes up for a sampler
+    that is not quite the old policy.
+    """
+    new_BR, old_BR = keep(new_logprobs_BR, mask_BR), keep(old_logprobs_BR.detach(), mask_BR)
+    advantages_BR, importance_BR = keep(advantages_BR.detach(), mask_BR), keep(importance_BR.detach(), mask_BR)
+    ratio_BR = (new_BR - old_BR).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+    unclipped_BR = -advantages_BR * ratio_BR
+    clipped_BR = -advantages_BR * ratio_BR.clamp(1 - clip, 1 + clip)
+    return PolicyLoss(
+        sum=masked_sum(importance_BR * torch.maximum(unclipped_BR, clipped_BR), mask_BR),
+        count=_count(mask_BR),
+        clipped_sum=masked_sum(clipped_BR > unclipped_BR, mask_BR),
+        approx_kl_sum=masked_sum(approx_kl(new_BR.detach(), old_BR), mask_BR),
+        ratio_max=masked_max_abs(ratio_BR, mask_BR),
+    )
+
+
+def importance_weight(train_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float, mask: Tensor) -> Tensor:
+    """min(π_train / π_sampler, cap) per token, without gradient; 0 in masked slots.
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"): the sampler's engine rounds differently from the one that trains.
+    """
+    log_ratio = keep(train_logprobs.detach(), mask) - keep(behaviour_logprobs, mask)
+    return keep(log_ratio.exp().clamp(max=cap), mask)
+
+
+def value_loss(
+    values_BR: Tensor, old_values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor, clip: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum, count, clipped_sum) over real tokens of
+
+        ½ max((V - G)², (clip(V, V_old ± clip) - G)²)        G the returns
+
+    `clipped_sum` counts the tokens where the clipped term is the larger one. Huang et al. 2022, "The 37 implementation
+    details of PPO", detail 9.
+    """
+    values_BR, old_BR = keep(values_BR, mask_BR), keep(old_values_BR.detach(), mask_BR)
+    returns_BR = keep(returns_BR.detach(), mask_BR)
+    unclipped_BR = (values_BR - returns_BR) ** 2
+    clipped_BR = (torch.clamp(values_BR, old_BR - clip, old_BR + clip) - returns_BR) ** 2
+    total = 0.5 * masked_sum(torch.maximum(unclipped_BR, clipped_BR), mask_BR)
+    return total, _count(mask_BR), masked_sum(clipped_BR > unclipped_BR, mask_BR)
+
+
+def ranking_loss(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, count) over pairs of -log σ(r_chosen - r_rejected - margin). Llama 2 (arXiv 2307.09288), §3.2.2, eq. 2."""
+    gap_B = chosen_B.float() - rejected_B.float() - margin_B.float()
+    return -F.logsigmoid(gap_B).sum(), _count(torch.ones_like(gap_B))
+
+
+def safety_loss(scores_B: Tensor, is_safe_B: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, count) of the binary cross-entropy of σ(score) against safe/unsafe, over answers whose label is known.
+
+    Llama 2 (arXiv 2307.09288), §3.2.2, names such an auxiliary loss without its formula; this one is our choice.
+    """
+    scores_B, is_safe_B = keep(scores_B, known_B), keep(is_safe_B, known_B)
+    losses_B = F.binary_cross_entropy_with_logits(scores_B, is_safe_B, reduction="none")
+    return masked_sum(losses_B, known_B), _count(known_B)
+
+
+def _count(mask: Tensor) -> Tensor:
+    return mask.bool().sum().float()
