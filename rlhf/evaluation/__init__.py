@@ -1,0 +1,1 @@
+"""What a reward model or a policy is worth, as figures with 95 % intervals."""

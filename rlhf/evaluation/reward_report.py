@@ -1,0 +1,91 @@
+"""How well a reward model ranks held-out pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from rlhf.evaluation.intervals import share
+
+RATINGS = ("significantly", "better", "slightly", "negligibly", "unrated")
+CALIBRATION_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def reward_report(
+    chosen_scores: Sequence[float],
+    rejected_scores: Sequence[float],
+    ratings: Sequence[str],
+    tags: Sequence[str],
+    prompts: Sequence[str],
+    chosen_lengths: Sequence[int],
+    rejected_lengths: Sequence[int],
+    seed: int = 0,
+) -> dict:
+    """Figures of one reward model on n ≥ 1 pairs; every argument but `seed` has one entry per pair.
+
+    accuracy       share of pairs whose chosen answer scores higher (ties count half)
+    ties           share of pairs with equal scores
+    by_rating      accuracy for each rating of `RATINGS` that occurs, as in table 8 of Llama 2 (arXiv 2307.09288)
+    by_tag         accuracy for each tag that occurs
+    length         `chosen_is_longer`: accuracy of always preferring the longer answer, which a model must beat;
+                   `model_prefers_longer`: how often the model does so, among pairs of unequal length
+    calibration    see `calibration`
+
+    Shares are `Estimate` dicts, clustered by prompt: {"value", "low", "high", "n"}. Lengths may be in any one unit.
+    """
+    wins = _wins(chosen_scores, rejected_scores)
+    longer = _wins(chosen_lengths, rejected_lengths)
+    unequal = [i for i, chosen_is_longer in enumerate(longer) if chosen_is_longer != 0.5]
+
+    def estimate(outcomes: Sequence[float], rows: Sequence[int]) -> dict:
+        return _share(outcomes, prompts, rows, seed)
+
+    def by(labels: Sequence[str], order: Sequence[str]) -> dict:
+        rows_of = {label: [i for i, own in enumerate(labels) if own == label] for label in order}
+        return {label: estimate(wins, rows) for label, rows in rows_of.items() if rows}
+
+    everything = range(len(wins))
+    length = {"chosen_is_longer": estimate(longer, everything)}
+    if unequal:
+        agrees = [win if chosen_is_longer else 1 - win for win, chosen_is_longer in zip(wins, longer, strict=True)]
+        length["model_prefers_longer"] = estimate(agrees, unequal)
+    return {
+        "accuracy": estimate(wins, everything),
+        "ties": estimate([float(win == 0.5) for win in wins], everything),
+        "by_rating": by(ratings, RATINGS),
+        "by_tag": by(tags, sorted(set(tags))),
+        "length": length,
+        "calibration": calibration(chosen_scores, rejected_scores, prompts, seed),
+    }
+
+
+def calibration(
+    chosen_scores: Sequence[float], rejected_scores: Sequence[float], prompts: Sequence[str], seed: int = 0
+) -> list[dict]:
+    """Pairs in bins of their score gap: does σ(gap) keep its promise?
+
+    The model gives the answer that it prefers the probability σ(|gap|) ≥ ½ of being the chosen one. Of each bin that
+    holds pairs: its edges, the mean predicted probability, and the observed share as an `Estimate` dict. Equal where
+    calibrated; predicted above observed where the model is too sure.
+    """
+    wins = _wins(chosen_scores, rejected_scores)
+    predicted = [1 / (1 + math.exp(-abs(c - r))) for c, r in zip(chosen_scores, rejected_scores, strict=True)]
+    bins = []
+    for low, high in pairwise(CALIBRATION_EDGES):
+        rows = [i for i, p in enumerate(predicted) if low <= p < high or p == high == 1.0]
+        if rows:
+            mean = sum(predicted[i] for i in rows) / len(rows)
+            observed = _share(wins, prompts, rows, seed)
+            bins.append({"low": low, "high": high, "predicted": mean, "observed": observed})
+    return bins
+
+
+def _wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """1 where ours is larger, 0 where theirs is, ½ where they are equal."""
+    return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def _share(outcomes: Sequence[float], prompts: Sequence[str], rows: Sequence[int], seed: int) -> dict:
+    """`share` of some rows, clustered by prompt."""
+    return share([outcomes[i] for i in rows], [prompts[i] for i in rows], seed).as_dict()
