@@ -1,0 +1,58 @@
+# Everything runs in .venv, which the first target makes. PYTHON=python3.12 chooses another interpreter for it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+# With a GPU exactly the build of the package index, which is the CUDA one (=== takes no local version such as +cpu).
+# Without one the same version, and its CPU build where pip is offered one.
+GPU    := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+PICK   := $(if $(GPU),===,==)
+
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint proofs install clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(STAMP)  ## train on the shipped data, from base model to closing report
+	$(BIN)/rlhf run quickstart
+
+test: lint  ## lint, type-check, run the tests
+	$(BIN)/pytest
+
+lint: $(STAMP)  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+proofs: $(STAMP)  ## the long forms of the proofs that `make test` runs in short
+	$(BIN)/pytest -m proof
+
+install: $(STAMP)  ## make .venv and install
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python {v} is too old: 3.11 or newer is needed. Name one: make PYTHON=python3.12 …")'
+	@command -v $${CXX:-c++} >/dev/null || { echo "No C++ compiler ($${CXX:-c++}): install one (Debian, Ubuntu: build-essential) or name it in CXX." >&2; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig; p = pathlib.Path(sysconfig.get_path("include"), "Python.h"); p.exists() or sys.exit(f"{p} is missing: install the headers of this Python (Debian, Ubuntu: python3-dev).")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt "torch$(PICK)$(TORCH)" hatchling
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev,serve]"
+	$(if $(GPU),,$(MAKE) --no-print-directory $(VENV)/.extensions)
+	@touch $@
+
+# DeepSpeed compiles its CPU communication at first use, which takes a minute: done once, here, and not in a run.
+# The folder is made anew, because an interrupted compile leaves a lock that the next one would wait for without end.
+$(VENV)/.extensions: constraints.txt
+	rm -rf $(VENV)/torch_extensions && mkdir $(VENV)/torch_extensions
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$(abspath $(VENV)/torch_extensions)" $(BIN)/python -c \
+		'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >$@.log 2>&1 || { cat $@.log >&2; exit 1; }
+	@touch $@
+
+clean:  ## remove .venv and caches; runs/ and mlflow.db stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
