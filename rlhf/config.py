@@ -5,20 +5,24 @@ Marks: [P] published for Llama 2-Chat (arXiv 2307.09288), [O] our choice where n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Also a folder's name and a part of dotted names."""
 
 Tag = Literal["helpful", "safety"]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class LoraConfig(Settings):
@@ -101,7 +105,7 @@ class RoleConfig(Settings):
 
 
 class DataConfig(Settings):
-    root: Path = Path()
+    root: Folder = Path()
     """Relative source paths start here."""
     demonstrations: RoleConfig
     preferences: RoleConfig
@@ -117,7 +121,7 @@ class DataConfig(Settings):
 class SFTConfig(Settings):
     epochs: Positive = 2.0  # [P]
     batch_size: Count = 64  # sequences per optimizer step over all workers [P]
-    micro_batch_size: Count = 8
+    micro_batch_size: Count = 8  # rows at once on a worker, at most
     max_length: Count = 4096  # [P]
     packing: bool = True  # [P]
     optim: OptimConfig = OptimConfig(lr=2e-5, eps=1e-8, schedule="cosine", warmup_share=0.03)
@@ -134,14 +138,14 @@ class RewardModelConfig(Settings):
 
 
 class RewardConfig(Settings):
-    models: dict[str, RewardModelConfig] = {
+    models: dict[Name, RewardModelConfig] = {
         "helpfulness": RewardModelConfig(own_tag="helpful", other_share=0.5),
         "safety": RewardModelConfig(own_tag="safety", other_share=0.1, safety_loss_weight=0.5),
     }
     margin: Literal["none", "small", "large"] = "small"  # [P]: all three were compared
     epochs: Positive = 1.0  # [P]
     batch_size: Count = 512  # pairs per optimizer step over all workers [P]
-    micro_batch_size: Count = 8
+    micro_batch_size: Count = 8  # rows at once on a worker, at most
     max_length: Count = 4096
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_share=0.03, min_warmup_steps=5)  # [P]
     evals: Count = 4
@@ -171,7 +175,7 @@ class PPOConfig(Settings):
     batch_size: Count = 512  # prompts per iteration over all workers [P]
     minibatch_size: Count = 64  # [P]
     epochs: Count = 1  # [P]
-    micro_batch_size: Count = 4
+    micro_batch_size: Count = 4  # rows at once on a worker, at most
     max_prompt_length: Count = 2048
     sampling: SamplingConfig = SamplingConfig()
     beta: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005
@@ -194,12 +198,6 @@ class PPOConfig(Settings):
     checkpoint_every: Count = 20  # iterations
     logged_samples: Count = 8
 
-    @model_validator(mode="after")
-    def _minibatches_fill_the_batch(self) -> PPOConfig:
-        if self.batch_size % self.minibatch_size:
-            raise ValueError(f"minibatch_size {self.minibatch_size} does not divide batch_size {self.batch_size}")
-        return self
-
 
 class TrackingConfig(Settings):
     uri: str | None = "sqlite:///mlflow.db"
@@ -208,9 +206,9 @@ class TrackingConfig(Settings):
 
 
 class RunConfig(Settings):
-    name: str
+    name: Name
     seed: int = 0
-    runs_dir: Path = Path("runs")
+    runs_dir: Folder = Path("runs")
     model: ModelConfig = ModelConfig()
     hardware: HardwareConfig = HardwareConfig()
     data: DataConfig
@@ -228,26 +226,42 @@ class RunConfig(Settings):
         return self.hardware.workers_per_reward_model or self.hardware.workers
 
     @model_validator(mode="after")
-    def _reward_models_are_named(self) -> RunConfig:
+    def _settings_fit_together(self) -> RunConfig:
+        """All misfits in one error, a line each that begins with the dotted name of the setting to change."""
+        misfits = [*self._unknown_reward_models(), *self._uneven_batches()]
+        if misfits:
+            raise ValueError("\n".join(misfits))
+        return self
+
+    def _unknown_reward_models(self) -> Iterator[str]:
         for key in ("helpfulness_model", "safety_model"):
             name = getattr(self.ppo, key)
             if name not in self.reward.models:
-                raise ValueError(f"ppo.{key} is {name!r}, but reward.models has {', '.join(self.reward.models)}")
-        return self
+                yield f"ppo.{key} is {name!r}, but reward.models has {', '.join(self.reward.models)}"
 
-    @model_validator(mode="after")
-    def _batches_split_evenly(self) -> RunConfig:
+    def _uneven_batches(self) -> Iterator[str]:
         """Under ZeRO-3 every rank must make the same number of forward passes, or all of them wait for ever."""
-        for stage, key, workers in (
-            ("sft", "batch_size", self.hardware.workers),
-            ("reward", "batch_size", self.reward_workers),
-            ("ppo", "minibatch_size", self.hardware.workers),
+        for name, total, workers in (
+            ("sft.batch_size", self.sft.batch_size, self.hardware.workers),
+            ("reward.batch_size", self.reward.batch_size, self.reward_workers),
+            ("ppo.minibatch_size", self.ppo.minibatch_size, self.hardware.workers),
         ):
-            settings = getattr(self, stage)
-            total, unit = getattr(settings, key), settings.micro_batch_size * workers
-            if total % unit:
-                raise ValueError(
-                    f"{stage}.{key} {total} is not a multiple of {workers} workers × "
-                    f"{stage}.micro_batch_size {settings.micro_batch_size}"
-                )
-        return self
+            if total % workers:
+                yield f"{name} is {total}, which is not a multiple of {workers} workers (hardware.workers)"
+        if self.ppo.batch_size % self.ppo.minibatch_size:
+            yield f"ppo.batch_size is {self.ppo.batch_size}, not a multiple of minibatch_size {self.ppo.minibatch_size}"
+
+    def with_fitting_micro_batches(self) -> RunConfig:
+        """Each stage's micro_batch_size lowered to the nearest that divides a worker's share of the batch."""
+
+        def fit(stage: SFTConfig | RewardConfig | PPOConfig, share: int) -> Settings:
+            sizes = range(min(stage.micro_batch_size, share), 0, -1)
+            return stage.model_copy(update={"micro_batch_size": next(size for size in sizes if share % size == 0)})
+
+        return self.model_copy(
+            update={
+                "sft": fit(self.sft, self.sft.batch_size // self.hardware.workers),
+                "reward": fit(self.reward, self.reward.batch_size // self.reward_workers),
+                "ppo": fit(self.ppo, self.ppo.minibatch_size // self.hardware.workers),
+            }
+        )
