@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -26,57 +25,44 @@ class Mean:
         return self.sum / self.count if self.count else math.nan
 
 
-class Metrics:
-    """Named means and maxima of one step or one evaluation; make a new one for the next.
+class Means:
+    """Named means of one step or one evaluation; make a new one for the next.
 
-    Numbers may be scalar tensors; they are detached and read (which waits for the device) only by `reduced`.
+    Sums and counts may be scalar tensors; they are detached now and read, which waits for the device, by `reduce`.
     """
 
     def __init__(self) -> None:
-        self._means: dict[str, list[tuple[Number, Number]]] = {}
-        self._maxima: dict[str, list[Number]] = {}
+        self._parts: dict[str, list[tuple[Number, Number]]] = {}
 
     def add(self, name: str, sum: Number, count: Number = 1) -> None:
         """Adds to the mean `name`: `sum` over `count` things, tokens or answers for instance."""
-        self._means.setdefault(name, []).append((_detached(sum), _detached(count)))
+        self._parts.setdefault(name, []).append((_detached(sum), _detached(count)))
 
-    def add_max(self, name: str, value: Number) -> None:
-        """Keeps the largest `value` under `name`."""
-        self._maxima.setdefault(name, []).append(_detached(value))
-
-    def reduced(self) -> dict[str, float]:
-        """The mean of every name over all that every rank has added, then the maxima; the same on every rank.
+    def reduce(self) -> dict[str, float]:
+        """The mean of every name over all that every rank has added; the same on every rank.
 
         A collective: all ranks call it, even a rank that has added nothing. Names may differ between ranks; a mean over
         nothing is left out.
         """
-        means = {name: _total(parts) for name, parts in self._means.items()}
-        maxima = {name: _largest(map(float, values)) for name, values in self._maxima.items()}
-        all_means: dict[str, Mean] = {}
-        all_maxima: dict[str, float] = {}
-        for rank_means, rank_maxima in _gathered((means, maxima)):
-            for name, mean in rank_means.items():
-                all_means[name] = all_means.get(name, Mean(0.0, 0.0)) + mean
-            for name, value in rank_maxima.items():
-                all_maxima[name] = _largest([all_maxima.get(name, value), value])
-        return {name: mean.value for name, mean in all_means.items() if mean.count} | all_maxima
+        nothing = Mean(0.0, 0.0)
+        mine = {name: sum((_read(part) for part in parts), nothing) for name, parts in self._parts.items()}
+        total: dict[str, Mean] = {}
+        for means in _of_all_ranks(mine):
+            for name, mean in means.items():
+                total[name] = total.get(name, nothing) + mean
+        return {name: mean.value for name, mean in total.items() if mean.count}
 
 
 def _detached(number: Number) -> Number:
     return number.detach() if isinstance(number, Tensor) else number
 
 
-def _total(parts: list[tuple[Number, Number]]) -> Mean:
-    return Mean(sum(float(s) for s, _ in parts), sum(float(c) for _, c in parts))
+def _read(part: tuple[Number, Number]) -> Mean:
+    return Mean(float(part[0]), float(part[1]))
 
 
-def _largest(values: Iterable[float]) -> float:
-    """The maximum, and NaN if any value is NaN: an alarm must not fall silent."""
-    return max(values, key=lambda value: (math.isnan(value), value))
-
-
-def _gathered(mine: tuple[dict[str, Mean], dict[str, float]]) -> list[tuple[dict[str, Mean], dict[str, float]]]:
-    """What each rank holds, in rank order."""
+def _of_all_ranks(mine: dict[str, Mean]) -> list[dict[str, Mean]]:
+    """The means of each rank, in rank order."""
     if not (dist.is_available() and dist.is_initialized()):
         return [mine]
     gathered: list = [None] * dist.get_world_size()

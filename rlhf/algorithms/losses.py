@@ -21,9 +21,18 @@ class PolicyLoss:
 
     sum: Tensor
     count: Tensor
-    clipped_sum: Tensor  # tokens whose ratio was clipped
+    clipped_sum: Tensor  # tokens where the clipped term is the larger one
     approx_kl_sum: Tensor
     ratio_max: Tensor  # 0 for an empty mask
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """Scalars over the real tokens; only `sum` carries a gradient."""
+
+    sum: Tensor
+    count: Tensor
+    clipped_sum: Tensor  # tokens where the clipped term is the larger one
 
 
 def policy_loss(
@@ -65,22 +74,22 @@ def importance_weight(train_logprobs: Tensor, behaviour_logprobs: Tensor, cap: f
     return keep(log_ratio.exp().clamp(max=cap), mask)
 
 
-def value_loss(
-    values_BR: Tensor, old_values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor, clip: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, count, clipped_sum) over real tokens of
+def value_loss(values_BR: Tensor, old_values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor, clip: float) -> ValueLoss:
+    """The clipped squared error, summed over real tokens:
 
-        ½ max((V - G)², (clip(V, V_old ± clip) - G)²)        G the returns
+        ½ max((V_t - G_t)², (clip(V_t, V_old,t - clip, V_old,t + clip) - G_t)²)        G the returns
 
-    `clipped_sum` counts the tokens where the clipped term is the larger one. Huang et al. 2022, "The 37 implementation
-    details of PPO", detail 9.
+    Huang et al. 2022, "The 37 implementation details of PPO", detail 9.
     """
     values_BR, old_BR = keep(values_BR, mask_BR), keep(old_values_BR.detach(), mask_BR)
     returns_BR = keep(returns_BR.detach(), mask_BR)
     unclipped_BR = (values_BR - returns_BR) ** 2
     clipped_BR = (torch.clamp(values_BR, old_BR - clip, old_BR + clip) - returns_BR) ** 2
-    total = 0.5 * masked_sum(torch.maximum(unclipped_BR, clipped_BR), mask_BR)
-    return total, _count(mask_BR), masked_sum(clipped_BR > unclipped_BR, mask_BR)
+    return ValueLoss(
+        sum=0.5 * masked_sum(torch.maximum(unclipped_BR, clipped_BR), mask_BR),
+        count=_count(mask_BR),
+        clipped_sum=masked_sum(clipped_BR > unclipped_BR, mask_BR),
+    )
 
 
 def ranking_loss(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor) -> tuple[Tensor, Tensor]:

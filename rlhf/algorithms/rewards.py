@@ -24,11 +24,6 @@ def piecewise_reward(
     return torch.where(used_safety_B, safety_B, helpful_B.float()), used_safety_B
 
 
-def penalise_missing_eos(score_B: Tensor, finished_B: Tensor, penalty: float) -> Tensor:
-    """The scores, less `penalty` where the answer did not end itself. It is subtracted; the score is not replaced."""
-    return torch.where(finished_B.bool(), score_B.float(), score_B.float() - penalty)
-
-
 def token_rewards(score_B: Tensor, kl_BR: Tensor, beta: float, mask_BR: Tensor) -> Tensor:
     """-β · KL at every real token, plus the answer's score once, at its last real token (its EOS, if it has one).
 
