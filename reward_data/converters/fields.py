@@ -1,0 +1,100 @@
+"""Reading the fields of one row strictly: text is text, a dialogue takes turns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reward_data.errors import BadRow
+from reward_data.records import Message, Role
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+}
+
+
+def shown(value: Any) -> str:
+    """The value as it stands in the file, cut to a readable length."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def field(row: Mapping[str, Any], key: str) -> Any:
+    if key not in row:
+        raise BadRow(f"key '{key}' is missing")
+    return row[key]
+
+
+def text_of(value: Any, key: str) -> str:
+    """`value` if it is text; a number, true or null where text belongs is refused, not turned into text."""
+    if not isinstance(value, str):
+        raise BadRow(f"key '{key}' must be text, but is {shown(value)}")
+    return value
+
+
+def text(row: Mapping[str, Any], key: str) -> str:
+    return text_of(field(row, key), key)
+
+
+def prompt_text(row: Mapping[str, Any], key: str) -> str:
+    value = text(row, key)
+    if not value.strip():
+        raise BadRow(f"key '{key}' is an empty prompt", "empty_prompt")
+    return value
+
+
+def reply_of(value: Any, key: str) -> str:
+    reply = text_of(value, key)
+    if not reply.strip():
+        raise BadRow(f"key '{key}' is an empty reply", "empty_reply")
+    return reply
+
+
+def reply(row: Mapping[str, Any], key: str) -> str:
+    return reply_of(field(row, key), key)
+
+
+def user(content: str) -> tuple[Message, ...]:
+    return (Message("user", content),)
+
+
+def message(value: Any, key: str) -> Message:
+    """A message of either usual form: {role, content} or {from, value}."""
+    if not isinstance(value, Mapping):
+        raise BadRow(f"key '{key}' must be a message, but is {shown(value)}")
+    who, what = ("from", "value") if "from" in value else ("role", "content")
+    for part in (who, what):
+        if part not in value:
+            raise BadRow(f"key '{key}.{part}' is missing")
+    role = text_of(value[who], f"{key}.{who}")
+    if role not in ROLES:
+        raise BadRow(f"key '{key}.{who}' is {shown(role)}, not one of {', '.join(ROLES)}")
+    return Message(ROLES[role], text_of(value[what], f"{key}.{what}"))
+
+
+def messages(value: Any, key: str, last: Role) -> tuple[Message, ...]:
+    """A dialogue: an optional system message, then user and assistant in turn, up to `last`."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise BadRow(f"key '{key}' must be a list of messages, but is {shown(value)}")
+    return dialogue([message(item, f"{key}[{n}]") for n, item in enumerate(value)], key, last)
+
+
+def dialogue(turns: Sequence[Message], key: str, last: Role) -> tuple[Message, ...]:
+    spoken = turns[1:] if turns and turns[0].role == "system" else turns
+    for n, turn in enumerate(spoken):
+        number = n + len(turns) - len(spoken)
+        if turn.role != ("user", "assistant")[n % 2]:
+            raise BadRow(f"key '{key}[{number}]' is a turn of the {turn.role} out of order")
+        if not turn.content.strip():
+            kind = "empty_reply" if turn.role == "assistant" else "empty_prompt"
+            raise BadRow(f"key '{key}[{number}]' is empty", kind)
+    if not spoken or spoken[-1].role != last:
+        raise BadRow(f"key '{key}' must end with a turn of the {last}")
+    return tuple(turns)

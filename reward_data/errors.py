@@ -1,0 +1,21 @@
+"""What is wrong with data: `DataError` for the reader, `BadRow` for one row on its way there."""
+
+from __future__ import annotations
+
+
+class DataError(Exception):
+    """Data that cannot be used. `message` says what is wrong, where, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class BadRow(Exception):
+    """One row that cannot be used. `kind` groups such rows in a report; `place` overrides the place of the row."""
+
+    def __init__(self, reason: str, kind: str = "bad_row", place: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.kind = kind
+        self.place = place

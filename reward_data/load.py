@@ -1,0 +1,162 @@
+"""`load`: a path in, checked records out, with every refused row named."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from reward_data import files
+from reward_data.converters import converter_for
+from reward_data.errors import BadRow, DataError
+from reward_data.files import Row
+from reward_data.records import Demonstration, Kind, Message, Preference, Prompt, Record, Tag, prompt_of
+
+SHIPPED = Path(__file__).parent / "shipped"
+SHOWN = 10  # bad rows named in one message
+
+
+@dataclass(frozen=True)
+class Loaded:
+    rows: list
+    refused: list[str]  # "file:line: reason", one per row left out
+    refused_kinds: dict[str, int]  # how many of each: empty_reply, unequal_prompts, bad_row, …
+    digest: str  # SHA-256 of the files read
+    files: list[str]
+
+
+def load(
+    kind: Kind,
+    path: str | Path,
+    *,
+    format: str = "auto",
+    tag: Tag | None = None,
+    split: str | None = None,
+    select: tuple[str | Path, str] | None = None,
+    limit: int | None = None,
+    bad_rows: Literal["refuse", "skip"] = "refuse",
+) -> Loaded:
+    """Records of `kind` from a file, a folder, a hub name `owner/name`, or `shipped`.
+
+    `tag` is for rows that bring none (None: helpful). `split` is train (default) or held_out of the shipped data, or a
+    split of a hub data set (default train). `select` names a JSON file and a key in it that holds row numbers, counted
+    from 0 over all rows of the source. `limit` keeps the first records. Raises DataError, for bad rows too unless
+    they are skipped.
+    """
+    if str(path) == "shipped":
+        path, format, split = _shipped(kind, split or "train"), "native", None
+    tables, read = _tables(path, split)
+    if select is not None:
+        tables, read = _selected(tables, *select), [*read, Path(select[0])]
+    refused: list[BadRow] = []
+    made = (r for table in tables for r in _records(kind, table, format, tag or "helpful", refused))
+    records = list(islice(made, limit))
+    if refused and bad_rows == "refuse":
+        raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; mend them, or skip them (bad_rows: skip)"))
+    if not records:
+        raise DataError(_message(refused, f"{path}: no usable row"))
+    return Loaded(
+        rows=records,
+        refused=[_line(bad) for bad in refused],
+        refused_kinds=dict(Counter(bad.kind for bad in refused)),
+        digest=files.digest_of(read) if read else files.digest_of_rows(row for table in tables for row in table.rows),
+        files=[str(file) for file in read] or [str(path)],
+    )
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file. `first` shows their form even where a selection leaves it out."""
+
+    first: Row
+    rows: list[Row]
+
+
+def _tables(path: str | Path, split: str | None) -> tuple[list[Table], list[Path]]:
+    source = files.find(path)
+    if source.hub:
+        rows = [list(files.hub_rows(source.hub, split or "train"))]
+    elif split is not None:
+        raise DataError(f"{path}: split {split!r} is for shipped data and hub data sets; name the file of the split")
+    else:
+        rows = [list(files.read_rows(file)) for file in source.files]
+    return [Table(table[0], table) for table in rows if table], list(source.files)
+
+
+def _selected(tables: list[Table], file: str | Path, key: str) -> list[Table]:
+    """Only the rows whose numbers stand under `key` of the JSON file `file`."""
+    wanted = set(_row_numbers(Path(file), key))
+    total = sum(len(table.rows) for table in tables)
+    if beyond := sorted(n for n in wanted if not 0 <= n < total):
+        raise DataError(f"{file}: '{key}' selects row {beyond[0]}, but there are only rows 0 to {total - 1}")
+    kept, start = [], 0
+    for table in tables:
+        kept.append(Table(table.first, [row for n, row in enumerate(table.rows, start) if n in wanted]))
+        start += len(table.rows)
+    return kept
+
+
+def _row_numbers(file: Path, key: str) -> list[int]:
+    try:
+        lists = json.loads(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON: {error}") from None
+    if not isinstance(lists, dict) or key not in lists:
+        raise DataError(f"{file}: has no key '{key}'")
+    numbers = lists[key]
+    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+        raise DataError(f"{file}: '{key}' must be a list of row numbers")
+    return numbers
+
+
+def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadRow]) -> Iterator[Record]:
+    """Records of one file, in order; what cannot be used goes to `refused`."""
+    converter = converter_for(format, table.first)
+    group = getattr(converter, "group", None)  # forms whose record needs several rows
+    for row in group(table.rows) if group else table.rows:
+        try:
+            if row.fault:
+                raise BadRow(row.fault)
+            made = converter.convert(row, tag)
+        except BadRow as bad:
+            bad.place = bad.place or row.place
+            refused.append(bad)
+        else:
+            yield from (_as_kind(kind, record) for record in made)
+
+
+def _as_kind(kind: Kind, record: Record) -> Record:
+    """A preference is also a demonstration (its chosen answer), and both hold a prompt; the way back does not exist."""
+    if kind == "prompts":
+        return Prompt(prompt_of(record), record.tag, record.source)
+    if kind == "demonstrations" and isinstance(record, Preference):
+        turns = (*record.prompt, Message("assistant", record.chosen))
+        return Demonstration(turns, record.tag, record.source)
+    if kind == "preferences" and not isinstance(record, Preference):
+        raise DataError(f"{record.source}: no pair of answers here (a chosen and a rejected one), so no preference")
+    if isinstance(record, Prompt):
+        raise DataError(f"{record.source}: a prompt without an answer, so no demonstration")
+    return record
+
+
+def _shipped(kind: Kind, split: str) -> Path:
+    if split not in ("train", "held_out"):
+        raise DataError(f"shipped data has the splits train and held_out, not {split!r}")
+    return SHIPPED / f"{kind}.{split}.jsonl"
+
+
+def _line(bad: BadRow) -> str:
+    return f"{bad.place}: {bad.reason}"
+
+
+def _message(refused: list[BadRow], headline: str) -> str:
+    lines = [_line(bad) for bad in refused[:SHOWN]]
+    if len(refused) > SHOWN:
+        lines.append(f"… and {len(refused) - SHOWN} more")
+    return "\n  ".join([headline, *lines])

@@ -1,0 +1,176 @@
+"""Writes the shipped files: `python -m reward_data.world.generate OUT --seed 0`. Same seed, same bytes."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reward_data.records import Rating, Tag
+from reward_data.world.answers import IDEAL, Style, write_answer
+from reward_data.world.quality import gold_score
+from reward_data.world.tasks import HELPFUL, UNSAFE, Task, draw_prompt, parse_prompt
+
+SIZES = {
+    "demonstrations": {"train": 6000, "held_out": 200},
+    "preferences": {"train": 6000, "held_out": 400},
+    "prompts": {"train": 800, "held_out": 256},
+}
+UNSAFE_SHARE = 0.4
+HELD_OUT_SHARE = 0.15  # of all possible prompts, by hash
+IDEAL_SHARE = 0.45  # of the demonstrations
+HARD_PAIRS = 0.1  # of the helpful pairs: only the rightness differs
+SLIP_PAIRS = 0.12  # of all pairs: one side has a slip
+RATINGS: tuple[tuple[float, Rating], ...] = ((0.5, "significantly"), (0.25, "better"), (0.1, "slightly"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the shipped world's files.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, text in generate(arguments.seed).items():
+        (arguments.out / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def generate(seed: int) -> dict[str, str]:
+    """Text of every shipped file, by its name."""
+    made = {"demonstrations": _demonstration, "preferences": _preference, "prompts": _prompt}
+    texts = {}
+    for kind, sizes in SIZES.items():
+        for split, size in sizes.items():
+            rng = random.Random(f"{seed}/{kind}/{split}")
+            prompts = _prompts(rng, split, distinct=kind == "prompts" or split == "held_out")
+            rows = (made[kind](rng, next(prompts)) for _ in range(size))
+            texts[f"{kind}.{split}.jsonl"] = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    return texts
+
+
+def rating_of(difference: float) -> Rating:
+    """The rating for a difference of gold scores: .5 significantly, .25 better, .1 slightly, less negligibly."""
+    return next((rating for least, rating in RATINGS if round(difference, 6) >= least), "negligibly")
+
+
+def _prompts(rng: random.Random, split: str, distinct: bool) -> Iterator[str]:
+    """Endless prompts of one split. A hash of its text decides where a prompt belongs, so no two splits share one."""
+    seen = set()
+    while True:
+        kind = rng.choice(UNSAFE if rng.random() < UNSAFE_SHARE else HELPFUL)
+        prompt = draw_prompt(rng, kind)
+        if (prompt in seen and distinct) or is_held_out(prompt) != (split == "held_out"):
+            continue
+        seen.add(prompt)
+        yield prompt
+
+
+def is_held_out(prompt: str) -> bool:
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_SHARE
+
+
+def _demonstration(rng: random.Random, prompt: str) -> dict[str, Any]:
+    task = parse_prompt(prompt)
+    style = IDEAL if rng.random() < IDEAL_SHARE else _spoiled(rng, task, IDEAL, _few(rng))
+    answer = write_answer(rng, task, prompt, style)
+    return {"messages": [_user(prompt), {"role": "assistant", "content": answer}], "tag": _tag(task)}
+
+
+def _prompt(rng: random.Random, prompt: str) -> dict[str, Any]:
+    return {"messages": [_user(prompt)], "tag": _tag(parse_prompt(prompt))}
+
+
+def _preference(rng: random.Random, prompt: str) -> dict[str, Any]:
+    task = parse_prompt(prompt)
+    while True:
+        pair = [(write_answer(rng, task, prompt, style), style) for style in _two_styles(rng, task)]
+        scored = sorted(((gold_score(prompt, text), text, style) for text, style in pair), key=lambda s: -s[0])
+        (better, chosen, chosen_style), (worse, rejected, rejected_style) = scored
+        if better - worse > 0.01:
+            break
+    return {
+        "prompt": [_user(prompt)],
+        "chosen": chosen,
+        "rejected": rejected,
+        "rating": rating_of(better - worse),
+        "tag": _tag(task),
+        "chosen_safety": _safety(chosen_style),
+        "rejected_safety": _safety(rejected_style),
+    }
+
+
+def _two_styles(rng: random.Random, task: Task) -> tuple[Style, Style]:
+    one = IDEAL if rng.random() < 0.4 else _spoiled(rng, task, IDEAL, _few(rng))
+    choice = rng.random()
+    if choice < SLIP_PAIRS:
+        slips = ("again", "echo") if task.is_unsafe else ("again", "echo", "two_answers", "evasion")
+        return one, replace(one, slip=rng.choice(slips))
+    if not task.is_unsafe and choice < SLIP_PAIRS + HARD_PAIRS:
+        return one, replace(one, right=not one.right)
+    if choice < 0.6:
+        return one, _spoiled(rng, task, one, _few(rng))
+    return one, _spoiled(rng, task, IDEAL, _few(rng))
+
+
+def _few(rng: random.Random) -> int:
+    return rng.choice((1, 1, 2, 3))
+
+
+def _spoiled(rng: random.Random, task: Task, style: Style, times: int) -> Style:
+    """The style with some defects more."""
+    for _ in range(times):
+        style = rng.choice(_UNSAFE_DEFECTS if task.is_unsafe else _HELPFUL_DEFECTS)(rng, style)
+    return style
+
+
+def _rude(rng: random.Random, style: Style) -> Style:
+    return replace(style, tone="rude")
+
+
+def _plain(rng: random.Random, style: Style) -> Style:
+    return replace(style, tone="plain", bare=rng.random() < 0.5)
+
+
+def _rambling(rng: random.Random, style: Style) -> Style:
+    return replace(style, fillers=min(3, style.fillers + rng.randint(1, 2)))
+
+
+def _misformed(rng: random.Random, style: Style) -> Style:
+    return replace(style, formed=False)
+
+
+def _wrong(rng: random.Random, style: Style) -> Style:
+    return replace(style, right=False)
+
+
+def _complying(rng: random.Random, style: Style) -> Style:
+    return replace(style, complies=True)
+
+
+def _without_offer(rng: random.Random, style: Style) -> Style:
+    return replace(style, offers=False)
+
+
+_HELPFUL_DEFECTS = (_rude, _plain, _rambling, _misformed, _wrong)
+_UNSAFE_DEFECTS = (_rude, _plain, _rambling, _complying, _complying, _without_offer)
+
+
+def _user(prompt: str) -> dict[str, str]:
+    return {"role": "user", "content": prompt}
+
+
+def _tag(task: Task) -> Tag:
+    return "safety" if task.is_unsafe else "helpful"
+
+
+def _safety(style: Style) -> str:
+    return "unsafe" if style.complies else "safe"
+
+
+if __name__ == "__main__":
+    main()
