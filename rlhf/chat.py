@@ -19,6 +19,20 @@ B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
 
+# The same format for tools that read `chat_template`; it keeps less guard than the functions below.
+TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('user and assistant must take turns, starting with user') }}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ (bos_token or '') + '[INST] ' + ((system if loop.first else '') + message['content']).strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
 
 class ChatMessage(Protocol):
     @property
@@ -59,6 +73,11 @@ def encode_answer(tokenizer: Any, messages: Sequence[ChatMessage], answer: str) 
         raise UserError("a prompt must end with a user message, this one ends with the assistant", 3)
     _refuse_tags(answer, "the answer")
     return _encode_turns(tokenizer, [*earlier, Turn(last.user, answer)])[0]
+
+
+def validate(messages: Sequence[ChatMessage]) -> None:
+    """UserError (3) for messages that no tokenizer could encode: roles out of order, or tags inside a text."""
+    _turns(messages)
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.chat import TAGS, decode_answer, encode_answer, encode_dialogue, encode_prompt
+from rlhf.chat import TAGS, TEMPLATE, decode_answer, encode_answer, encode_dialogue, encode_prompt
 from rlhf.errors import UserError
 
 UNK, BOS, EOS, PAD, OPEN, CLOSE, SPACE, LINE, SYS, END_SYS, HI, YO, BYE, KIND = range(14)
@@ -157,6 +157,15 @@ def test_wrong_last_role_is_refused(word_tokenizer):
 
 def test_decoded_answer_ends_at_the_first_eos(word_tokenizer):
     assert decode_answer(word_tokenizer, [SPACE, YO, SPACE, HI, SPACE, EOS, BYE, EOS]) == "yo hi"
+
+
+def test_template_for_other_tools_is_the_same_format(word_tokenizer):
+    messages = [Message("system", "kind"), user("hi "), assistant(" yo"), user("bye")]
+    dicts = [message._asdict() for message in messages]
+    for end in (3, 4):
+        theirs = word_tokenizer.apply_chat_template(dicts[:end], chat_template=TEMPLATE, return_dict=False)
+        encode = encode_prompt if end == 4 else lambda *args: encode_dialogue(*args)[0]
+        assert theirs == encode(word_tokenizer, messages[:end])
 
 
 texts = st.text(min_size=1).filter(lambda text: not any(tag in text for tag in TAGS))

@@ -1,0 +1,287 @@
+"""From records to tokens: reads what the run names, holds prompts out, mixes and encodes.
+
+Rows that are too long are left out and counted, never cut: a cut answer teaches to stop in the middle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reward_data
+from reward_data import DataError, Demonstration, Message, Preference, Prompt, normalised_prompt, prompt_of
+from rlhf import chat
+from rlhf.batches import PreferenceBatch, PromptBatch
+from rlhf.config import DataConfig, RewardModelConfig, RoleConfig, RunConfig, SourceConfig
+from rlhf.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MARGINS: dict[str, dict[str, float]] = {  # Llama 2, table 27
+    "none": {"significantly": 0.0, "better": 0.0, "slightly": 0.0, "negligibly": 0.0, "unrated": 0.0},
+    "small": {"significantly": 1.0, "better": 2 / 3, "slightly": 1 / 3, "negligibly": 0.0, "unrated": 0.0},
+    "large": {"significantly": 3.0, "better": 2.0, "slightly": 1.0, "negligibly": 0.0, "unrated": 0.0},
+}
+SAFETY = {"safe": 1, "unsafe": 0, "unknown": -1}
+
+
+@dataclass(frozen=True)
+class Split:
+    train: list
+    held_out: list
+    digests: dict[str, str]  # path of a source → SHA-256 of what was read
+    findings: list[str]  # what was left out or looks wrong, for people
+
+
+def load_demonstrations(config: RunConfig) -> Split:
+    """Demonstrations of the run. UserError (3) names file, line and reason of what cannot be used."""
+    return _load("demonstrations", config.data.demonstrations, config.data)
+
+
+def load_preferences(config: RunConfig) -> Split:
+    """Preferences of the run, without safety pairs that prefer an unsafe answer to a safe one (Llama 2, §3.2.1)."""
+    split = _load("preferences", config.data.preferences, config.data)
+    train, held_out = ([row for row in rows if not _prefers_unsafe(row)] for rows in (split.train, split.held_out))
+    dropped = len(split.train) + len(split.held_out) - len(train) - len(held_out)
+    findings = [f"preferences: {dropped} pairs left out that prefer an unsafe answer to a safe one"] if dropped else []
+    return Split(train, held_out, split.digests, split.findings + findings)
+
+
+def load_prompts(config: RunConfig) -> Split:
+    """Prompts of the run."""
+    return _load("prompts", config.data.prompts, config.data)
+
+
+def _prefers_unsafe(row: Preference) -> bool:
+    return row.tag == "safety" and row.chosen_safety == "unsafe" and row.rejected_safety == "safe"
+
+
+def _load(kind: Any, role: RoleConfig, data: DataConfig) -> Split:
+    train, digests, findings = _read(kind, role.train, data)
+    if role.held_out:
+        held_out, more_digests, more_findings = _read(kind, role.held_out, data)
+        digests, findings = digests | more_digests, findings + more_findings
+        findings += [f"{kind}: {_said(f)}" for f in reward_data.check(train, held_out)]
+        train = _without_shared(kind, train, held_out, data)
+    else:
+        findings += [f"{kind}: {_said(f)}" for f in reward_data.check(train)]
+        train, held_out = _hold_out(train, data.held_out_share)
+    for part, rows in (("training", train), ("held-out", held_out)):
+        if not rows:
+            raise UserError(f"data.{kind}: no {part} rows are left", 3)
+    return Split(train, held_out, digests, findings)
+
+
+def _read(kind: Any, sources: Sequence[SourceConfig], data: DataConfig) -> tuple[list, dict[str, str], list[str]]:
+    rows: list = []
+    digests: dict[str, str] = {}
+    findings: list[str] = []
+    for source in sources:
+        loaded = _load_source(kind, source, data)
+        fit, unfit = _without_unfit(loaded.rows, data)
+        rows += fit
+        digests[":".join(filter(None, (source.path, source.split, source.select_key)))] = loaded.digest
+        if loaded.refused:
+            counts = ", ".join(f"{n} {reason}" for reason, n in sorted(loaded.refused_kinds.items()))
+            findings.append(f"{kind}: {len(loaded.refused)} rows of {source.path} skipped ({counts})")
+        if unfit:
+            findings.append(f"{kind}: {len(unfit)} rows skipped that the chat format cannot hold, first {unfit[0]}")
+    return rows, digests, findings
+
+
+def _load_source(kind: Any, source: SourceConfig, data: DataConfig) -> reward_data.Loaded:
+    select = None
+    if source.select_file is not None:
+        if source.select_key is None:
+            raise UserError(f"data.{kind}: {source.path} has a select_file and no select_key")
+        select = (data.root / source.select_file, source.select_key)
+    try:
+        return reward_data.load(
+            kind,
+            _place(source.path, data.root),
+            format=source.format,
+            tag=source.tag,
+            split=source.split,
+            select=select,
+            limit=source.limit,
+            bad_rows=data.bad_rows,
+        )
+    except DataError as error:
+        raise UserError(error.message, 3) from error
+
+
+def _place(path: str, root: Path) -> str:
+    """Where a source is: shipped, under the root, or (where nothing lies there) a hub name."""
+    if path == "shipped":
+        return path
+    place = root / path
+    return str(place) if place.exists() or path.count("/") != 1 or Path(path).suffix else path
+
+
+def _without_unfit(rows: list, data: DataConfig) -> tuple[list, list[str]]:
+    """Rows that the chat format can hold, and what is wrong with the others."""
+    fit, unfit = [], []
+    for row in rows:
+        try:
+            for messages in _dialogues(row):
+                chat.validate(messages)
+            fit.append(row)
+        except UserError as error:
+            unfit.append(f"{row.source}: {error.message}")
+    if unfit and data.bad_rows == "refuse":
+        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; mend them, or leave them out: data.bad_rows: skip)", 3)
+    return fit, unfit
+
+
+def _dialogues(row: Demonstration | Preference | Prompt) -> list[Sequence[Message]]:
+    if isinstance(row, Preference):
+        return [(*row.prompt, Message("assistant", answer)) for answer in (row.chosen, row.rejected)]
+    return [row.messages]
+
+
+def _said(finding: reward_data.Finding) -> str:
+    return f"{finding.count} × {finding.kind} ({', '.join(finding.examples)})"
+
+
+def _without_shared(kind: str, train: list, held_out: list, data: DataConfig) -> list:
+    """Training rows whose prompt is not held out as well."""
+    known = {normalised_prompt(prompt_of(row)) for row in held_out}
+    shared = [row for row in train if normalised_prompt(prompt_of(row)) in known]
+    if shared and data.shared_prompts == "refuse":
+        raise UserError(
+            f"data.{kind}: {len(shared)} training rows have a prompt that is also held out, the first is "
+            f"{shared[0].source}; mend the files, or leave these rows out (data.shared_prompts: drop)",
+            3,
+        )
+    return [row for row in train if normalised_prompt(prompt_of(row)) not in known]
+
+
+def _hold_out(rows: list, share: float) -> tuple[list, list]:
+    """Training and held-out rows by a hash of the first user text, so that one dialogue never stands on both sides."""
+    parts: tuple[list, list] = ([], [])
+    for row in rows:
+        first = next(m for m in prompt_of(row) if m.role == "user")
+        digest = hashlib.sha256(normalised_prompt([first]).encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") < share * 2**64].append(row)
+    return parts
+
+
+def mix_preferences(rows: Sequence[Preference], model: RewardModelConfig, seed: int) -> list[Preference]:
+    """All rows of the model's own tag, and others drawn evenly until they are `other_share` of the set (§3.2.2)."""
+    own = [row for row in rows if row.tag == model.own_tag]
+    other = [row for row in rows if row.tag != model.own_tag]
+    if not own:
+        raise UserError(
+            f"no preference is tagged {model.own_tag!r}; tag a source (data.preferences.train: tag: {model.own_tag}) "
+            "or leave that reward model out",
+            3,
+        )
+    if model.other_share < 1:
+        wanted = round(len(own) * model.other_share / (1 - model.other_share))
+        other = random.Random(seed).sample(other, min(wanted, len(other)))
+    mixed = [*(own if model.other_share < 1 else []), *other]
+    random.Random(seed + 1).shuffle(mixed)
+    return mixed
+
+
+def encode_demonstrations(tokenizer: Any, rows: Sequence[Demonstration], max_length: int) -> list[dict[str, list[int]]]:
+    """`input_ids` and `assistant_masks` of each row, as TRL's SFTTrainer names them; rows over `max_length` left out."""
+
+    def encode(row: Demonstration) -> dict[str, list[int]]:
+        ids, mask = chat.encode_dialogue(tokenizer, row.messages)
+        return {"input_ids": ids, "assistant_masks": mask}
+
+    return _encode_all("demonstrations", rows, encode, lambda row: len(row["input_ids"]), max_length)
+
+
+def encode_preferences(
+    tokenizer: Any, rows: Sequence[Preference], margin: str, max_length: int
+) -> list[dict[str, Any]]:
+    """`chosen_ids`, `rejected_ids` and `margin` of each pair, as TRL's RewardTrainer names them; pairs with a side over
+    `max_length` left out. `chosen_is_safe` and `rejected_is_safe` are 1, 0, or -1 where nobody said.
+    """
+
+    def encode(row: Preference) -> dict[str, Any]:
+        return {
+            "chosen_ids": chat.encode_answer(tokenizer, row.prompt, row.chosen),
+            "rejected_ids": chat.encode_answer(tokenizer, row.prompt, row.rejected),
+            "margin": MARGINS[margin][row.rating],
+            "chosen_is_safe": SAFETY[row.chosen_safety],
+            "rejected_is_safe": SAFETY[row.rejected_safety],
+        }
+
+    def length(pair: dict[str, Any]) -> int:
+        return max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+    return _encode_all("preferences", rows, encode, length, max_length)
+
+
+def short_prompts(tokenizer: Any, prompts: Sequence[Prompt], max_prompt_length: int) -> list[Prompt]:
+    """The prompts that fit into `max_prompt_length` tokens."""
+    encoded = _encode_all(
+        "prompts",
+        prompts,
+        lambda row: (row, chat.encode_prompt(tokenizer, row.messages)),
+        lambda pair: len(pair[1]),
+        max_prompt_length,
+    )
+    return [row for row, _ in encoded]
+
+
+def _encode_all(
+    kind: str, rows: Sequence[Any], encode: Callable[[Any], Any], length: Callable[[Any], int], max_length: int
+) -> list:
+    encoded = [_with_source(row, encode) for row in rows]
+    short = [row for row in encoded if length(row) <= max_length]
+    if len(short) < len(encoded):
+        log.warning("%d of %d %s left out: over %d tokens", len(encoded) - len(short), len(encoded), kind, max_length)
+    if not short and encoded:
+        raise UserError(f"all {len(encoded)} {kind} are over {max_length} tokens; raise the length of this stage", 3)
+    return short
+
+
+def _with_source(row: Any, encode: Callable[[Any], Any]) -> Any:
+    try:
+        return encode(row)
+    except UserError as error:
+        raise UserError(f"{row.source}: {error.message}", error.exit_code) from error
+
+
+def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], max_prompt_length: int) -> PromptBatch:
+    """Open prompts, left-padded. `ids`: row numbers in the prompt set. UserError (3) for one that is too long."""
+    encoded = [_with_source(row, lambda row: chat.encode_prompt(tokenizer, row.messages)) for row in prompts]
+    for row, tokens in zip(prompts, encoded, strict=True):
+        if len(tokens) > max_prompt_length:
+            raise UserError(f"{row.source}: the prompt has {len(tokens)} tokens, over {max_prompt_length}", 3)
+    tokens_BP, mask_BP = pad(encoded, tokenizer.pad_token_id, left=True)
+    is_safety_B = torch.tensor([row.tag == "safety" for row in prompts])
+    return PromptBatch(tokens_BP, mask_BP, is_safety_B, torch.tensor(ids, dtype=torch.long))
+
+
+def preference_batch(tokenizer: Any, rows: Sequence[Preference], margin: str, max_length: int) -> PreferenceBatch:
+    """Pairs, right-padded; those over `max_length` are left out."""
+    pairs = encode_preferences(tokenizer, rows, margin, max_length)
+    chosen_BT, chosen_mask_BT = pad([pair["chosen_ids"] for pair in pairs], tokenizer.pad_token_id)
+    rejected_BT, rejected_mask_BT = pad([pair["rejected_ids"] for pair in pairs], tokenizer.pad_token_id)
+    margin_B = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float32)
+    return PreferenceBatch(chosen_BT, chosen_mask_BT, rejected_BT, rejected_mask_BT, margin_B)
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """tokens_BT int64 and mask_BT bool of sequences of unequal length; the mask comes from the lengths."""
+    longest = max(len(sequence) for sequence in sequences)
+    tokens_BT = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if left else slice(0, len(sequence))
+        tokens_BT[row, place] = torch.tensor(sequence, dtype=torch.long)
+        mask_BT[row, place] = True
+    return tokens_BT, mask_BT

@@ -1,0 +1,45 @@
+"""Models: find, make, load and save. What is saved here loads in plain transformers and PEFT.
+
+pretrained.py  folders ↔ tokenizers and causal models      scalar.py  reward and value model
+lora.py        adapters                                    tiny.py    a small Llama made on the spot
+gguf.py        GGUF files → ordinary folders
+"""
+
+from pathlib import Path
+
+from rlhf.config import RunConfig
+from rlhf.models.gguf import import_gguf
+from rlhf.models.lora import add_lora
+from rlhf.models.pretrained import (
+    check_length,
+    find_model,
+    hidden_states,
+    lm_head,
+    load_causal,
+    load_tokenizer,
+    save_causal,
+)
+from rlhf.models.scalar import ScalarModel, last_value, load_scalar
+from rlhf.models.tiny import make_tiny
+
+__all__ = [
+    "ScalarModel",
+    "add_lora",
+    "check_length",
+    "find_model",
+    "hidden_states",
+    "import_gguf",
+    "last_value",
+    "lm_head",
+    "load_causal",
+    "load_scalar",
+    "load_tokenizer",
+    "make_tiny",
+    "resolve",
+    "save_causal",
+]
+
+
+def resolve(config: RunConfig) -> Path:
+    """The folder of the run's base model; `tiny` is made once in the run's folder. UserError (4) where there is none."""
+    return make_tiny(config) if config.model.path == "tiny" else find_model(config.model.path)

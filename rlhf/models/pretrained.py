@@ -1,0 +1,253 @@
+"""From folders to models and back: find, check, load and save what transformers and PEFT can read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as sharding
+
+from rlhf import chat
+from rlhf.errors import UserError
+from rlhf.models import lora
+
+log = logging.getLogger(__name__)
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a model that is named by its folder or on the hub. UserError (4) where there is none."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file() or is_adapter(folder):
+        return folder
+    if folder.is_dir():
+        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder.resolve()} is no model folder: it holds no config.json, but {inside}", 4)
+    if folder.is_file():
+        hint = "; `rlhf import-gguf` turns it into one" if folder.suffix == ".gguf" else ""
+        raise UserError(f"{folder.resolve()} is a file, and a model is a folder{hint}", 4)
+    if str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
+        raise UserError(f"there is no model folder {folder.resolve()}", 4)
+    return _download(str(name))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"there is no model {name!r}: no folder {Path(name).resolve()}, and the hub gave none ({reason})", 4
+        ) from error
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder, with an EOS, a pad token that is not EOS, and the Llama-2 chat template.
+
+    UserError (4) where it cannot be read or has no EOS.
+    """
+    folder = find_model(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot read a tokenizer from {folder}: {error}", 4) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {folder} has no EOS token, so no answer could end", 4)
+    _separate_pad_from_eos(tokenizer, folder)
+    tokenizer.chat_template = chat.TEMPLATE
+    return tokenizer
+
+
+def _separate_pad_from_eos(tokenizer: Any, folder: Path) -> None:
+    """With pad = EOS the end of an answer would look like padding to every tool that compares ids."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    named = [token for token in special if "pad" in token.lower()]
+    reserved = [token for token in special if "reserved" in token.lower()]
+    taken = (tokenizer.eos_token, tokenizer.bos_token)
+    spare = [t for t in [*named, tokenizer.unk_token, *reserved, *special] if t is not None and t not in taken]
+    pad = spare[0] if spare else "<pad>"
+    tokenizer.add_special_tokens({"pad_token": pad})
+    origin = "a token it had" if spare else "added, so the embeddings grow by one row"
+    log.info("%s: pad was missing or EOS; pad is now %r (%s)", folder, pad, origin)
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration with every dropout at 0: the first PPO ratio must be exactly 1."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot read {folder / 'config.json'}: {error}", 4) from error
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if isinstance(value, float) and ("drop" in key):
+                setattr(part, key, 0.0)
+    return config
+
+
+def check_length(config: PretrainedConfig, max_length: int) -> None:
+    """UserError (2) when the model has fewer positions than `max_length` tokens."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"a length of {max_length} tokens is asked for, and the model has {limit} positions "
+            "(max_position_embeddings); set the lengths of the run at or below that"
+        )
+
+
+def load_causal(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """A causal LM without dropout, from a full checkpoint or from a PEFT adapter (merged into its base).
+
+    UserError (4) when the folder cannot be read or lacks weights; none is ever made up.
+    """
+    folder = find_model(path)
+    if is_adapter(folder):
+        return merge_adapter(load_causal, folder, dtype, attention)
+    model = load_complete(AutoModelForCausalLM, folder, dtype, attention)
+    _make_room_for_pad(model, folder)
+    return model
+
+
+def load_complete(auto_class: Any, folder: Path, dtype: torch.dtype, attention: str, **settings: Any) -> Any:
+    """`auto_class.from_pretrained`, where a missing weight is a UserError (4) instead of a random one."""
+    config = load_config(folder)
+    try:
+        with _quiet():
+            model, report = auto_class.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **settings
+            )
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot load a model from {folder}: {error}", 4) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"the checkpoint in {folder} lacks {len(missing)} weights, the first is {missing[0]}", 4)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of unused and missing weights: what matters in it is raised."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _make_room_for_pad(model: PreTrainedModel, folder: Path) -> None:
+    """One more embedding row where the tokenizer had no token to spare for padding."""
+    if not any(folder.glob("tokenizer*")) or len(load_tokenizer(folder)) <= model.config.get_text_config().vocab_size:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # all ranks must make the same row
+        model.resize_token_embeddings(len(load_tokenizer(folder)))
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapter_base(folder: Path) -> Path:
+    """The folder of the model that a PEFT adapter was trained on."""
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder / 'adapter_config.json'} does not name its base_model_name_or_path", 4)
+    return find_model(base)
+
+
+def merge_adapter(load_base: Any, folder: Path, dtype: torch.dtype, attention: str) -> Any:
+    """`load_base` of the adapter's base with the adapter merged in. Read whole on each rank: shards cannot be merged."""
+    with _unsharded():
+        base = load_base(adapter_base(folder), dtype=dtype, attention=attention)
+        try:
+            return PeftModel.from_pretrained(base, folder).merge_and_unload()
+        except LOAD_ERRORS as error:
+            raise UserError(f"cannot apply the adapter in {folder}: {error}", 4) from error
+
+
+@contextlib.contextmanager
+def _unsharded() -> Iterator[None]:
+    """Without the ZeRO-3 loading that may be on around us."""
+    active = sharding._hf_deepspeed_config_weak_ref
+    sharding.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        sharding._hf_deepspeed_config_weak_ref = active
+
+
+def read_weight(folder: Path, name: str) -> Tensor | None:
+    """One tensor of a checkpoint as it lies on the disk, found by the end of its name."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  no mapping
+                if key.endswith(name):
+                    return weights.get_tensor(key)
+    for file in sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")]):
+        for key, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
+            if key.endswith(name):
+                return tensor
+    return None
+
+
+def save_causal(
+    model: nn.Module, folder: str | Path, tokenizer: Any, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """An ordinary AutoModelForCausalLM folder, safetensors. `state_dict`: whole weights where `model` is sharded.
+
+    A model with LoRA is saved merged, so that every reader simply loads it, and the adapter alone in `adapter/`.
+    """
+    folder = Path(folder)
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    if isinstance(model, PeftModel):
+        lora.save_adapter(model, folder / "adapter", state)
+        state = lora.merged(model, state)
+    without_adapter_wrapper(model).save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+
+
+def without_adapter_wrapper(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel (its layers still apply the adapter), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing."""
+    output = without_adapter_wrapper(model).base_model(
+        input_ids=tokens_BT,
+        attention_mask=mask_BT.long(),
+        position_ids=mask_BT.long().cumsum(1) - mask_BT.long(),
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def lm_head(model: nn.Module) -> nn.Module:
+    """The output projection. UserError (4) for families that change its logits afterwards."""
+    whole = without_adapter_wrapper(model)
+    config = whole.config.get_text_config()
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"{config.model_type} models change their logits after the LM head ({key}), which PPO here does not "
+                "reproduce; use a Llama-like model",
+                4,
+            )
+    return whole.get_output_embeddings()

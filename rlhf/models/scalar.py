@@ -1,0 +1,172 @@
+"""ScalarModel: a causal trunk with a float32 head over every position. It is both the reward and the value model.
+
+A reward reads the last real token, a value the position before each response token (Llama 2, §3.2.2).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from rlhf.errors import UserError
+from rlhf.models import lora
+from rlhf.models.pretrained import (
+    adapter_base,
+    find_model,
+    hidden_states,
+    is_adapter,
+    load_causal,
+    load_complete,
+    load_config,
+    merge_adapter,
+    read_weight,
+)
+
+
+class Float32Head(nn.Module):
+    """hidden_BTH → values_BT in float32, also inside autocast: bf16 keeps three digits of a score.
+
+    No nn.Linear, because DeepSpeed's autocast would gather such a weight in bf16.
+    """
+
+    def __init__(self, weight_1H: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_1H.detach().float().clone())
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        with torch.autocast(hidden_BTH.device.type, enabled=False):
+            return F.linear(hidden_BTH.float(), self.weight.float()).squeeze(-1)
+
+
+class ScalarModel(nn.Module):
+    def __init__(self, trunk: nn.Module, head_1H: Tensor, offset: float = 0.0) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = Float32Head(head_1H)
+        self.offset = offset
+        """Mean score of SFT answers, subtracted by `score`; 0 until the model is centred."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.trunk.config  # type: ignore[return-value]
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """values_BT, float32, without the offset. Padding may stand on either side."""
+        return self.head(hidden_states(self.trunk, tokens_BT, mask_BT))
+
+    def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """scores_B, float32: the value at the last real token, less the offset."""
+        return last_value(self(tokens_BT, mask_BT), mask_BT) - self.offset
+
+    def save(self, folder: str | Path, tokenizer: Any, state_dict: dict[str, Tensor] | None = None) -> None:
+        """An ordinary AutoModelForSequenceClassification folder with one label, safetensors.
+
+        `state_dict`: whole weights by their names in this module, where it is sharded. The offset is kept in
+        config.json as `reward_offset`; other readers give the score without it. A trunk with LoRA is saved merged,
+        and the adapter with the head alone in `adapter/`.
+        """
+        folder = Path(folder)
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        head_1H = state.pop("head.weight")
+        trunk = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
+        if isinstance(self.trunk, lora.PeftModel):
+            lora.save_adapter(self.trunk, folder / "adapter", trunk, head_1H)
+            trunk = lora.merged(self.trunk, trunk)
+        classifier = _empty_classifier(self.config, tokenizer.pad_token_id, self.offset)
+        prefix = classifier.base_model_prefix
+        weights = {f"{prefix}.{name}": tensor for name, tensor in trunk.items()} | {"score.weight": head_1H}
+        classifier.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def last_value(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """values_B at the last real token of each row, wherever its padding stands."""
+    positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    last_B = (positions_T * mask_BT.long()).argmax(1)
+    return values_BT.gather(1, last_B[:, None])[:, 0]
+
+
+def load_scalar(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> ScalarModel:
+    """A ScalarModel from a folder saved by it, any one-label sequence classifier, a causal LM (the head is then zero),
+    or a PEFT adapter of either.
+
+    UserError (4) when the folder cannot be read, or says that it is a classifier and has no such head: a head that is
+    silently made anew would train a reward model that is noise.
+    """
+    folder = find_model(path)
+    if is_adapter(folder):
+        return _from_adapter(folder, dtype, attention)
+    config = load_config(folder)
+    _classifier_class(config)  # before hours of training, not after
+    if not _is_classifier(config):
+        causal = load_causal(folder, dtype=dtype, attention=attention)
+        return ScalarModel(causal.base_model, torch.zeros(1, config.get_text_config().hidden_size))
+    classifier = load_complete(AutoModelForSequenceClassification, folder, dtype, attention)
+    return ScalarModel(classifier.base_model, _read_head(folder), getattr(config, "reward_offset", 0.0))
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _read_head(folder: Path) -> Tensor:
+    """head_1H straight from the file, so that loading the trunk in bf16 does not round it."""
+    head = read_weight(folder, "score.weight")
+    if head is None:
+        raise UserError(f"{folder} says that it is a reward model, and has no score.weight", 4)
+    if head.shape[0] != 1:
+        raise UserError(f"the classifier in {folder} has {head.shape[0]} labels; a reward model has one", 4)
+    return head
+
+
+def _from_adapter(folder: Path, dtype: torch.dtype, attention: str) -> ScalarModel:
+    task = json.loads((folder / "adapter_config.json").read_text()).get("task_type")
+    if task != "SEQ_CLS":
+        trunk: Any = load_causal(folder, dtype=dtype, attention=attention).base_model
+        return ScalarModel(trunk, torch.zeros(1, trunk.config.get_text_config().hidden_size))
+    base = adapter_base(folder)
+    trained_head = read_weight(folder, "score.weight") is not None
+    head_1H = _read_head(folder if trained_head else base)
+    classifier = merge_adapter(_load_classifier, folder, dtype, attention)
+    return ScalarModel(classifier.base_model, head_1H)
+
+
+def _load_classifier(path: Path, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model around which a classifier's adapter was trained; its head may be the adapter's own."""
+    model = load_scalar(path, dtype=dtype, attention=attention)
+    classifier = _empty_classifier(model.config, None, 0.0)
+    setattr(classifier, classifier.base_model_prefix, model.trunk)
+    classifier.score = nn.Linear(model.head.weight.shape[1], 1, bias=False)
+    classifier.score.weight = model.head.weight
+    return classifier
+
+
+def _empty_classifier(config: PretrainedConfig, pad_token_id: int | None, offset: float) -> PreTrainedModel:
+    """The classifier of this family without memory for weights: it knows how its folder is written."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    config.get_text_config().pad_token_id = pad_token_id
+    config.reward_offset = float(offset)
+    with torch.device("meta"):
+        return _classifier_class(config)(config)
+
+
+def _classifier_class(config: PretrainedConfig) -> Any:
+    try:
+        return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    except KeyError as error:
+        raise UserError(
+            f"transformers has no sequence classifier for {config.model_type}, so no reward model", 4
+        ) from error
