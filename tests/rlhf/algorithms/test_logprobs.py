@@ -1,0 +1,145 @@
+"""Chunked logprobs against log_softmax of the whole logits, and the whole logits against plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf.algorithms.logprobs import (
+    entropy,
+    logprobs_and_entropy_from_hidden,
+    logprobs_from_hidden,
+    logprobs_from_logits,
+)
+
+B, R, H, V = 3, 8, 2, 50
+TEMPERATURES = [0.5, 1.0, 1.7]
+
+
+@pytest.fixture
+def case():
+    """hidden_BRH, weight_VH, labels_BR"""
+    generator = torch.Generator().manual_seed(0)
+    hidden_BRH = torch.randn(B, R, H, generator=generator)
+    weight_VH = torch.randn(V, H, generator=generator)
+    return hidden_BRH, weight_VH, torch.randint(V, (B, R), generator=generator)
+
+
+def whole(hidden_BRH, weight_VH, labels_BR, temperature):
+    logprobs_BRV = torch.log_softmax((hidden_BRH @ weight_VH.T) / temperature, dim=-1)
+    return logprobs_BRV.gather(-1, labels_BR[..., None])[..., 0]
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=6), st.integers(0, 5), st.sampled_from(TEMPERATURES))
+def test_logits_agree_with_plain_python(logits, label, temperature):
+    label %= len(logits)
+    scaled = [logit / temperature for logit in logits]
+    top = max(scaled)
+    log_total = top + math.log(sum(math.exp(s - top) for s in scaled))
+    expected_entropy = -sum(math.exp(s - log_total) * (s - log_total) for s in scaled)
+    logits_BRV = torch.tensor(logits).view(1, 1, -1)
+    logprob = logprobs_from_logits(logits_BRV, torch.tensor([[label]]), temperature)
+    assert logprob.shape == (1, 1)
+    assert logprob.item() == pytest.approx(scaled[label] - log_total, abs=1e-4)
+    assert entropy(logits_BRV, temperature).item() == pytest.approx(expected_entropy, abs=1e-4)
+
+
+def test_huge_logits_stay_finite():
+    logits_BRV = torch.tensor([[[1e4, -1e4, 0.0]]])
+    assert logprobs_from_logits(logits_BRV, torch.tensor([[1]])).item() == -2e4
+    assert entropy(logits_BRV).item() == 0.0
+
+
+def test_entropy_of_an_even_choice_ignores_what_cannot_be_chosen():
+    logits_BRV = torch.tensor([[[3.0, 3.0, -math.inf, -math.inf]]])
+    assert entropy(logits_BRV).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
+def test_chunked_values_and_gradients_are_those_of_the_whole(case, temperature, chunk):
+    hidden_BRH, weight_VH, labels_BR = case
+    weights_BR = torch.linspace(-1, 2, B * R).view(B, R)
+
+    def run(function, *more):
+        hidden, weight = hidden_BRH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+        logprobs_BR = function(hidden, weight, labels_BR, temperature, *more)
+        (logprobs_BR * weights_BR).sum().backward()
+        return logprobs_BR, hidden.grad, weight.grad
+
+    for chunked, expected in zip(run(logprobs_from_hidden, chunk), run(whole), strict=True):
+        torch.testing.assert_close(chunked, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_entropy_comes_with_the_logprobs_and_without_gradient(case, trains):
+    hidden_BRH, weight_VH, labels_BR = case
+    hidden_BRH.requires_grad_(trains)
+    logprobs_BR, entropy_BR = logprobs_and_entropy_from_hidden(hidden_BRH, weight_VH, labels_BR, 1.7, chunk=5)
+    torch.testing.assert_close(logprobs_BR, whole(hidden_BRH, weight_VH, labels_BR, 1.7), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy_BR, entropy(hidden_BRH @ weight_VH.T, 1.7).detach())
+    assert logprobs_BR.requires_grad is trains and not entropy_BR.requires_grad
+
+
+def test_asking_for_the_entropy_leaves_the_gradient_alone(case):
+    hidden_BRH, weight_VH, labels_BR = case
+
+    def gradient(function):
+        hidden = hidden_BRH.clone().requires_grad_()
+        function(hidden).sum().backward()
+        return hidden.grad
+
+    alone = gradient(lambda hidden: logprobs_from_hidden(hidden, weight_VH, labels_BR, chunk=5))
+    together = gradient(lambda hidden: logprobs_and_entropy_from_hidden(hidden, weight_VH, labels_BR, chunk=5)[0])
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_logits_of_more_than_a_chunk_never_exist(case):
+    hidden_BRH, weight_VH, labels_BR = case
+    chunk = 4
+    with LargestTensor() as largest:
+        hidden_BRH.requires_grad_()
+        logprobs_and_entropy_from_hidden(hidden_BRH, weight_VH, labels_BR, 1.0, chunk)[0].sum().backward()
+    assert largest.numel == chunk * V
+
+
+def test_no_logits_are_kept_for_the_backward_pass(case):
+    hidden_BRH, weight_VH, labels_BR = case
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        logprobs_from_hidden(hidden_BRH.requires_grad_(), weight_VH, labels_BR, 1.0, chunk=4)
+    assert all(tensor.shape[-1] != V for tensor in kept if tensor.ndim)
+
+
+def test_under_autocast_only_the_matrix_product_is_bfloat16(case):
+    hidden_BRH, weight_VH, labels_BR = case
+    weight_VH.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs_BR = logprobs_from_hidden(hidden_BRH, weight_VH, labels_BR, 1.7, chunk=5)
+    rounded_BRV = (hidden_BRH.bfloat16() @ weight_VH.bfloat16().T).float()
+    expected_BR = torch.log_softmax(rounded_BRV / 1.7, -1).gather(-1, labels_BR[..., None])[..., 0]
+    assert logprobs_BR.dtype == torch.float32
+    torch.testing.assert_close(logprobs_BR, expected_BR, rtol=1e-5, atol=1e-5)
+    logprobs_BR.sum().backward()
+    assert weight_VH.grad is not None and weight_VH.grad.isfinite().all() and weight_VH.grad.any()
+
+
+def test_a_batch_without_responses_gives_an_empty_result(case):
+    hidden_BRH, weight_VH, labels_BR = case
+    assert logprobs_from_hidden(hidden_BRH[:, :0], weight_VH, labels_BR[:, :0]).shape == (B, 0)
