@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # With a GPU exactly the build of the package index, which is the CUDA one (=== takes no local version such as +cpu).
@@ -40,8 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $${CXX:-c++} >/dev/null || { echo "No C++ compiler ($${CXX:-c++}): install one (Debian, Ubuntu: build-essential) or name it in CXX." >&2; exit 1; }
 	@$(PYTHON) -c 'import pathlib, sys, sysconfig; p = pathlib.Path(sysconfig.get_path("include"), "Python.h"); p.exists() or sys.exit(f"{p} is missing: install the headers of this Python (Debian, Ubuntu: python3-dev).")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt "torch$(PICK)$(TORCH)" hatchling
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev,serve]"
+	@echo "Installing torch $(TORCH) $(if $(GPU),for the GPU,(no GPU found)) and the rest: some minutes, once."
+	$(PIP) install -c constraints.txt "torch$(PICK)$(TORCH)" hatchling
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev,serve]"
 	$(if $(GPU),,$(MAKE) --no-print-directory $(VENV)/.extensions)
 	@touch $@
 
