@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
+from rlhf.models.pretrained import quiet, save_causal
 
 
 def import_gguf(source: str | Path, out: str | Path) -> Path:
@@ -56,8 +57,9 @@ def _package_folders(name: str) -> list[Path]:
 
 def _convert(file: Path, out: Path) -> None:
     try:
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with quiet():
+            read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # the reader raises whatever its byte offsets lead it to
         raise UserError(f"{file} cannot be read as GGUF: {error}", 4) from error
     # The model that was read counts as quantised and refuses to be saved: its weights move to a fresh one.
@@ -65,5 +67,4 @@ def _convert(file: Path, out: Path) -> None:
     vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_causal(model, out, tokenizer)

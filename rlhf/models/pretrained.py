@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as sharding
+from transformers.utils import logging as logs
 
 from rlhf import chat
 from rlhf.errors import UserError
@@ -89,16 +89,27 @@ def _separate_pad_from_eos(tokenizer: Any, folder: Path) -> None:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration with every dropout at 0: the first PPO ratio must be exactly 1."""
+    """The model's configuration with every dropout at 0 (the first PPO ratio must be exactly 1), and its tokenizer's pad.
+
+    The embedding of the pad token gets no gradient: with pad = EOS the model would never learn what EOS is.
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
     except LOAD_ERRORS as error:
         raise UserError(f"cannot read {folder / 'config.json'}: {error}", 4) from error
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
-            if isinstance(value, float) and ("drop" in key):
+            if isinstance(value, float) and "drop" in key:
                 setattr(part, key, 0.0)
+    if has_tokenizer(folder):
+        text = config.get_text_config()
+        pad = load_tokenizer(folder).pad_token_id
+        text.pad_token_id = pad if pad < text.vocab_size else None
     return config
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*"))
 
 
 def check_length(config: PretrainedConfig, max_length: int) -> None:
@@ -128,7 +139,7 @@ def load_complete(auto_class: Any, folder: Path, dtype: torch.dtype, attention: 
     """`auto_class.from_pretrained`, where a missing weight is a UserError (4) instead of a random one."""
     config = load_config(folder)
     try:
-        with _quiet():
+        with quiet():
             model, report = auto_class.from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **settings
             )
@@ -141,23 +152,28 @@ def load_complete(auto_class: Any, folder: Path, dtype: torch.dtype, attention: 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of unused and missing weights: what matters in it is raised."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+def quiet() -> Iterator[None]:
+    """Without transformers' bars, and its report of unused and missing weights: what matters in it is raised."""
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
 
 
 def _make_room_for_pad(model: PreTrainedModel, folder: Path) -> None:
     """One more embedding row where the tokenizer had no token to spare for padding."""
-    if not any(folder.glob("tokenizer*")) or len(load_tokenizer(folder)) <= model.config.get_text_config().vocab_size:
+    if model.config.get_text_config().pad_token_id is not None or not has_tokenizer(folder):
         return
+    tokenizer = load_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # all ranks must make the same row
-        model.resize_token_embeddings(len(load_tokenizer(folder)))
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def is_adapter(folder: Path) -> bool:
@@ -219,7 +235,11 @@ def save_causal(
     if isinstance(model, PeftModel):
         lora.save_adapter(model, folder / "adapter", state)
         state = lora.merged(model, state)
-    without_adapter_wrapper(model).save_pretrained(folder, state_dict=state)
+    causal = without_adapter_wrapper(model)
+    for settings in (causal.config.get_text_config(), causal.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+    with quiet():
+        causal.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 
 

@@ -31,6 +31,7 @@ from rlhf.models.pretrained import (
     load_complete,
     load_config,
     merge_adapter,
+    quiet,
     read_weight,
 )
 
@@ -87,7 +88,8 @@ class ScalarModel(nn.Module):
         classifier = _empty_classifier(self.config, tokenizer.pad_token_id, self.offset)
         prefix = classifier.base_model_prefix
         weights = {f"{prefix}.{name}": tensor for name, tensor in trunk.items()} | {"score.weight": head_1H}
-        classifier.save_pretrained(folder, state_dict=weights)
+        with quiet():
+            classifier.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
 

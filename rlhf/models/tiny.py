@@ -19,6 +19,7 @@ from rlhf import chat
 from rlhf.config import RunConfig, TinyConfig
 from rlhf.data import load_demonstrations
 from rlhf.errors import UserError
+from rlhf.models.pretrained import save_causal
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 POSITIONS = 8192
@@ -40,8 +41,7 @@ def make_tiny(config: RunConfig) -> Path:
     work = Path(tempfile.mkdtemp(prefix=".base-", dir=config.folder))
     try:
         tokenizer = train_tokenizer(texts, tiny.vocab_size)
-        tokenizer.save_pretrained(work)
-        untrained_llama(tiny, tokenizer, config.seed).save_pretrained(work)
+        save_causal(untrained_llama(tiny, tokenizer, config.seed), work, tokenizer)
         (work / RECORD).write_text(json.dumps(record, indent=1))
         _put_in_place(work, folder, record)
     finally:
