@@ -1,0 +1,223 @@
+"""The only file that speaks MLflow: one line of our files in, the calls for it out. MLflow is imported at first use."""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import logging
+import os
+import re
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rlhf.config import TrackingConfig
+
+MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # MLflow's limits for one call
+MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # MLflow's limits, characters
+SYSTEM_SAMPLE_S = 5
+FAILURE = "failure.reason"
+ENVIRONMENT = {  # soon back from a server that is down, and quiet
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri`, with a relative SQLite path made absolute: workers have other working folders."""
+    database = _database(uri)
+    return uri if database is None else f"sqlite:///{database.absolute()}"
+
+
+def public_uri(uri: str) -> str:
+    """`uri` as it may be shown and stored: absolute, and without a password."""
+    return re.sub(r"(?<=://)[^/@]*@", "", absolute_uri(uri))
+
+
+class Client:
+    def __init__(self, settings: TrackingConfig) -> None:
+        assert settings.uri is not None
+        self._uri, self._experiment = absolute_uri(settings.uri), settings.experiment
+        _import_quietly()
+        if (database := _database(self._uri)) and not database.exists():
+            _make_database(database)
+        from mlflow import MlflowClient
+
+        self._mlflow = MlflowClient(tracking_uri=self._uri)
+
+    def experiment_id(self) -> str:
+        """The experiment, made if need be."""
+        from mlflow.exceptions import MlflowException
+
+        if found := self._mlflow.get_experiment_by_name(self._experiment):
+            return found.experiment_id
+        database = _database(self._uri)
+        files = None if database is None else (database.parent / "mlruns").as_uri()  # not where the process stands
+        try:
+            return self._mlflow.create_experiment(self._experiment, artifact_location=files)
+        except MlflowException:
+            if found := self._mlflow.get_experiment_by_name(self._experiment):  # another process was quicker
+                return found.experiment_id
+            raise
+
+    def create_run(self, name: str, parent_run_id: str | None, started: float) -> str:
+        """The id of a new run; `started` in seconds since 1970."""
+        tags = {"mlflow.source.name": "rlhf", "mlflow.source.type": "LOCAL"}
+        with suppress(OSError, KeyError):  # a container may have no user name
+            tags["mlflow.user"] = getpass.getuser()
+        if parent_run_id:
+            tags["mlflow.parentRunId"] = parent_run_id
+        return self._mlflow.create_run(self.experiment_id(), int(1000 * started), tags, name).info.run_id
+
+    def has_run(self, run_id: str) -> bool:
+        """False when it was deleted or the store is a new one."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._mlflow.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    def send_metrics(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(_name(key), float("nan") if value is None else value, int(1000 * line["time"]), int(line["step"]))
+            for line in lines
+            for key, value in line.items()
+            if key not in ("step", "time")
+        ]
+        for part in _parts(metrics, MAX_METRICS):
+            self._mlflow.log_batch(run_id, metrics=part)
+
+    def send_event(self, run_id: str, event: Mapping[str, Any]) -> None:
+        match event:
+            case {"event": "params", "values": values}:
+                self._send_params(run_id, values)
+            case {"event": "tags", "values": values}:
+                self._send_tags(run_id, values)
+            case {"event": "dataset"}:
+                self._mlflow.log_inputs(run_id, [_dataset_input(event)])
+            case {"event": "table", "name": name, "rows": rows}:
+                columns = dict.fromkeys(key for row in rows for key in row)
+                table = {column: [row.get(column) for row in rows] for column in columns}
+                self._mlflow.log_table(run_id, table, f"{name}.json")
+            case {"event": "artifact", "path": path} if Path(path).exists():
+                self._mlflow.log_artifact(run_id, path)
+            case {"event": "status"}:
+                self._send_status(run_id, event)
+
+    def watch_system(self, run_id: str) -> Any:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(run_id, SYSTEM_SAMPLE_S, resume_logging=True, tracking_uri=self._uri)
+        monitor.start()
+        return monitor
+
+    def _send_params(self, run_id: str, values: Mapping[str, Any]) -> None:
+        """MLflow's parameters never change, so those of a resumed run stay what they were."""
+        from mlflow.entities import Param
+
+        known = self._mlflow.get_run(run_id).data.params
+        params = [Param(_name(key), value[:MAX_PARAM]) for key, value in flatten(values) if _name(key) not in known]
+        for part in _parts(params, MAX_PARAMS):
+            self._mlflow.log_batch(run_id, params=part)
+
+    def _send_tags(self, run_id: str, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        for part in _parts([RunTag(_name(key), str(value)[:MAX_TAG]) for key, value in values.items()], MAX_TAGS):
+            self._mlflow.log_batch(run_id, tags=part)
+
+    def _send_status(self, run_id: str, event: Mapping[str, Any]) -> None:
+        if event["status"] == "RUNNING":
+            self._mlflow.update_run(run_id, status="RUNNING")
+            if FAILURE in self._mlflow.get_run(run_id).data.tags:  # of the attempt before
+                self._mlflow.delete_tag(run_id, FAILURE)
+            return
+        if event["reason"]:
+            self._mlflow.set_tag(run_id, FAILURE, event["reason"][:MAX_TAG])
+        self._mlflow.set_terminated(run_id, event["status"], int(1000 * event["time"]))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """{"ppo": {"optim": {"lr": 1e-6}}} -> ("ppo.optim.lr", "1e-06")."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _dataset_input(event: Mapping[str, str]) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(event["name"], event["digest"][:MAX_DIGEST], "local", json.dumps({"uri": event["path"]}))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", event["role"]), InputTag("sha256", event["digest"])])
+
+
+def _import_quietly() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)\b")
+    import mlflow  # noqa: F401 - it sets up its loggers, so they are silenced after it
+
+    for library in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+def _make_database(database: Path) -> None:
+    """A new SQLite store, whole or not at all: MLflow fills it in 60 steps and cannot mend one that was left half-way."""
+    from mlflow import MlflowClient
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with locked(database.parent), TemporaryDirectory() as elsewhere:
+        if database.exists():  # another process was quicker
+            return
+        MlflowClient(f"sqlite:///{elsewhere}/new.db").search_experiments()
+        partial = database.with_name(f".{database.name}.partial")
+        with closing(sqlite3.connect(f"{elsewhere}/new.db")) as new, closing(sqlite3.connect(partial)) as copy:
+            new.backup(copy)
+        partial.replace(database)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Alone with a file or folder; BlockingIOError if another process or thread is there and we do not `wait`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _database(uri: str) -> Path | None:
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri or not path or path.startswith(":") else Path(path)
+
+
+def _name(key: str) -> str:
+    """`key` in the characters that MLflow allows."""
+    return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
+
+
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
