@@ -172,7 +172,8 @@ RULES = {
 def test_the_tree_keeps_the_rule(rule: str) -> None:
     check, files = RULES[rule]
     assert files
-    assert [complaint for name, text in files.items() for complaint in check(name, text)] == []
+    complaints = [complaint for name, text in files.items() for complaint in check(name, text)]
+    assert not complaints, "\n".join(complaints)
 
 
 LONG_FUNCTION = "def f():\n" + "    pass\n" * LONGEST_FUNCTION
