@@ -1,0 +1,151 @@
+"""A stage as a gang of workers on Ray. The one place that knows Ray."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch.worker import FAILURE, UNEXPECTED, read_failure
+from rlhf.config import RunConfig
+from rlhf.errors import UserError
+
+QUIET = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def cluster(config: RunConfig) -> Iterator[None]:
+    """A private Ray on this machine, or the cluster at `hardware.ray_address`; closed again at the end."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    if config.hardware.ray_address is None:
+        _private_token(config.folder)
+    import ray
+
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if config.hardware.ray_address is None:
+        arguments |= {"num_cpus": os.cpu_count(), "include_dashboard": False, "address": "local"}
+    else:
+        arguments["address"] = config.hardware.ray_address
+    ray.init(**arguments)
+    try:
+        _check_room(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Gang:
+    """One stage under way. `done()` tells when; `result()` raises what the stage raised."""
+
+    def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
+        import ray
+
+        self.stage = stage
+        # Ray Train is driven from a task, not from here: its imports take seconds, and several gangs run side by side.
+        run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
+        self._reference = run.remote(config.model_dump(mode="json"), stage, workers)
+
+    def done(self, timeout_s: float) -> bool:
+        import ray
+
+        return bool(ray.wait([self._reference], timeout=timeout_s)[0])
+
+    def result(self) -> None:
+        import ray
+
+        ray.get(self._reference)
+
+
+def _fit(settings: dict[str, Any], stage: str, workers: int) -> None:
+    """Runs the gang; starts it again, from its last checkpoint, when a worker died of anything but a user's mistake."""
+    config = RunConfig.model_validate(settings)
+    folder = config.folder / stage
+    for attempt in range(config.hardware.max_restarts + 1):
+        (folder / FAILURE).unlink(missing_ok=True)
+        try:
+            _trainer(config, settings, stage, workers, attempt).fit()
+            return
+        except Exception:
+            failure = read_failure(folder)
+            mistake = failure is not None and failure.exit_code != UNEXPECTED
+            if mistake or attempt == config.hardware.max_restarts:
+                raise
+
+
+def _trainer(config: RunConfig, settings: dict[str, Any], stage: str, workers: int, attempt: int) -> Any:
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    hardware = config.hardware
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(hardware.placement_timeout_s)
+    resources = {"CPU": float(hardware.cpus_per_worker), "GPU": float(hardware.gpus_per_worker)}
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"settings": settings, "stage": stage},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=hardware.gpus_per_worker > 0,
+            resources_per_worker={name: amount for name, amount in resources.items() if amount},
+        ),
+        torch_config=TorchConfig(timeout_s=int(hardware.collective_timeout_s)),
+        run_config=TrainRunConfig(
+            name=f"{stage.replace('/', '-')}-{time.time_ns()}-{attempt}",
+            storage_path=str(config.folder / "ray"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    """Runs on every worker: what it prints goes to the stage's log, what it does is `launch.worker`."""
+    import torch.distributed as dist
+
+    from launch.worker import run_rank
+
+    config, stage = RunConfig.model_validate(payload["settings"]), payload["stage"]
+    log = config.folder / stage / "logs" / f"rank-{dist.get_rank()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", buffering=1) as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout, sys.stderr = stream, stream
+        run_rank(config, stage, local=False)
+
+
+def _private_token(folder: Path) -> None:
+    """A token of this run's own: Ray would otherwise write one to the home folder, and later clusters would want it."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    path = folder.absolute() / "ray" / "token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def _check_room(config: RunConfig) -> None:
+    """UserError(5) where the largest gang can never be placed: Ray would wait for ever."""
+    import ray
+
+    hardware, have = config.hardware, ray.cluster_resources()
+    workers = max(hardware.workers, config.reward_workers)
+    for kind, each in (("CPU", hardware.cpus_per_worker), ("GPU", hardware.gpus_per_worker)):
+        if workers * each > have.get(kind, 0):
+            raise UserError(
+                f"{workers} workers × {each:g} {kind}s = {workers * each:g}, but the cluster has {have.get(kind, 0):g}. "
+                f"Lower hardware.workers or hardware.{kind.lower()}s_per_worker, or add nodes.",
+                5,
+            )

@@ -1,0 +1,167 @@
+"""The pipeline: SFT, then the reward models side by side, then PPO, then the report. What is complete is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from launch import gang
+from launch.terminal import StageBars, console
+from launch.worker import FAILURE, read_failure, run_rank, run_under_torchrun
+from rlhf import artifacts, lineage
+from rlhf.artifacts import Artifact
+from rlhf.config import RunConfig, stage_inputs
+from rlhf.errors import UserError
+from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
+
+POLL_S = 0.3
+
+
+def run(config: RunConfig, fresh: bool) -> int:
+    """Runs every stage that is not complete, and reports. Returns the exit code."""
+    config = absolute(config)
+    if fresh:
+        shutil.rmtree(config.folder, ignore_errors=True)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    tracker = open_parent(config.folder, config.tracking, config.name)
+    tracker.params({"stages": ", ".join(stages_of(config)), "seed": config.seed, "model": config.model.path})
+    try:
+        seconds = _run_stages(config, stages_of(config))
+    except BaseException as error:
+        reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
+        raise
+    _report(config, tracker, seconds)
+    return 0
+
+
+def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> int:
+    """One stage, or every reward model of the stage `reward` when no `name` is given."""
+    config = absolute(config)
+    chosen = [s for s in stages_of(config) if s.split("/")[0] == stage and name in (None, s.split("/")[-1])]
+    if not chosen:
+        raise UserError(f"reward.models has no {name!r}; it has {', '.join(config.reward.models)}.")
+    for one in chosen:
+        for needed in stage_inputs(config, one):
+            if not (config.folder / needed / "artifact" / artifacts.MANIFEST).exists():
+                raise UserError(
+                    f"{one} starts from {needed}, which is not complete in {config.folder}. Run it first.", 4
+                )
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            run_under_torchrun(config, one)
+        elif local:
+            _run_local(config, one)
+        else:
+            with gang.cluster(config), StageBars(config.folder) as bars:
+                _drive(config, [one], bars)
+    return 0
+
+
+def stages_of(config: RunConfig) -> list[str]:
+    return ["sft", *(f"reward/{name}" for name in config.reward.models), "ppo"]
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """`config` with its own paths made absolute: workers have other working folders."""
+    tracking = config.tracking
+    if tracking.uri is not None:
+        tracking = tracking.model_copy(update={"uri": absolute_uri(tracking.uri)})
+    model = config.model
+    if Path(model.path).is_dir():
+        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
+    return config.model_copy(
+        update={
+            "runs_dir": config.runs_dir.absolute(),
+            "tracking": tracking,
+            "model": model,
+            "data": config.data.model_copy(update={"root": config.data.root.absolute()}),
+        }
+    )
+
+
+def complete_artifact(config: RunConfig, stage: str) -> Artifact | None:
+    """The stage's artifact, if it is whole and was made from today's settings, data and parents."""
+    inputs = {name: complete_artifact(config, name) for name in stage_inputs(config, stage)}
+    if None in inputs.values():
+        return None
+    parents = lineage.parents(lineage.stage_data(config, stage), inputs)  # type: ignore[arg-type]
+    return artifacts.find(config.folder / stage / "artifact", lineage.settings_digest(config, stage), parents)
+
+
+def _run_stages(config: RunConfig, stages: list[str]) -> dict[str, float]:
+    """Seconds of each stage that ran. Stages whose inputs are there run side by side as far as the cluster has room."""
+    waiting = []
+    for stage in stages:
+        if complete_artifact(config, stage) is None:
+            waiting.append(stage)
+        else:
+            console.print(f"[green]✓[/green] {stage}: complete, with these settings and this data; skipped")
+    if not waiting:
+        return {}
+    with gang.cluster(config), StageBars(config.folder) as bars:
+        return _drive(config, waiting, bars)
+
+
+def _run_local(config: RunConfig, stage: str) -> None:
+    """The stage in this process, for debugging and for machines without a cluster."""
+    _prepare(config, stage)
+    with StageBars(config.folder) as bars, bars.followed(stage):
+        run_rank(config, stage, local=True)
+
+
+def _drive(config: RunConfig, waiting: list[str], bars: StageBars) -> dict[str, float]:
+    running: dict[str, tuple[gang.Gang, float]] = {}
+    seconds: dict[str, float] = {}
+    while waiting or running:
+        for stage in [s for s in waiting if not set(stage_inputs(config, s)) & {*waiting, *running}]:
+            waiting.remove(stage)
+            _prepare(config, stage)
+            bars.add(stage)
+            workers = config.reward_workers if stage.startswith("reward/") else config.hardware.workers
+            running[stage] = gang.Gang(config, stage, workers), time.monotonic()
+        for stage, (one, started) in list(running.items()):
+            if one.done(POLL_S / len(running)):
+                del running[stage]
+                _finish(config, stage, one, bars)
+                seconds[stage] = time.monotonic() - started
+        bars.refresh()
+    return seconds
+
+
+def _prepare(config: RunConfig, stage: str) -> None:
+    """Clears what an earlier attempt said; its checkpoints stay if they were made with these settings."""
+    folder = config.folder / stage
+    digest = lineage.settings_digest(config, stage)
+    marker = folder / "settings.digest"
+    if not marker.exists() or marker.read_text() != digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        artifacts.write_atomic(marker, digest)
+    for stale in (FAILURE, "progress.json"):
+        (folder / stale).unlink(missing_ok=True)
+
+
+def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> None:
+    """Raises one clear error when the gang failed."""
+    try:
+        one.result()
+    except Exception as error:
+        bars.finish(stage, "failed")
+        failure = read_failure(config.folder / stage)
+        reason = failure.message if failure else f"a worker died: {str(error).strip().splitlines()[-1]}"
+        mark_failed(config.folder / stage, reason)
+        logs = config.folder / stage / "logs"
+        code = failure.exit_code if failure else 6
+        raise UserError(f"{stage} failed: {reason}\nThe logs of its workers are in {logs}", code) from None
+    bars.finish(stage, "done")
+
+
+def _report(config: RunConfig, tracker: Tracker, seconds: dict[str, float]) -> None:
+    record = config.folder / "seconds.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    known |= {stage: round(value, 1) for stage, value in seconds.items()}
+    artifacts.write_json(record, known)
+    fill_in(config.folder, config.tracking)

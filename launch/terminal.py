@@ -1,0 +1,86 @@
+"""What a person sees while stages run: one bar per stage, with the figure that matters."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from rlhf.runtime import read_progress
+
+console = Console(highlight=False)
+REFRESH_S = 0.5
+
+
+class StageBars:
+    """Bars that follow each stage's progress file. Where there is no terminal, one line per stage at start and end."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._folder = run_folder
+        self._bars = Progress(
+            TextColumn("[bold]{task.description:<20}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[cyan]{task.fields[figures]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if console.is_terminal:
+            self._bars.stop()
+
+    def add(self, stage: str) -> None:
+        self._tasks[stage] = self._bars.add_task(stage, total=None, figures="starting …")
+        if not console.is_terminal:
+            console.print(f"{stage}: started")
+
+    def refresh(self) -> None:
+        for stage, task in self._tasks.items():
+            if (state := read_progress(self._folder / stage)) is not None:
+                self._bars.update(task, completed=state.done, total=state.total, figures=_shown(state.figures) or "…")
+
+    @contextmanager
+    def followed(self, stage: str) -> Iterator[None]:
+        """The bar of a stage that runs in this very process."""
+        self.add(stage)
+        ended = threading.Event()
+        thread = threading.Thread(target=lambda: self._follow(ended), daemon=True)
+        thread.start()
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        finally:
+            ended.set()
+            thread.join()
+            self.finish(stage, outcome)
+
+    def _follow(self, ended: threading.Event) -> None:
+        while not ended.wait(REFRESH_S):
+            self.refresh()
+
+    def finish(self, stage: str, outcome: str) -> None:
+        self.refresh()
+        task = self._tasks.pop(stage)
+        shown = self._bars.tasks[task].fields["figures"]
+        self._bars.update(task, figures=f"{shown}  [green]{outcome}" if outcome == "done" else f"[red]{outcome}")
+        self._bars.stop_task(task)
+        if not console.is_terminal:
+            elapsed = self._bars.tasks[task].finished_time or self._bars.tasks[task].elapsed or 0
+            console.print(f"{stage}: {outcome} after {elapsed:.0f} s, {shown}")
+
+
+def _shown(figures: dict[str, float | None]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)

@@ -1,0 +1,119 @@
+"""One rank of one stage: builds its context, runs the stage, and makes sure that its end is known.
+
+The same code for a Ray gang, for `torchrun` and for a process alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rlhf.artifacts import Artifact, load, write_atomic, write_json
+from rlhf.config import RunConfig, stage_inputs, stage_settings
+from rlhf.errors import UserError
+
+FAILURE = "failure.json"
+UNEXPECTED = 1  # exit code of a failure that is nobody's known mistake
+
+
+def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
+    """Runs `stage` as the rank that the environment names. Raises what the stage raises, after noting it."""
+    import torch
+
+    from rlhf import ranks
+    from rlhf.models import resolve
+    from rlhf.runtime import Progress, StageContext
+    from rlhf.tracking import open_tracker
+
+    torch.set_num_threads(config.hardware.cpus_per_worker if not local else max(os.cpu_count() or 1, 1))
+    folder = config.folder / stage
+    is_writer = ranks.rank() == 0
+    tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
+    try:
+        context = StageContext(
+            stage=stage,
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
+            device=_device(torch),
+            folder=folder,
+            inputs={name: load(config.folder / name / "artifact") for name in stage_inputs(config, stage)},
+            tracker=tracker,
+            progress=Progress(folder, is_writer),
+            local=local,
+        )
+        if is_writer:
+            _record(config, context)
+            resolve(config)  # one rank makes the tiny model, the others find it
+        ranks.barrier()
+        artifact = import_module(f"stages.{stage.split('/')[0]}").main(config, context)
+        tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
+        tracker.close("FINISHED")
+        return artifact
+    except BaseException as error:
+        _note_failure(folder, error)
+        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", _reason(error))
+        raise
+
+
+def run_under_torchrun(config: RunConfig, stage: str) -> Artifact:
+    """The stage on the ranks that torchrun started."""
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=config.hardware.collective_timeout_s)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    try:
+        return run_rank(config, stage, local=False)
+    finally:
+        dist.destroy_process_group()
+
+
+def read_failure(folder: Path) -> UserError | None:
+    """What a rank noted when it failed; None if it had no time to."""
+    with suppress(FileNotFoundError, ValueError):
+        noted = json.loads((folder / FAILURE).read_text())
+        return UserError(noted["message"], noted["exit_code"])
+    return None
+
+
+def _note_failure(folder: Path, error: BaseException) -> None:
+    """The first rank to fail says why; the others fail because of it."""
+    if (folder / FAILURE).exists():
+        return
+    message, code = _reason(error), UNEXPECTED
+    if isinstance(error, UserError):
+        code = error.exit_code
+    else:
+        path = folder / "logs" / "traceback.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "".join(traceback.format_exception(error)))
+        message += f"\nThe traceback is in {path}"
+    write_json(folder / FAILURE, {"message": message, "exit_code": code})
+
+
+def _reason(error: BaseException) -> str:
+    return error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _record(config: RunConfig, context: Any) -> None:
+    """What the run history needs before the first step: settings, inputs, and where they came from."""
+    import yaml
+
+    settings = config.model_dump(mode="json")
+    write_atomic(context.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    context.tracker.artifact(context.folder / "config.yaml")
+    context.tracker.params(stage_settings(config, context.stage) | {"hardware": settings["hardware"]})
+    context.tracker.tags({f"input.{name}": f"{a.path} {a.digest}" for name, a in context.inputs.items()})
+
+
+def _device(torch: Any) -> Any:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

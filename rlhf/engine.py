@@ -1,0 +1,274 @@
+"""Engine: how a module runs, learns and is saved. `LocalEngine` is plain torch in one process, `ZeroEngine` DeepSpeed.
+
+Everything that knows of shards is here. Both engines divide by a count that their caller took over all ranks and all
+micro-batches, so world size and accumulation cannot change the mathematics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import HardwareConfig, OptimConfig
+
+BUCKET_BYTES = 256 << 20
+
+# The CPU communication extension is compiled once, at installation, and found again here with the ninja that built it.
+if (COMPILED := Path(sys.prefix) / "torch_extensions").is_dir():
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(COMPILED))
+    os.environ["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def learning_rate_share(step: int, optim: OptimConfig, total_steps: int) -> float:
+    """Share of `optim.lr` at `step` (0-based): linear warm-up, then constant or a cosine down to `min_lr_share`."""
+    warmup = max(round(optim.warmup_share * total_steps), optim.min_warmup_steps)
+    warmup = min(warmup, max(total_steps - 1, 0))
+    if step < warmup:
+        return (step + 1) / warmup
+    if optim.schedule == "constant":
+        return 1.0
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    return optim.min_lr_share + (1 - optim.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone; norms and biases are not pulled to zero."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    shape = [getattr(p, "ds_shape", p.shape) for p in trainable]  # a sharded parameter is flat
+    groups = [
+        {
+            "params": [p for p, s in zip(trainable, shape, strict=True) if len(s) >= 2],
+            "weight_decay": optim.weight_decay,
+        },
+        {"params": [p for p, s in zip(trainable, shape, strict=True) if len(s) < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, total_steps: int):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, optim, total_steps))
+
+
+class LocalEngine:
+    """Plain torch, one process. Frozen when `optim` is None."""
+
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig | None, total_steps: int, hardware: HardwareConfig
+    ) -> None:
+        self.module = module.requires_grad_(False) if optim is None else module
+        self.device = next(module.parameters()).device
+        self.precision = hardware.precision
+        self.max_grad_norm = optim.max_grad_norm if optim else math.inf
+        self.optimizer = build_optimizer(module, optim) if optim else None
+        self.schedule = build_schedule(self.optimizer, optim, total_steps) if self.optimizer and optim else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.module(*args, **kwargs)
+
+    def backward(self, loss_sum: Tensor, count: float, last: bool) -> None:
+        """Adds the gradient of loss_sum / count; `count` is over all ranks and micro-batches of the step."""
+        del last
+        (loss_sum / max(count, 1)).backward()
+
+    def step(self) -> float:
+        """One optimizer step over what `backward` gathered. Returns the gradient norm before clipping."""
+        assert self.optimizer is not None and self.schedule is not None, "a frozen engine cannot step"
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return float(norm)
+
+    @property
+    def lr(self) -> float:
+        assert self.optimizer is not None
+        return self.optimizer.param_groups[0]["lr"]
+
+    def save(self, folder: Path) -> None:
+        assert self.optimizer is not None and self.schedule is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        torch.save(state, folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        assert self.optimizer is not None and self.schedule is not None
+        state = torch.load(folder / "engine.pt", map_location=self.device)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO over all ranks of the default process group. Frozen (and still sharded) when `optim` is None."""
+
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig | None, total_steps: int, hardware: HardwareConfig
+    ) -> None:
+        deepspeed = import_deepspeed()
+        if optim is None:
+            module.requires_grad_(False)
+        optimizer = build_optimizer(module, optim) if optim else None
+        schedule = build_schedule(optimizer, optim, total_steps) if optimizer and optim else None
+        config = zero_config(hardware, optim.max_grad_norm if optim else 0.0)
+        if optim is None and hardware.zero_stage < 3:
+            config["zero_optimization"]["stage"] = 0  # stages 1 and 2 shard only what an optimizer owns
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+        )
+        self.module = module
+        self.device = self.engine.device
+        self.precision = hardware.precision
+        self.world_size = torch.distributed.get_world_size()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss_sum: Tensor, count: float, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over ranks; the count is global already, so the average becomes a sum again.
+        self.engine.backward(loss_sum * (self.world_size / max(count, 1)))
+
+    def step(self) -> float:
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def lr(self) -> float:
+        return self.engine.get_lr()[0]
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="engine")
+
+    def load(self, folder: Path) -> None:
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+        if loaded is None:
+            raise RuntimeError(f"{folder}: no engine checkpoint was found")
+
+
+Engine = LocalEngine | ZeroEngine
+
+
+def _buckets(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Runs of parameters of about `BUCKET_BYTES`; a sharded parameter knows its whole size as `ds_numel`."""
+    bucket: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in named:
+        bucket.append((name, parameter))
+        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def open_engine(
+    module: nn.Module, optim: OptimConfig | None, total_steps: int, hardware: HardwareConfig, local: bool
+) -> Engine:
+    kind = LocalEngine if local else ZeroEngine
+    return kind(module, optim, total_steps, hardware)
+
+
+def full_parameters(module: nn.Module, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, whole, by its name; copy it before the next one is asked for. All ranks must go through it.
+
+    Shards are gathered in buckets, so the peak is one bucket beside them.
+    """
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad or not trainable_only]
+    for bucket in _buckets(named):
+        sharded = [p for _, p in bucket if hasattr(p, "ds_id")]
+        with import_deepspeed().zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext():
+            yield from ((name, parameter.detach()) for name, parameter in bucket)
+
+
+def full_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """All parameters on the CPU where `keep`, elsewhere an empty dict; all ranks must call it."""
+    state = {}
+    for name, tensor in full_parameters(module):
+        if keep:
+            state[name] = tensor.to("cpu", copy=True)
+    return state
+
+
+def zero_config(hardware: HardwareConfig, max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's settings for an engine of ours."""
+    zero: dict[str, Any] = {"stage": hardware.zero_stage, "overlap_comm": False}
+    if hardware.offload_to_cpu and hardware.zero_stage >= 2:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if hardware.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        # A torch optimizer is given: DeepSpeed's own would compile an extension for it.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+        "wall_clock_breakdown": False,
+    }
+    if hardware.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config
+
+
+def trainer_zero_config(hardware: HardwareConfig) -> dict[str, Any]:
+    """DeepSpeed's settings for a transformers Trainer, which fills in what says `auto`."""
+    config = zero_config(hardware, 0.0)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    config |= {
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    return config
+
+
+@contextlib.contextmanager
+def sharded_loading(hardware: HardwareConfig, local: bool) -> Iterator[None]:
+    """Inside, `from_pretrained` shards each weight as it is read, so no rank ever holds the whole model."""
+    if local or hardware.zero_stage < 3:
+        yield
+        return
+    import_deepspeed()
+    from transformers.integrations import deepspeed as hf
+
+    config = hf.HfDeepSpeedConfig(zero_config(hardware, 0.0))  # must stay alive while models load
+    try:
+        yield
+    finally:
+        del config
+        hf.unset_hf_deepspeed_config()
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, with its accelerator chosen and its log quiet."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", message=".*barrier.*|.*all_gather_into_tensor.*|.*_base is deprecated.*")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    return deepspeed

@@ -1,0 +1,73 @@
+"""Held-out evaluation of a policy: it answers prompts that no training saw, and every judge scores the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf import ranks
+from rlhf.batches import rows
+from rlhf.chat import decode_answer
+from rlhf.config import RunConfig
+from rlhf.data import prompt_batch
+from rlhf.engine import Engine
+from rlhf.sampling import InProcessSampler
+from rlhf.scoring import read_kl, read_rewards
+
+# Held-out answers are drawn with one key for every policy: common random numbers make differences sharper.
+HELD_OUT_ITERATION = 1 << 40
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to the held-out prompts, in their order, on every rank."""
+
+    texts: list[str]
+    lengths: list[int]  # tokens, EOS inside
+    finished: list[bool]
+    scores: dict[str, list[float]]  # reward.<name>, and gold where there is one
+    kl: list[float]  # nats per answer against the reference, k1
+
+
+def answer_held_out(
+    config: RunConfig,
+    sampler: InProcessSampler,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    rewards: Mapping[str, Engine],
+    reference: Engine,
+    device: torch.device,
+    gold: Callable[[str, str], float] | None,
+) -> Answers:
+    """Each rank answers its share; all of them return all answers."""
+    whole = prompt_batch(tokenizer, prompts, list(range(len(prompts))), config.ppo.max_prompt_length)
+    mine = rows(whole, ranks.even_share(len(prompts)))
+    mine = type(mine)(**{name: value.to(device) for name, value in vars(mine).items()})
+    rollout = sampler.sample(mine, config.ppo.sampling, config.seed, HELD_OUT_ITERATION)
+    scores = read_rewards(rollout, rewards, config.ppo.micro_batch_size)
+    P = mine.tokens_BP.shape[1]
+    lengths = rollout.response_mask_BR.sum(1).tolist()
+    texts = [
+        decode_answer(tokenizer, row[P : P + n].tolist()) for row, n in zip(rollout.tokens_BT, lengths, strict=True)
+    ]
+    kl_B = read_kl(rollout, reference, config.ppo.sampling.temperature, config.ppo.micro_batch_size)
+
+    def join(values: list[Any]) -> list[Any]:
+        return ranks.join_shares(values, len(prompts))
+
+    answers = Answers(
+        texts=join(texts),
+        lengths=join(lengths),
+        finished=join(rollout.finished_B.tolist()),
+        scores={f"reward.{name}": join(scores_B.tolist()) for name, scores_B in scores.items()},
+        kl=join(kl_B.tolist()),
+    )
+    if gold is not None:
+        answers.scores["gold"] = [
+            gold(p.messages[-1].content, text) if done else 0.0
+            for p, text, done in zip(prompts, answers.texts, answers.finished, strict=True)
+        ]
+    return answers

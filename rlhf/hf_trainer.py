@@ -1,0 +1,123 @@
+"""What the two stages that stand on TRL share: the settings of a transformers Trainer, its callbacks, its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from rlhf.config import OptimConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
+from rlhf.runtime import StageContext
+
+KEPT_CHECKPOINTS = 2
+
+
+def trainer_arguments(
+    config: RunConfig, settings: SFTConfig | RewardConfig, context: StageContext, rows: int
+) -> dict[str, Any]:
+    """Keyword arguments of a TRL config for `rows` training rows; our own callbacks measure, log and show."""
+    accumulation = settings.batch_size // (settings.micro_batch_size * context.world_size)
+    steps = steps_of(settings, rows)
+    save_every = math.ceil(steps / (settings.checkpoints + 1))
+    if not context.local:
+        import_deepspeed()
+    return {
+        "output_dir": str(context.checkpoint_folder),
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "learning_rate": settings.optim.lr,
+        "max_grad_norm": settings.optim.max_grad_norm,
+        "bf16": config.hardware.precision == "bf16" and context.local,  # ZeRO has autocast in its own settings
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "use_cpu": context.device.type == "cpu",
+        "deepspeed": None if context.local else trainer_zero_config(config.hardware),
+        "seed": config.seed,
+        "logging_steps": 1,
+        "save_strategy": "steps" if settings.checkpoints else "no",
+        "save_steps": save_every,
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "eval_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,  # a short last batch would weigh its rows more than the others
+        "dataloader_pin_memory": context.device.type == "cuda",
+    }
+
+
+def steps_of(settings: SFTConfig | RewardConfig, rows: int) -> int:
+    """Optimizer steps of the stage: whole batches only, one at least."""
+    return max(math.floor(settings.epochs * (rows // settings.batch_size)), 1)
+
+
+class OwnOptimizer:
+    """Mixed into a Trainer: the project's AdamW and schedule, the same in all three stages."""
+
+    optim: OptimConfig
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:  # type: ignore[has-type]
+            self.optimizer = build_optimizer(model or self.model, self.optim)  # type: ignore[attr-defined]
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:  # type: ignore[has-type]
+            self.lr_scheduler = build_schedule(optimizer or self.optimizer, self.optim, num_training_steps)
+        return self.lr_scheduler
+
+
+class Reporter(TrainerCallback):
+    """Sends a Trainer's figures to the tracker and the progress bar, and takes held-out figures a few times."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        names: Mapping[str, str],
+        shown: str,
+        evals: int,
+        measure: Callable[[], dict[str, float]],
+    ) -> None:
+        """`names`: the Trainer's name of a figure → ours. `shown`: the one of ours for the progress bar."""
+        self.context, self.names, self.shown, self.evals, self.measure = context, names, shown, evals, measure
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        figures = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in (logs or {})}
+        if not figures:
+            return
+        self.context.tracker.metrics(figures, step=state.global_step)
+        shown = {self.shown.split("/")[-1]: figures[self.shown]} if self.shown in figures else {}
+        self.context.progress.update(state.global_step, state.max_steps, **shown)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = math.ceil(state.max_steps / self.evals)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self.context.tracker.metrics(self.measure(), step=state.global_step)
+
+
+def report(trainer: Any, reporter: Reporter) -> None:
+    """`reporter` in place of the Trainer's own printing."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(reporter)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Newest checkpoint to resume from, None when there is none."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def quieten() -> None:
+    """No library chatter in a worker's log beyond warnings that matter."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    for name in ("transformers", "trl", "accelerate", "datasets", "torch.distributed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,27 @@
+"""What an artifact was made from: its settings, its data, its parents. Equal lineage means that a stage can be skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf.artifacts import Artifact, digest_of
+from rlhf.config import RunConfig, stage_settings
+from rlhf.data import Split, load_demonstrations, load_preferences, load_prompts
+
+LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
+ROLES = {"sft": ["demonstrations"], "reward": ["preferences", "demonstrations"], "ppo": ["prompts"]}
+
+
+def stage_data(config: RunConfig, stage: str) -> dict[str, Split]:
+    """The data that `stage` reads, by role. UserError (3) for data that cannot be used."""
+    return {role: LOADERS[role](config) for role in ROLES[stage.split("/")[0]]}
+
+
+def settings_digest(config: RunConfig, stage: str) -> str:
+    return digest_of(stage_settings(config, stage))
+
+
+def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    """Digests of all that a stage was made from: artifacts by stage, data by role and source."""
+    sources = {f"{role}: {name}": digest for role, split in data.items() for name, digest in split.digests.items()}
+    return {name: artifact.digest for name, artifact in inputs.items()} | sources

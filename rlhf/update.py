@@ -1,0 +1,112 @@
+"""PPO's update: clipped policy and value steps over one iteration's experience, in shuffled minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.losses import policy_loss, value_loss
+from rlhf.batches import Experience, rows
+from rlhf.config import PPOConfig
+from rlhf.engine import Engine
+from rlhf.metrics import Means
+
+
+def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Iterator[Tensor]:
+    """Row numbers of each minibatch, the same on every rank, reshuffled every epoch."""
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) * 1_009 + epoch)
+        yield from torch.randperm(count, generator=generator).split(config.minibatch_size)
+
+
+def micro_batches(experience: Experience, index: Tensor, rank: int, world: int, size: int) -> list[Experience]:
+    """This rank's part of a minibatch, cut into forward passes; rows of like length go together."""
+    length = experience.mask_BT[index].sum(1)
+    mine = index[length.argsort(descending=True, stable=True)][rank::world]
+    return [trim(rows(experience, part)) for part in mine.split(size)]
+
+
+def trim(experience: Experience) -> Experience:
+    """Without the columns that no row of this micro-batch uses."""
+    R = experience.response_mask_BR.shape[1]
+    P = experience.mask_BT.shape[1] - R
+    left = P - int(experience.mask_BT[:, :P].sum(1).max())
+    keep = max(int(experience.response_mask_BR.sum(1).max()), 1)
+    return Experience(
+        tokens_BT=experience.tokens_BT[:, left : P + keep],
+        mask_BT=experience.mask_BT[:, left : P + keep],
+        response_mask_BR=experience.response_mask_BR[:, :keep],
+        old_logprobs_BR=experience.old_logprobs_BR[:, :keep],
+        old_values_BR=experience.old_values_BR[:, :keep],
+        advantages_BR=experience.advantages_BR[:, :keep],
+        returns_BR=experience.returns_BR[:, :keep],
+        importance_BR=experience.importance_BR[:, :keep],
+    )
+
+
+def update(
+    policy: Engine,
+    critic: Engine,
+    experience: Experience,
+    config: PPOConfig,
+    seed: int,
+    iteration: int,
+    rank: int,
+    world: int,
+    on_minibatch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """One optimizer step of policy and critic per minibatch. Losses are divided by the minibatch's global token count.
+
+    `experience` holds the rows of all ranks. Returns means over all ranks, minibatches and tokens.
+    """
+    means = Means()
+    norms: list[tuple[float, float]] = []
+    for index in minibatches(len(experience.tokens_BT), config, seed, iteration):
+        count = float(experience.response_mask_BR[index].sum())
+        parts = micro_batches(experience, index, rank, world, config.micro_batch_size)
+        for number, part in enumerate(parts, 1):
+            part = _to(part, policy.device)
+            last = number == len(parts)
+            policy.backward(_policy_loss(policy, part, config, means), count, last)
+            critic.backward(_value_loss(critic, part, config, means), count, last)
+        norms.append((policy.step(), critic.step()))
+        on_minibatch()
+    policy_norms, critic_norms = zip(*norms, strict=True)
+    return means.reduce() | {
+        "ppo/grad_norm": sum(policy_norms) / len(norms),
+        "ppo/critic_grad_norm": sum(critic_norms) / len(norms),
+        "ppo/lr": policy.lr,
+    }
+
+
+def _policy_loss(policy: Engine, part: Experience, config: PPOConfig, means: Means) -> Tensor:
+    R = part.response_mask_BR.shape[1]
+    logprobs_BR, entropy_BR = policy(part.tokens_BT, part.mask_BT, R, config.sampling.temperature)
+    loss = policy_loss(
+        logprobs_BR,
+        part.old_logprobs_BR,
+        part.advantages_BR,
+        part.response_mask_BR,
+        config.clip,
+        part.importance_BR,
+    )
+    means.add("ppo/policy_loss", loss.sum, loss.count)
+    means.add("ppo/clip_share", loss.clipped_sum, loss.count)
+    means.add("ppo/approx_kl", loss.approx_kl_sum, loss.count)
+    means.add("ppo/entropy", torch.where(part.response_mask_BR, entropy_BR, 0.0).sum(), loss.count)
+    return loss.sum
+
+
+def _value_loss(critic: Engine, part: Experience, config: PPOConfig, means: Means) -> Tensor:
+    R = part.response_mask_BR.shape[1]
+    values_BR = critic(part.tokens_BT, part.mask_BT)[:, -R - 1 : -1]
+    loss = value_loss(values_BR, part.old_values_BR, part.returns_BR, part.response_mask_BR, config.value_clip)
+    means.add("ppo/value_loss", loss.sum, loss.count)
+    means.add("ppo/value_clip_share", loss.clipped_sum, loss.count)
+    return loss.sum
+
+
+def _to(part: Experience, device: torch.device) -> Experience:
+    return Experience(**{name: value.to(device) for name, value in vars(part).items()})

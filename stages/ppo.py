@@ -1,0 +1,359 @@
+"""Stage 3, PPO: sample, score, update; answer held-out prompts every few iterations and keep the best policy.
+
+Llama 2, §3.4.2; what was not published is marked in rlhf/config.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf import artifacts, checkpoint, lineage, ranks
+from rlhf.algorithms.kl import adaptive_beta
+from rlhf.artifacts import Artifact
+from rlhf.batches import PromptBatch, rows
+from rlhf.chat import decode_answer
+from rlhf.config import RunConfig
+from rlhf.data import prompt_batch
+from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
+from rlhf.errors import UserError
+from rlhf.evaluation.held_out import Answers, answer_held_out
+from rlhf.evaluation.policy_report import policy_report
+from rlhf.experience import make_experience
+from rlhf.models import add_lora, load_causal, load_scalar, load_tokenizer, resolve, save_causal
+from rlhf.policy import PolicyModel
+from rlhf.runtime import StageContext
+from rlhf.sampling import InProcessSampler
+from rlhf.scoring import read_rollout
+from rlhf.update import update
+
+
+@dataclass(frozen=True)
+class Models:
+    policy: Engine
+    reference: Engine
+    critic: Engine
+    rewards: dict[str, Engine]
+    sampler: InProcessSampler
+    tokenizer: Any
+
+
+def main(config: RunConfig, context: StageContext) -> Artifact:
+    """Trains the policy and returns the artifact of the iteration with the best held-out reward."""
+    ppo = config.ppo
+    data = lineage.stage_data(config, context.stage)
+    prompts = data["prompts"]
+    for_choice, for_report = split_held_out(prompts.held_out, ppo.eval_prompts)
+    models = open_models(config, context)
+    judge = Judge(config, context, models)
+    state = checkpoint.restore(context.checkpoint_folder, _engines(models)) or {
+        "iteration": 0,
+        "beta": ppo.beta,
+        "best": None,
+        "best_iteration": 0,
+        "since_best": 0,
+    }
+    if state["best"] is None:
+        _sync(models)
+        state["best"] = judge.reward(for_choice, 0)
+        _keep_best(config, context, models)
+
+    while state["iteration"] < ppo.iterations and state["since_best"] < ppo.patience:
+        state["iteration"] += 1
+        figures = iterate(config, context, models, prompts.train, state)
+        if state["iteration"] % ppo.eval_every == 0 or state["iteration"] == ppo.iterations:
+            _sync(models)
+            reward = judge.reward(for_choice, state["iteration"])
+            state["since_best"] += 1
+            if reward > state["best"]:
+                state |= {"best": reward, "best_iteration": state["iteration"], "since_best": 0}
+                _keep_best(config, context, models)
+        context.tracker.metrics(figures, step=state["iteration"])
+        shown = {"reward": figures["ppo/reward"], "kl": figures["ppo/kl"]}
+        context.progress.update(state["iteration"], ppo.iterations, **shown)
+        if state["iteration"] % ppo.checkpoint_every == 0:
+            checkpoint.save(context.checkpoint_folder, state["iteration"], _engines(models), state)
+    return finish(config, context, models, judge, for_report, state, lineage.parents(data, context.inputs))
+
+
+def iterate(
+    config: RunConfig, context: StageContext, models: Models, prompts: Sequence[Any], state: dict[str, Any]
+) -> dict[str, float]:
+    """One iteration: sample → score → experience → update."""
+    ppo, clock, iteration = config.ppo, Clock(), state["iteration"]
+    with clock("sync"):
+        bytes_moved = _sync(models)
+    with clock("sampling"):
+        batch = draw_prompts(models.tokenizer, prompts, config, iteration)
+        mine = rows(batch, ranks.share(ppo.batch_size, context.rank, context.world_size))
+        rollout = models.sampler.sample(_to(mine, context.device), ppo.sampling, config.seed, iteration)
+    with clock("scoring"):
+        scores = read_rollout(
+            rollout,
+            models.policy,
+            models.reference,
+            models.critic,
+            models.rewards[ppo.helpfulness_model],
+            models.rewards[ppo.safety_model],
+            ppo.sampling.temperature,
+            ppo.micro_batch_size,
+        )
+        rollout, scores = ranks.gather_rows(_to(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
+    experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
+    if context.is_writer and iteration % ppo.eval_every == 1:
+        _log_samples(context, models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
+    with clock("update"):
+        figures |= update(
+            models.policy,
+            models.critic,
+            experience,
+            ppo,
+            config.seed,
+            iteration,
+            context.rank,
+            context.world_size,
+        )
+    figures["ppo/beta"] = state["beta"]
+    if ppo.kl_target is not None:
+        state["beta"] = adaptive_beta(
+            state["beta"], figures["ppo/kl"], ppo.kl_target.target, ppo.kl_target.horizon, ppo.batch_size
+        )
+    tokens = float(rollout.response_mask_BR.sum())
+    return (
+        figures
+        | clock.figures()
+        | {
+            "perf/sampled_tokens_per_second": tokens / max(clock.seconds["sampling"], 1e-9),
+            "perf/sync_bytes": float(bytes_moved),
+        }
+    )
+
+
+def open_models(config: RunConfig, context: StageContext) -> Models:
+    """Policy and critic learn; reference and reward models are frozen; all are sharded, the sampler holds a full copy."""
+    ppo, hardware = config.ppo, config.hardware
+    sft = context.inputs["sft"].path
+    steps = ppo.iterations * ppo.epochs * (ppo.batch_size // ppo.minibatch_size)
+    names = dict.fromkeys([ppo.helpfulness_model, ppo.safety_model])
+    reward_paths = {name: context.inputs[f"reward/{name}"].path for name in names}
+
+    def engine(module: torch.nn.Module, optim: Any = None) -> Engine:
+        return open_engine(module.to(context.device), optim, steps, hardware, context.local)
+
+    def causal() -> torch.nn.Module:
+        return load_causal(sft, attention=config.model.attention)
+
+    with sharded_loading(hardware, context.local):
+        policy, reference, critic = causal(), causal(), load_scalar(reward_paths[ppo.helpfulness_model])
+        rewards = {name: load_scalar(path) for name, path in reward_paths.items()}
+    sampled = causal()
+    if config.model.lora is not None:
+        torch.manual_seed(config.seed)
+        policy = add_lora(policy, config.model.lora, "causal", config.seed)
+        sampled = add_lora(sampled, config.model.lora, "causal", config.seed)
+    tokenizer = load_tokenizer(sft)
+    return Models(
+        policy=engine(PolicyModel(policy), ppo.optim),
+        reference=engine(PolicyModel(reference)),
+        critic=engine(critic, ppo.critic_optim),
+        rewards={name: engine(module) for name, module in rewards.items()},
+        sampler=InProcessSampler(
+            sampled.to(context.device), tokenizer.eos_token_id, tokenizer.pad_token_id, hardware.precision
+        ),
+        tokenizer=tokenizer,
+    )
+
+
+def split_held_out(prompts: Sequence[Any], for_choice: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Prompts that choose the best iteration, and others for the report: a maximum must not be its own witness."""
+    if len(prompts) <= for_choice:
+        raise UserError(
+            f"ppo.eval_prompts is {for_choice}, but only {len(prompts)} prompts are held out; "
+            "the report needs some that did not choose the policy. Lower ppo.eval_prompts or hold out more.",
+            3,
+        )
+    return prompts[:for_choice], prompts[for_choice:]
+
+
+def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
+    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set."""
+    size, ids = config.ppo.batch_size, []
+    for draw in range((iteration - 1) * size, iteration * size):
+        epoch, place = divmod(draw, len(prompts))
+        if not ids or place == 0:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(prompts), generator=generator).tolist()
+        ids.append(order[place])
+    return prompt_batch(tokenizer, [prompts[i] for i in ids], ids, config.ppo.max_prompt_length)
+
+
+class Judge:
+    """Held-out evaluation of whatever the sampler holds."""
+
+    def __init__(self, config: RunConfig, context: StageContext, models: Models) -> None:
+        self.config, self.context, self.models = config, context, models
+
+    def answers(self, prompts: Sequence[Any], sampler: InProcessSampler | None = None) -> Answers:
+        models = self.models
+        return answer_held_out(
+            self.config,
+            sampler or models.sampler,
+            models.tokenizer,
+            prompts,
+            models.rewards,
+            models.reference,
+            self.context.device,
+            _gold_scorer(self.config),
+        )
+
+    def reward(self, prompts: Sequence[Any], iteration: int) -> float:
+        """Mean over prompts of the reward that PPO maximises; all figures go to the tracker under eval/."""
+        answers = self.answers(prompts)
+        report = policy_report(answers.texts, answers.scores, answers.finished, answers.lengths)
+        figures = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
+        helpful = answers.scores[f"reward.{self.config.ppo.helpfulness_model}"]
+        safety = answers.scores[f"reward.{self.config.ppo.safety_model}"]
+        chosen = [s if p.tag == "safety" else h for p, h, s in zip(prompts, helpful, safety, strict=True)]
+        figures["eval/reward"] = sum(chosen) / len(chosen)
+        figures["eval/kl"] = sum(answers.kl) / len(answers.kl)
+        self.context.tracker.metrics(figures, step=iteration)
+        return figures["eval/reward"]
+
+
+def finish(
+    config: RunConfig,
+    context: StageContext,
+    models: Models,
+    judge: Judge,
+    prompts: Sequence[Any],
+    state: dict[str, Any],
+    parents: dict[str, str],
+) -> Artifact:
+    """Reports base, SFT and best policy on the prompts that chose nothing, and seals the artifact."""
+    best = context.checkpoint_folder / "best"
+    answers = {}
+    for name, path in (("base", resolve(config)), ("sft", context.inputs["sft"].path), ("ppo", best)):
+        model = load_causal(path, attention=config.model.attention).to(context.device)
+        sampler = InProcessSampler(
+            model, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id, config.hardware.precision
+        )
+        answers[name] = judge.answers(prompts, sampler)
+    metrics = {
+        "held_out": {name: _report(a) for name, a in answers.items()},
+        "kl": sum(answers["ppo"].kl) / len(prompts),
+        "iterations": state["iteration"],
+        "best_iteration": state["best_iteration"],
+        "samples": _before_and_after(prompts, answers),
+    }
+    folder = context.artifact_folder
+    if context.is_writer:
+        artifacts.begin(folder)
+        shutil.copytree(best, folder, dirs_exist_ok=True)
+        context.tracker.table("held_out_answers", metrics["samples"])
+        artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
+        shutil.rmtree(context.checkpoint_folder)
+    ranks.barrier()
+    return artifacts.load(folder)
+
+
+def _sync(models: Models) -> int:
+    """The sampler's copy becomes the policy of this moment; returns the bytes moved."""
+    changed = full_parameters(models.policy.module, trainable_only=True)
+    return models.sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in changed)
+
+
+def _keep_best(config: RunConfig, context: StageContext, models: Models) -> None:
+    """Saves policy and critic as ordinary folders under checkpoints/best; the older best goes when this one is whole."""
+    policy = full_state(models.policy.module, keep=context.is_writer)
+    critic = full_state(models.critic.module, keep=context.is_writer)
+    if context.is_writer:
+        best = context.checkpoint_folder / "best"
+        partial = best.with_name("best.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        causal = load_causal(context.inputs["sft"].path)
+        if config.model.lora is not None:
+            causal = add_lora(causal, config.model.lora, "causal", config.seed)
+        state = {name.removeprefix("causal."): tensor for name, tensor in policy.items()}
+        save_causal(causal, partial, models.tokenizer, state)
+        whole_critic = load_scalar(context.inputs[f"reward/{config.ppo.helpfulness_model}"].path)
+        whole_critic.save(partial / "critic", models.tokenizer, critic)
+        shutil.rmtree(best, ignore_errors=True)
+        partial.rename(best)
+    ranks.barrier()
+
+
+def _engines(models: Models) -> dict[str, Engine]:
+    return {"policy": models.policy, "critic": models.critic}
+
+
+def _gold_scorer(config: RunConfig) -> Callable[[str, str], float] | None:
+    if config.data.gold == "none":
+        return None
+    from reward_data.gold import gold_score
+
+    return gold_score
+
+
+def _report(answers: Answers) -> dict[str, Any]:
+    report = policy_report(answers.texts, answers.scores, answers.finished, answers.lengths)
+    return {name: estimate.as_dict() for name, estimate in report.items()}
+
+
+def _before_and_after(prompts: Sequence[Any], answers: dict[str, Answers], count: int = 10) -> list[dict[str, Any]]:
+    rows_ = []
+    for i, prompt in enumerate(prompts[:count]):
+        row: dict[str, Any] = {"prompt": prompt.messages[-1].content}
+        for name in ("sft", "ppo"):
+            row[name] = answers[name].texts[i]
+            row |= {f"{key}_{name}": values[i] for key, values in answers[name].scores.items()}
+        rows_.append(row)
+    return rows_
+
+
+def _log_samples(context: StageContext, tokenizer: Any, rollout: Any, scores: Any, count: int, iteration: int) -> None:
+    R = rollout.response_mask_BR.shape[1]
+    table = []
+    for i in range(min(count, len(rollout.tokens_BT))):
+        prompt = rollout.tokens_BT[i, :-R][rollout.mask_BT[i, :-R]].tolist()
+        answer = rollout.tokens_BT[i, -R:][rollout.response_mask_BR[i]].tolist()
+        table.append(
+            {
+                "iteration": iteration,
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "answer": decode_answer(tokenizer, answer),
+                "helpful": float(scores.helpful_B[i]),
+                "safety": float(scores.safety_B[i]),
+            }
+        )
+    context.tracker.table("samples", table)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return type(batch)(**{name: value.to(device) for name, value in vars(batch).items()})
+
+
+class Clock:
+    """Seconds per phase of one iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def figures(self) -> dict[str, float]:
+        total = time.perf_counter() - self.started
+        rest = total - sum(self.seconds.values())
+        phases = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
+        return phases | {"perf/seconds_other": rest, "perf/seconds_iteration": total}

@@ -1,0 +1,187 @@
+"""Stage 2, one reward model on preference pairs, on TRL: ranking loss with margins, float32 head, centred on SFT answers.
+
+Llama 2, §3.2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import RewardConfig as TRLConfig
+from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from reward_data import Preference, normalised_prompt
+from rlhf import artifacts, lineage, ranks
+from rlhf.algorithms.losses import safety_loss
+from rlhf.artifacts import Artifact
+from rlhf.chat import encode_answer
+from rlhf.config import RunConfig
+from rlhf.data import encode_demonstrations, encode_preferences, mix_preferences, pad
+from rlhf.engine import full_state, sharded_loading
+from rlhf.evaluation.reward_report import reward_report
+from rlhf.hf_trainer import OwnOptimizer, Reporter, last_checkpoint, quieten, report, steps_of, trainer_arguments
+from rlhf.models import ScalarModel, add_lora, check_length, last_value, load_scalar, load_tokenizer
+from rlhf.runtime import StageContext
+
+
+class PairScorer(nn.Module):
+    """A ScalarModel with the face that TRL's RewardTrainer expects of a classifier."""
+
+    def __init__(self, scalar: ScalarModel) -> None:
+        super().__init__()
+        self.scalar = scalar
+        self.config = scalar.config
+        self.config.num_labels = 1
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+        scores_B = last_value(self.scalar(input_ids, attention_mask.bool()), attention_mask.bool())
+        return SequenceClassifierOutput(logits=scores_B[:, None])
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        self.scalar.trunk.gradient_checkpointing_enable(**settings)
+
+    def add_model_tags(self, tags: Any) -> None:
+        """TRL's tags are not for our artifacts."""
+
+
+class Collator(DataCollatorForPreference):
+    """Pairs as TRL batches them, and whether each side is safe: 1, 0, or -1 where nobody said."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        sides = [e["chosen_is_safe"] for e in examples] + [e["rejected_is_safe"] for e in examples]
+        return super().torch_call(examples) | {"is_safe": torch.tensor(sides)}
+
+
+class Trainer(OwnOptimizer, RewardTrainer):
+    safety_loss_weight: float
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """L_rank + λ · BCE(σ(r), is_safe) on both sides."""
+        is_safe_B = inputs.pop("is_safe")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self.safety_loss_weight:
+            total, count = safety_loss(outputs.logits[:, 0], is_safe_B.float(), is_safe_B >= 0)
+            loss = loss + self.safety_loss_weight * total / count.clamp(min=1)
+        return (loss, outputs) if return_outputs else loss
+
+
+def main(config: RunConfig, context: StageContext) -> Artifact:
+    """Trains the reward model that `context.stage` names; the artifact is an ordinary one-label classifier folder."""
+    quieten()
+    reward, settings = config.reward, config.reward.models[context.stage.split("/")[1]]
+    sft = context.inputs["sft"].path
+    tokenizer = load_tokenizer(sft)
+    data = lineage.stage_data(config, context.stage)
+    preferences = mix_preferences(data["preferences"].train, settings, config.seed)
+    train = encode_preferences(tokenizer, preferences, reward.margin, reward.max_length)
+    held_out = HeldOut(tokenizer, data["preferences"].held_out, settings.own_tag, reward.max_length)
+
+    arguments = trainer_arguments(config, reward, context, len(train))
+    with sharded_loading(config.hardware, context.local):
+        model = load_scalar(sft, attention=config.model.attention)
+    check_length(model.config, reward.max_length)
+    if config.model.lora is not None:
+        model = add_lora(model, config.model.lora, "scalar", config.seed)
+    trainer = Trainer(
+        model=PairScorer(model),  # type: ignore[arg-type]
+        args=TRLConfig(**arguments, max_length=None, disable_dropout=True),
+        train_dataset=Dataset.from_list(train),
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer.pad_token_id),
+    )
+    trainer.optim, trainer.safety_loss_weight = reward.optim, settings.safety_loss_weight
+
+    def score(rows: Sequence[Sequence[int]]) -> list[float]:
+        return score_all(trainer.model, rows, config, context, tokenizer.pad_token_id)
+
+    def measure() -> dict[str, float]:
+        return {"reward/held_out_accuracy": held_out.report(score)["accuracy"]["value"]}
+
+    names = {"loss": "reward/loss", "accuracy": "reward/accuracy", "margin": "reward/margin"}
+    names |= {"mean_reward": "reward/mean", "grad_norm": "reward/grad_norm", "learning_rate": "reward/lr"}
+    report(trainer, Reporter(context, names, "reward/accuracy", reward.evals, measure))
+    trainer.train(resume_from_checkpoint=last_checkpoint(context.checkpoint_folder))
+
+    demonstrations = [*data["demonstrations"].held_out, *data["demonstrations"].train][: reward.center_rows]
+    answers = encode_demonstrations(tokenizer, demonstrations, reward.max_length)
+    scores = score([row["input_ids"] for row in answers])
+    metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps_of(reward, len(train))}
+    return _seal(config, context, trainer.model, tokenizer, lineage.parents(data, context.inputs), metrics)
+
+
+class HeldOut:
+    """Held-out pairs that fit into the length, and the report on them."""
+
+    def __init__(self, tokenizer: Any, rows: Sequence[Preference], own_tag: str, max_length: int) -> None:
+        encoded = [[encode_answer(tokenizer, r.prompt, side) for side in (r.chosen, r.rejected)] for r in rows]
+        fitting = [(r, *sides) for r, sides in zip(rows, encoded, strict=True) if max(map(len, sides)) <= max_length]
+        self.rows, self.chosen, self.rejected = zip(*fitting, strict=True)
+        self.own_tag = own_tag
+
+    def report(self, score: Callable[[Sequence[Sequence[int]]], list[float]]) -> dict[str, Any]:
+        """The report on pairs of the model's own tag, and `by_tag` on all of them."""
+        scores = score([*self.chosen, *self.rejected])
+        chosen, rejected = scores[: len(self.rows)], scores[len(self.rows) :]
+
+        def on(indices: Sequence[int]) -> dict[str, Any]:
+            return reward_report(
+                chosen_scores=[chosen[i] for i in indices],
+                rejected_scores=[rejected[i] for i in indices],
+                ratings=[self.rows[i].rating for i in indices],
+                tags=[self.rows[i].tag for i in indices],
+                prompts=[normalised_prompt(self.rows[i].prompt) for i in indices],
+                chosen_lengths=[len(self.chosen[i]) for i in indices],
+                rejected_lengths=[len(self.rejected[i]) for i in indices],
+            )
+
+        own = [i for i, row in enumerate(self.rows) if row.tag == self.own_tag]
+        everything = on(range(len(self.rows)))
+        return (on(own) if own else everything) | {"by_tag": everything["by_tag"]}
+
+
+@torch.no_grad()
+def score_all(
+    model: nn.Module, rows: Sequence[Sequence[int]], config: RunConfig, context: StageContext, pad_id: int
+) -> list[float]:
+    """The raw score of every row, on every rank; each rank reads its share, long rows together."""
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    mine = [rows[order[i]] for i in ranks.even_share(len(rows))]
+    scores: list[float] = []
+    for start in range(0, len(mine), config.reward.micro_batch_size):
+        tokens_BT, mask_BT = pad(mine[start : start + config.reward.micro_batch_size], pad_id)
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=config.hardware.precision == "bf16"):
+            out = model(input_ids=tokens_BT.to(context.device), attention_mask=mask_BT.to(context.device))
+        scores += out.logits[:, 0].float().tolist()
+    model.train(was_training)
+    by_place = dict(zip(order, ranks.join_shares(scores, len(rows)), strict=True))
+    return [by_place[i] for i in range(len(rows))]
+
+
+def _seal(
+    config: RunConfig,
+    context: StageContext,
+    model: nn.Module,
+    tokenizer: Any,
+    parents: dict[str, str],
+    metrics: dict[str, Any],
+) -> Artifact:
+    state = full_state(model, keep=context.is_writer)
+    folder = context.artifact_folder
+    if context.is_writer:
+        artifacts.begin(folder)
+        whole = load_scalar(context.inputs["sft"].path)
+        if config.model.lora is not None:
+            whole = add_lora(whole, config.model.lora, "scalar", config.seed)
+        whole.offset = metrics["offset"]
+        whole.save(folder, tokenizer, {name.removeprefix("scalar."): tensor for name, tensor in state.items()})
+        artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
+    ranks.barrier()
+    return artifacts.load(folder)

@@ -1,0 +1,153 @@
+"""Stage 1, supervised fine-tuning on TRL: Llama-2 chat encoding, loss on answers alone, packing, held-out loss.
+
+Llama 2, §3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from trl import SFTConfig as TRLConfig
+from trl import SFTTrainer
+from trl.data_utils import pack_dataset
+
+from rlhf import artifacts, lineage, ranks
+from rlhf.algorithms.logprobs import logprobs_from_logits
+from rlhf.algorithms.masked import masked_sum
+from rlhf.artifacts import Artifact
+from rlhf.config import RunConfig, SFTConfig
+from rlhf.data import encode_demonstrations
+from rlhf.engine import full_state, sharded_loading
+from rlhf.hf_trainer import (
+    OwnOptimizer,
+    Reporter,
+    last_checkpoint,
+    quieten,
+    report,
+    steps_of,
+    trainer_arguments,
+)
+from rlhf.metrics import Means
+from rlhf.models import add_lora, check_length, load_causal, load_tokenizer, resolve, save_causal
+from rlhf.runtime import StageContext
+
+IGNORED = -100  # the label of tokens without loss, as transformers has it
+
+
+class Trainer(OwnOptimizer, SFTTrainer):
+    pass
+
+
+def main(config: RunConfig, context: StageContext) -> Artifact:
+    """Fine-tunes the base model on demonstrations; the artifact is an ordinary causal model folder."""
+    quieten()
+    base = resolve(config)
+    tokenizer = load_tokenizer(base)
+    roles = lineage.stage_data(config, context.stage)
+    data = roles["demonstrations"]
+    train = _labelled(encode_demonstrations(tokenizer, data.train, config.sft.max_length))
+    held_out = _labelled(encode_demonstrations(tokenizer, data.held_out, config.sft.max_length))
+
+    batches = pack(train, config.sft)
+    arguments = trainer_arguments(config, config.sft, context, len(batches))
+    with sharded_loading(config.hardware, context.local):
+        model = load_causal(base, attention=config.model.attention)
+    check_length(model.config, config.sft.max_length)
+    if config.model.lora is not None:
+        model = add_lora(model, config.model.lora, "causal", config.seed)
+    trainer = Trainer(
+        model=model,
+        args=TRLConfig(
+            **arguments,
+            max_length=None,
+            padding_free=config.sft.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=batches,
+        processing_class=tokenizer,
+    )
+    trainer.optim = config.sft.optim
+
+    def measure() -> dict[str, float]:
+        return {"sft/held_out_loss": held_out_loss(trainer.model, held_out, config, context, tokenizer.pad_token_id)}
+
+    names = {"loss": "sft/loss", "grad_norm": "sft/grad_norm", "learning_rate": "sft/lr"}
+    report(trainer, Reporter(context, names, "sft/loss", config.sft.evals, measure))
+    trainer.train(resume_from_checkpoint=last_checkpoint(context.checkpoint_folder))
+
+    metrics = measure() | {"steps": steps_of(config.sft, len(batches)), "sequences": len(train)}
+    return _seal(config, context, trainer.model, tokenizer, lineage.parents(roles, context.inputs), metrics)
+
+
+def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
+    """Sequences packed to `max_length`, with their lengths, so that none sees another; as they are without packing."""
+    dataset = Dataset.from_list(list(rows))
+    if not settings.packing:
+        return dataset
+    return pack_dataset(dataset, settings.max_length, strategy="bfd")
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, rows: Sequence[dict[str, list[int]]], config: RunConfig, context: StageContext, pad_id: int
+) -> float:
+    """-log p per answer token in nats, over all held-out answer tokens of all ranks."""
+    was_training = model.training
+    model.eval()
+    means = Means()
+    mine = [rows[i] for i in ranks.even_share(len(rows))]
+    for start in range(0, len(mine), config.sft.micro_batch_size):
+        part = mine[start : start + config.sft.micro_batch_size]
+        tokens_BT = _padded([r["input_ids"] for r in part], pad_id).to(context.device)
+        labels_BT = _padded([r["labels"] for r in part], IGNORED).to(context.device)
+        mask_BT = _padded([[1] * len(r["input_ids"]) for r in part], 0).to(context.device)
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=config.hardware.precision == "bf16"):
+            logits_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).logits
+        answer_BT = labels_BT[:, 1:] != IGNORED
+        logprobs_BT = logprobs_from_logits(logits_BTV[:, :-1], labels_BT[:, 1:].clamp(min=0))
+        means.add("loss", -masked_sum(logprobs_BT, answer_BT), answer_BT.sum())
+    model.train(was_training)
+    return means.reduce()["loss"]
+
+
+def _seal(
+    config: RunConfig,
+    context: StageContext,
+    model: nn.Module,
+    tokenizer: Any,
+    parents: dict[str, str],
+    metrics: dict[str, Any],
+) -> Artifact:
+    state = full_state(model, keep=context.is_writer)
+    folder = context.artifact_folder
+    if context.is_writer:
+        artifacts.begin(folder)
+        whole = load_causal(resolve(config))
+        if config.model.lora is not None:
+            whole = add_lora(whole, config.model.lora, "causal", config.seed)
+        save_causal(whole, folder, tokenizer, state)
+        artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
+    ranks.barrier()
+    return artifacts.load(folder)
+
+
+def _labelled(rows: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    return [
+        {
+            "input_ids": row["input_ids"],
+            "labels": [
+                token if answer else IGNORED
+                for token, answer in zip(row["input_ids"], row["assistant_masks"], strict=True)
+            ],
+        }
+        for row in rows
+    ]
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
