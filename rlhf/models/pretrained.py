@@ -147,7 +147,7 @@ def load_complete(auto_class: Any, folder: Path, dtype: torch.dtype, attention: 
         raise UserError(f"cannot load a model from {folder}: {error}", 4) from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(f"the checkpoint in {folder} lacks {len(missing)} weights, the first is {missing[0]}", 4)
+        raise UserError(f"the checkpoint in {folder} lacks weights: {missing[0]} ({len(missing)} in all)", 4)
     return model
 
 

@@ -1,0 +1,192 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.data import pad
+from rlhf.errors import UserError
+from rlhf.models import check_length, find_model, hidden_states, lm_head, load_causal, load_tokenizer, save_causal
+
+
+def word_tokenizer(words, **special):
+    backend = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def gpt2(folder, tokenizer, **settings):
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=32, **settings)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("special", "pad"),
+    [
+        ({"pad_token": "<pad>"}, "<pad>"),
+        ({"pad_token": "</s>"}, "<unk>"),
+        ({}, "<unk>"),
+        ({"pad_token": "</s>", "extra_special_tokens": ["<reserved_0>", "<|pad|>"]}, "<|pad|>"),
+    ],
+)
+def test_pad_is_a_spare_token_and_never_eos(tmp_path, special, pad):
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<reserved_0>", "<|pad|>", "hi"]
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | special
+    gpt2(tmp_path, word_tokenizer(words, **special))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token == pad
+    assert len(loaded) == len(words)
+
+
+@pytest.fixture
+def without_spare_token(tmp_path):
+    """Like GPT-2: one special token does everything."""
+    end = {"unk_token": "<end>", "bos_token": "<end>", "eos_token": "<end>"}
+    return gpt2(tmp_path, word_tokenizer(["<end>", "hi", "yo"], **end))
+
+
+def test_pad_is_added_where_no_token_is_spare(without_spare_token):
+    tokenizer = load_tokenizer(without_spare_token)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 3)
+
+
+def test_model_grows_with_an_added_pad_and_says_the_same(without_spare_token):
+    tokens = torch.tensor([[0, 1, 2, 1]])
+    plain = AutoModelForCausalLM.from_pretrained(without_spare_token).eval()(tokens).logits
+    grown = load_causal(without_spare_token)
+    assert grown.config.pad_token_id == 3
+    torch.testing.assert_close(grown(tokens).logits[..., :3], plain)
+    again = load_causal(without_spare_token)
+    torch.testing.assert_close(again.get_input_embeddings().weight, grown.get_input_embeddings().weight)
+
+
+def test_tokenizer_without_eos_is_refused(tmp_path):
+    gpt2(tmp_path, word_tokenizer(["<unk>", "hi"], unk_token="<unk>"))
+    with pytest.raises(UserError, match="no EOS") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.exit_code == 4
+
+
+def test_dropout_is_off_even_in_training_mode(tmp_path):
+    words = ["<unk>", "</s>", "hi"]
+    folder = gpt2(tmp_path, word_tokenizer(words, unk_token="<unk>", eos_token="</s>"), resid_pdrop=0.5, attn_pdrop=0.5)
+    model = load_causal(folder).train()
+    tokens = torch.tensor([[1, 2, 2]])
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_eos_embedding_learns_though_the_checkpoint_says_pad_is_eos(causal_folder, tmp_path):
+    folder = shutil.copytree(causal_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    eos = config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": eos}))
+    model = load_causal(folder)
+    model(torch.tensor([[5, eos, 6]])).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad[eos].abs().sum() > 0
+
+
+def test_positions_come_from_the_mask(causal_folder, sequences, tokenizer):
+    """Each row alone, without padding and by plain transformers, is the oracle."""
+    model = load_causal(causal_folder)
+    plain = AutoModelForCausalLM.from_pretrained(causal_folder)
+    for left in (False, True):
+        tokens, mask = pad(sequences, tokenizer.pad_token_id, left=left)
+        hidden = hidden_states(model, tokens, mask)
+        for row, sequence in enumerate(sequences):
+            expected = plain.model(torch.tensor([sequence])).last_hidden_state[0]
+            torch.testing.assert_close(hidden[row][mask[row]], expected, atol=1e-5, rtol=0)
+
+
+def test_lm_head_on_hidden_states_gives_the_logits(causal_folder):
+    model = load_causal(causal_folder)
+    tokens = torch.tensor([[5, 6, 7]])
+    hidden = hidden_states(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    torch.testing.assert_close(lm_head(model)(hidden), model(tokens).logits)
+
+
+def test_families_that_change_their_logits_are_refused():
+    config = Gemma2Config(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        lm_head(Gemma2ForCausalLM(config))
+
+
+def test_saved_model_is_an_ordinary_folder(causal_folder, tmp_path, tokenizer):
+    model = load_causal(causal_folder)
+    save_causal(model, tmp_path, tokenizer)
+    tokens = torch.tensor([[5, 6, 7]])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(plain(tokens).logits, model(tokens).logits)
+    assert plain.generation_config.pad_token_id == tokenizer.pad_token_id
+    turn = [{"role": "user", "content": "hi"}]
+    assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turn, tokenize=False) == "<s>[INST] hi [/INST]"
+
+
+def test_given_weights_are_saved_instead_of_the_models_own(causal_folder, tmp_path, tokenizer):
+    model = load_causal(causal_folder)
+    doubled = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    save_causal(model, tmp_path, tokenizer, doubled)
+    saved = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(saved, torch.full((32,), 2.0))
+
+
+def test_missing_weights_are_never_made_up(causal_folder, tmp_path):
+    folder = shutil.copytree(causal_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights: model\.layers\.1\.mlp\.up_proj.*1 in all") as error:
+        load_causal(folder)
+    assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_torn_files_are_one_message(causal_folder, tmp_path, file):
+    folder = shutil.copytree(causal_folder, tmp_path / "model")
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(UserError) as error:
+        load_causal(folder)
+    assert error.value.exit_code == 4
+    assert str(folder) in error.value.message
+
+
+def test_what_is_no_model_is_named_with_what_was_looked_for(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.gguf").touch()
+    for name, said in {
+        "absent": "there is no model folder",
+        "empty": "holds no config.json, but nothing",
+        "weights.gguf": "import-gguf",
+    }.items():
+        with pytest.raises(UserError, match=said) as error:
+            find_model(tmp_path / name)
+        assert error.value.exit_code == 4
+        assert str(tmp_path / name) in error.value.message
+
+
+def test_unknown_hub_name_tells_folder_and_hub():
+    with pytest.raises(UserError, match="no model 'owner/absent'.*the hub gave none"):
+        find_model("owner/absent")
+
+
+def test_lengths_beyond_the_models_positions_are_refused():
+    config = LlamaConfig(max_position_embeddings=64)
+    check_length(config, 64)
+    with pytest.raises(UserError, match="65 tokens.*64 positions"):
+        check_length(config, 65)
