@@ -1,0 +1,168 @@
+"""`rlhf chat`: talk with a model in the terminal; its answer appears as it is sampled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from launch.model_folder import model_folder
+from reward_data import Message
+from rlhf.chat import encode_prompt
+from rlhf.errors import UserError
+from rlhf.models import load_causal, load_tokenizer
+
+HELP = "/reset forgets the dialogue, /system TEXT sets the system text, /exit leaves; Ctrl-C stops an answer"
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders give for a character of which bytes are missing
+
+
+@dataclass
+class Dialogue:
+    system: str = ""
+    turns: list[Message] = field(default_factory=list)
+
+    def asking(self, text: str) -> list[Message]:
+        """The messages that the model reads when `text` is said next."""
+        opening = [Message("system", self.system)] if self.system else []
+        return [*opening, *self.turns, Message("user", text)]
+
+    def keep(self, text: str, answer: str) -> None:
+        """An exchange without an answer leaves no trace: no format holds an empty one."""
+        if answer:
+            self.turns += [Message("user", text), Message("assistant", answer)]
+
+
+class TextStream:
+    """Text of token ids, piece by piece: whole characters only, and no space that might be the last."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self.text = ""
+
+    def push(self, token: int) -> str:
+        """What `token` makes certain."""
+        self._ids.append(token)
+        return self._grow(self._decoded().rstrip(UNFINISHED).rstrip())
+
+    def finish(self) -> str:
+        """The rest, with whatever half character the ids ended in."""
+        return self._grow(self._decoded().rstrip())
+
+    def _decoded(self) -> str:
+        decode = self._tokenizer.decode
+        return decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip()
+
+    def _grow(self, text: str) -> str:
+        new = text[len(self.text) :]
+        self.text += new
+        return new
+
+
+def chat(model: str, temperature: float, max_new_tokens: int, lines: TextIO | None = None) -> None:
+    """Answer the lines of `lines` (default: the terminal or whatever stdin is) until they end or one says /exit."""
+    folder = model_folder(model)
+    tokenizer = load_tokenizer(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    causal = load_causal(folder, dtype=dtype).eval()
+    causal.to(device)  # type: ignore[arg-type]
+    dialogue = Dialogue()
+    source: TextIO = lines or sys.stdin
+    for text in _asked(source):
+        if text == "/exit":
+            return
+        if text.startswith("/"):
+            print(command(dialogue, text))
+            continue
+        try:
+            ids = encode_prompt(tokenizer, dialogue.asking(text))
+            room = min(max_new_tokens, _room(causal, len(ids)))
+        except UserError as error:
+            print(f"error: {error.message}", file=sys.stderr)
+            continue
+        answer = sample(causal, ids, tokenizer.eos_token_id, temperature, room)
+        dialogue.keep(text, say(answer, tokenizer, stoppable=source.isatty()))
+
+
+def command(dialogue: Dialogue, text: str) -> str:
+    """Obey a line that starts with a slash; what to tell the person."""
+    name, _, rest = text.partition(" ")
+    if name == "/reset":
+        dialogue.turns.clear()
+        return "the dialogue is forgotten"
+    if name == "/system":
+        dialogue.system = rest.strip()
+        dialogue.turns.clear()
+        return f"a new dialogue, {'with this system text' if dialogue.system else 'without a system text'}"
+    return HELP
+
+
+def sample(model: Any, ids: list[int], eos: int, temperature: float, max_new_tokens: int) -> Iterator[int]:
+    """Token ids of an answer to the prompt `ids`, without the EOS that ends it."""
+    tokens_BT = torch.tensor([ids], device=model.device)
+    cache = None
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            output = model(tokens_BT, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        token = _draw(output.logits[0, -1], temperature)
+        if token == eos:
+            return
+        yield token
+        tokens_BT = torch.tensor([[token]], device=model.device)
+
+
+def _draw(logits_V: Tensor, temperature: float) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    return int(torch.multinomial((logits_V.float() / temperature).softmax(-1), 1))
+
+
+def say(tokens: Iterator[int], tokenizer: Any, stoppable: bool) -> str:
+    """Print the answer as it comes; Ctrl-C ends it if it is `stoppable`. Returns what was said."""
+    stream = TextStream(tokenizer)
+    try:
+        for token in tokens:
+            print(stream.push(token), end="", flush=True)
+    except KeyboardInterrupt:
+        if not stoppable:
+            raise
+        print(stream.finish(), "[stopped]")
+    else:
+        print(stream.finish())
+    return stream.text
+
+
+def _room(model: Any, length: int) -> int:
+    """How many tokens fit behind a prompt of `length` tokens."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length >= limit:
+        raise UserError(f"the dialogue has {length} tokens and the model holds {limit}; /reset starts a new one")
+    return sys.maxsize if limit is None else limit - length
+
+
+def _asked(lines: TextIO) -> Iterator[str]:
+    """What the person says, without blank lines. In a terminal there is a prompt, and Ctrl-D leaves."""
+    if not lines.isatty():
+        yield from (line.strip() for line in lines if line.strip())
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  line editing in input()
+    print(f"{HELP}; Ctrl-D leaves too")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print(f"\n{HELP}; Ctrl-D leaves too")
+            continue
+        if text:
+            yield text

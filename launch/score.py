@@ -1,0 +1,173 @@
+"""`rlhf score`: what a reward model says of pairs or completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import reward_data
+from launch.model_folder import model_folder
+from reward_data import DataError, Demonstration, Preference, prompt_of
+from rlhf import artifacts, chat
+from rlhf.data import pad
+from rlhf.errors import UserError
+from rlhf.evaluation.intervals import Estimate, bootstrap_mean, wilson
+from rlhf.models import ScalarModel, load_scalar, load_tokenizer
+
+Row = Preference | Demonstration
+
+
+@dataclass(frozen=True)
+class Text:
+    """One answer with its prompt, as the reward model reads it."""
+
+    row: int
+    ids: list[int]
+
+
+def score(
+    model: str, file: str, out: str, batch_size: int, precision: str, bad_rows: Literal["refuse", "skip"]
+) -> list[dict[str, Any]]:
+    """Score every answer in `file` with the reward model `model`, write one line per row to `out`, and print a summary.
+
+    Returns the lines. UserError (2, 3 or 4) for a place that cannot be written, bad data, and no reward model.
+    """
+    check_out(Path(out))
+    rows, refused = load_rows(file, bad_rows)
+    folder = model_folder(model)
+    tokenizer, scalar = load_tokenizer(folder), load_reward_model(folder)
+    texts, unfit = encode(tokenizer, rows, position_limit(scalar), bad_rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with Progress(*_columns(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("scoring", total=len(texts))
+        scores = score_texts(
+            scalar.to(device), tokenizer.pad_token_id, texts, batch_size, precision, lambda n: bar.advance(task, n)
+        )
+    lines = to_lines(rows, texts, scores)
+    artifacts.write_atomic(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for reason in [*refused, *unfit]:
+        Console(stderr=True).print(f"left out: {reason}", markup=False, highlight=False)
+    Console().print(table(summary(lines, [rows[line["row"]] for line in lines]), len(lines), out))
+    return lines
+
+
+def check_out(out: Path) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(
+            f"--out: {out} {'is a folder' if out.is_dir() else 'lies in no folder that exists'}; name a file"
+        )
+
+
+def load_rows(file: str, bad_rows: Literal["refuse", "skip"]) -> tuple[list[Row], list[str]]:
+    """Pairs if the file holds pairs, else prompts with one completion; and what was left out."""
+    try:
+        loaded = reward_data.load("preferences", file, bad_rows=bad_rows)
+    except DataError:  # the second reading says what is wrong with the file, if anything is
+        loaded = reward_data.load("demonstrations", file, bad_rows=bad_rows)
+    return loaded.rows, loaded.refused
+
+
+def load_reward_model(folder: Path) -> ScalarModel:
+    scalar = load_scalar(folder)
+    if not scalar.head.weight.any():
+        raise UserError(f"{folder} is no reward model: it has no trained score head", 4)
+    return scalar.eval()
+
+
+def position_limit(scalar: ScalarModel) -> int | None:
+    return getattr(scalar.config.get_text_config(), "max_position_embeddings", None)
+
+
+def encode(
+    tokenizer: Any, rows: Sequence[Row], limit: int | None, bad_rows: Literal["refuse", "skip"]
+) -> tuple[list[Text], list[str]]:
+    """The texts of each row, chosen before rejected. Rows that the format or the model cannot hold: see `bad_rows`."""
+    texts: list[Text] = []
+    unfit: list[str] = []
+    for number, row in enumerate(rows):
+        try:
+            encoded = [chat.encode_answer(tokenizer, prompt_of(row), answer) for answer in answers(row)]
+            longest = max(map(len, encoded))
+            if limit is not None and longest > limit:
+                raise UserError(f"{longest} tokens, and the model has {limit} positions", 3)
+            texts += [Text(number, ids) for ids in encoded]
+        except UserError as error:
+            unfit.append(f"{row.source}: {error.message}")
+    if unfit and (bad_rows == "refuse" or not texts):
+        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; mend them, or leave them out: --bad-rows skip)", 3)
+    return texts, unfit
+
+
+def answers(row: Row) -> tuple[str, ...]:
+    return (row.chosen, row.rejected) if isinstance(row, Preference) else (row.messages[-1].content,)
+
+
+def score_texts(
+    scalar: ScalarModel,
+    pad_id: int,
+    texts: Sequence[Text],
+    batch_size: int,
+    precision: str,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[float]:
+    """The score of each text. The longest go first: little padding, and too large a batch fails at once."""
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
+    scores = [0.0] * len(texts)
+    device = next(scalar.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            tokens_BT, mask_BT = pad([texts[i].ids for i in part], pad_id)
+            scores_B = scalar.score(tokens_BT.to(device), mask_BT.to(device))
+            for i, value in zip(part, scores_B.tolist(), strict=True):
+                scores[i] = value
+            advance(len(part))
+    return scores
+
+
+def to_lines(rows: Sequence[Row], texts: Sequence[Text], scores: Sequence[float]) -> list[dict[str, Any]]:
+    """A line per scored row, in the order of the file: `score`, or `chosen`, `rejected` and `margin`."""
+    by_row: dict[int, list[float]] = {}
+    for text, value in zip(texts, scores, strict=True):
+        by_row.setdefault(text.row, []).append(value)
+    lines = []
+    for row, values in by_row.items():
+        line: dict[str, Any] = {"row": row, "source": rows[row].source}
+        if len(values) == 2:
+            line |= {"chosen": values[0], "rejected": values[1], "margin": values[0] - values[1]}
+        else:
+            line |= {"score": values[0]}
+        lines.append(line)
+    return lines
+
+
+def summary(lines: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, Estimate]:
+    """Means, clustered by prompt, and for pairs the share in which the chosen answer wins; a tie counts half."""
+    prompts = [tuple((m.role, m.content) for m in prompt_of(row)) for row in rows]
+    names = [name for name in ("score", "chosen", "rejected", "margin") if name in lines[0]]
+    found = {f"mean {name}": bootstrap_mean([line[name] for line in lines], prompts) for name in names}
+    if "margin" in names:
+        wins = sum(1.0 if line["margin"] > 0 else 0.5 * (line["margin"] == 0) for line in lines)
+        found["accuracy"] = wilson(wins, len(lines))
+    return found
+
+
+def table(figures: dict[str, Estimate], rows: int, out: str) -> Table:
+    shown = Table(title=f"{rows} rows, scores in {out}", title_justify="left")
+    for column in ("", "value", "95 % interval"):
+        shown.add_column(column, justify="right" if column else "left")
+    for name, estimate in figures.items():
+        shown.add_row(name, f"{estimate.value:.3f}", f"{estimate.low:.3f} … {estimate.high:.3f}")
+    return shown
+
+
+def _columns() -> list[Any]:
+    return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
