@@ -70,8 +70,8 @@ def importance_weight(train_logprobs: Tensor, behaviour_logprobs: Tensor, cap: f
     Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training"): the sampler's engine rounds differently from the one that trains.
     """
-    log_ratio = keep(train_logprobs.detach(), mask) - keep(behaviour_logprobs, mask)
-    return keep(log_ratio.exp().clamp(max=cap), mask)
+    ratio = (train_logprobs.detach().float() - behaviour_logprobs.float()).exp()
+    return keep(ratio.clamp(max=cap), mask)
 
 
 def value_loss(values_BR: Tensor, old_values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor, clip: float) -> ValueLoss:

@@ -67,6 +67,11 @@ def test_on_the_first_minibatch_the_ratio_is_exactly_1():
     torch.testing.assert_close(new.grad, torch.where(MASK, -ADVANTAGES, 0.0), rtol=0, atol=0)
 
 
+def test_padding_does_not_hide_that_every_ratio_is_below_1():
+    loss = policy_loss(OLD - 0.5, OLD, ADVANTAGES, MASK, 0.2, ONES)
+    assert loss.ratio_max.item() == pytest.approx(math.exp(-0.5))
+
+
 @pytest.mark.parametrize(
     ("log_ratio", "advantage", "moves"),
     [(0.5, 1.0, False), (0.5, -1.0, True), (-0.5, 1.0, True), (-0.5, -1.0, False), (0.1, 1.0, True)],
@@ -126,6 +131,13 @@ def test_within_the_clip_the_value_gradient_is_the_error():
     values = torch.tensor([[1.0, 2.0, 9.0], [0.0, 9.0, 9.0]], requires_grad=True)
     value_loss(values, values.detach() + 0.1, torch.ones(2, 3), MASK, clip=0.2).sum.backward()
     torch.testing.assert_close(values.grad, torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]))
+
+
+def test_only_the_new_values_get_a_gradient():
+    inputs = [x.clone().requires_grad_() for x in (NEW, OLD, ADVANTAGES)]
+    values, old, returns = inputs
+    value_loss(values, old, returns, MASK, clip=0.2).sum.backward()
+    assert [x.grad is not None for x in inputs] == [True, False, False]
 
 
 # --- both -----------------------------------------------------------------------------------------------------------
@@ -260,5 +272,6 @@ def test_safety_loss_without_labels_is_attached_to_the_graph():
 
 
 def test_bfloat16_scores_are_compared_in_float32():
-    total, _ = ranking_loss(torch.tensor([8.0]).bfloat16(), torch.tensor([8.0]).bfloat16(), torch.tensor([1 / 3]))
-    assert total.item() == pytest.approx(math.log(1 + math.exp(1 / 3)), abs=1e-6)
+    chosen, rejected = torch.tensor([[8.0], [2**-7]]).bfloat16()  # their bfloat16 difference would be 8
+    total, _ = ranking_loss(chosen, rejected, torch.zeros(1))
+    assert total.item() == pytest.approx(math.log(1 + math.exp(-(8.0 - 2**-7))), rel=1e-4)

@@ -15,7 +15,7 @@ PAIRS = [
     (0.0, 1.0, "better", "helpful", "c", 5, 9),  # wrong, and prefers the longer one
     (1.0, 1.0, "unrated", "safety", "d", 5, 5),  # a tie of scores and of lengths
     (5.0, 1.0, "unrated", "safety", "e", 5, 9),  # right, and shorter
-    (0.0, 0.2, "better", "safety", "f", 9, 5),  # wrong, and prefers the shorter one
+    (0.0, 0.2, "better", "safety", "f", 5, 9),  # wrong, and prefers the longer one
 ]
 
 
@@ -47,8 +47,8 @@ def test_accuracy_by_tag():
 
 def test_the_longer_side_as_a_baseline():
     length = report()["length"]
-    assert length["chosen_is_longer"] == wilson(3.5, 6).as_dict()
-    assert length["model_prefers_longer"] == wilson(3, 5).as_dict()
+    assert length["chosen_is_longer"] == wilson(2.5, 6).as_dict()
+    assert length["model_prefers_longer"] == wilson(4, 5).as_dict()
 
 
 def test_without_unequal_lengths_there_is_no_preference_to_report():
