@@ -1,0 +1,203 @@
+"""The plots of the closing report. Matplotlib is imported at first use, and never opens a window.
+
+Lines are training, dots are held-out data; a colour means one policy or one reward model in every plot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+Points = Sequence[tuple[float, float]]
+Series = Mapping[str, Points]  # metric name -> (step, value), as rlhf.tracking.read_metrics gives them
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
+POLICIES = {"base": "#7f7f7f", "sft": "#0072b2", "ppo": "#d55e00"}
+MODELS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+HELD_OUT, REFERENCE = "#202020", "#a8a8a8"
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "grid.color": "#e8e8e8",
+    "font.size": 9.5,
+    "legend.frameon": False,
+}
+
+
+def drawn(draw: Callable[P, Figure]) -> Callable[P, bytes]:
+    """A function that draws a figure becomes one that returns it as PNG, in the style of this file."""
+
+    @wraps(draw)
+    def png(*arguments: P.args, **keywords: P.kwargs) -> bytes:
+        from matplotlib import rc_context
+
+        content = BytesIO()
+        with rc_context(STYLE):
+            draw(*arguments, **keywords).savefig(content, format="png", dpi=130)
+        return content.getvalue()
+
+    return png
+
+
+@drawn
+def sft(series: Series) -> Figure:
+    """Training and held-out loss."""
+    figure, (axes,) = _figure(1, 1)
+    _curve(axes, series.get("sft/loss", ()), POLICIES["sft"], "training")
+    _marks(axes, series.get("sft/held_out_loss", ()), HELD_OUT, "held out")
+    _label(axes, "SFT loss", "step", "nats per answer token")
+    _add_legend(figure)
+    return figure
+
+
+@drawn
+def reward_training(series_of: Mapping[str, Series]) -> Figure:
+    """Loss, and accuracy in training and on held-out pairs, of each reward model."""
+    figure, (loss, accuracy) = _figure(1, 2)
+    for (name, series), colour in zip(series_of.items(), _colours(series_of), strict=True):
+        _curve(loss, series.get("reward/loss", ()), colour, name)
+        _curve(accuracy, series.get("reward/accuracy", ()), colour, name)
+        _marks(accuracy, series.get("reward/held_out_accuracy", ()), colour, f"{name}, held out")
+    _label(loss, "Ranking loss", "step", "nats per pair")
+    _label(accuracy, "Accuracy", "step", "share of pairs")
+    _chance(accuracy)
+    _add_legend(figure)
+    return figure
+
+
+@drawn
+def reward_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Held-out accuracy by rating and calibration of each reward model, with 95 % intervals."""
+    figure, (by_rating, calibration) = _figure(1, 2)
+    groups = list(dict.fromkeys(rating for report in reports.values() for rating in report["by_rating"]))
+    columns = ["all", *groups]
+    width = 0.8 / len(reports)
+    for number, ((name, report), colour) in enumerate(zip(reports.items(), _colours(reports), strict=True)):
+        estimates = {"all": report["accuracy"], **report["by_rating"]}
+        shift = width * (number - (len(reports) - 1) / 2)
+        places = [place + shift for place, column in enumerate(columns) if column in estimates]
+        shown = [estimates[column] for column in columns if column in estimates]
+        heights = [estimate["value"] for estimate in shown]
+        by_rating.bar(places, heights, 0.9 * width, color=colour, label=name, yerr=_errors(shown), ecolor="#404040")
+        bins = report["calibration"]
+        observed = [one["observed"] for one in bins]
+        _with_errors(calibration, [one["predicted"] for one in bins], observed, colour, name, "-")
+    by_rating.set_xticks(range(len(columns)), columns, rotation=20)
+    by_rating.set_ylim(0, 1.05)
+    _chance(by_rating)
+    _label(by_rating, "Held-out accuracy, 95 % intervals", "", "share of pairs")
+    calibration.plot([0.5, 1], [0.5, 1], color=REFERENCE, linestyle="--", label="calibrated")
+    _label(calibration, "Calibration", "predicted: σ(score gap)", "observed share")
+    _add_legend(figure)
+    return figure
+
+
+@drawn
+def ppo(series: Series, best_iteration: int) -> Figure:
+    """What PPO did per iteration (lines), and its held-out evaluations (dots)."""
+    panels = (
+        ("Reward", "ppo/reward", "eval/reward", "reward of the answer"),
+        ("KL to the SFT model", "ppo/kl", "eval/kl", "nats per answer"),
+        ("Length", "ppo/length", "eval/length", "tokens per answer"),
+        ("Answers that end themselves", "ppo/eos_share", "eval/eos_share", "share"),
+        ("Gold score", "", "eval/gold", "true quality, 0 to 1"),
+        ("Entropy", "ppo/entropy", "", "nats per token"),
+    )
+    panels = [panel for panel in panels if series.get(panel[1]) or series.get(panel[2])]
+    figure, all_axes = _figure(2, 3)
+    for axes, (title, line, dots, unit) in zip(all_axes, panels, strict=False):
+        _curve(axes, series.get(line, ()), POLICIES["ppo"], "training")
+        _marks(axes, series.get(dots, ()), HELD_OUT, "held out")
+        axes.axvline(best_iteration, color=REFERENCE, linestyle=":", zorder=0, label="kept")
+        _label(axes, title, "iteration", unit)
+    for axes in all_axes[len(panels) :]:
+        axes.set_axis_off()
+    _add_legend(figure)
+    return figure
+
+
+@drawn
+def held_out(policies: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Every held-out figure of base, SFT and PPO with its 95 % interval; `policies[policy][figure]` is an estimate."""
+    names = list(dict.fromkeys(name for figures in policies.values() for name in figures))
+    columns = min(len(names), 3)
+    figure, all_axes = _figure(-(-len(names) // columns), columns)
+    for axes, name in zip(all_axes, names, strict=False):
+        for place, (policy, figures) in enumerate(policies.items()):
+            if name in figures:
+                _with_errors(axes, [place], [figures[name]], POLICIES[policy], policy, "")
+        axes.set_xticks(range(len(policies)), list(policies))
+        axes.set_xlim(-0.6, len(policies) - 0.4)
+        _label(axes, name, "", "")
+    for axes in all_axes[len(names) :]:
+        axes.set_axis_off()
+    figure.suptitle("Answers to held-out prompts, 95 % intervals", x=0.01, horizontalalignment="left")
+    return figure
+
+
+def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.0 * rows + 0.8), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _curve(axes: Axes, points: Points, colour: str, label: str) -> None:
+    if points:
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
+
+
+def _marks(axes: Axes, points: Points, colour: str, label: str) -> None:
+    if points:
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="white", label=label)
+
+
+def _with_errors(
+    axes: Axes, places: Sequence[float], estimates: Sequence[Mapping[str, float]], colour: str, label: str, line: str
+) -> None:
+    values = [estimate["value"] for estimate in estimates]
+    axes.errorbar(places, values, _errors(estimates), fmt=f"o{line}", color=colour, capsize=3, label=label)
+
+
+def _errors(estimates: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    return [
+        [estimate["value"] - estimate["low"] for estimate in estimates],
+        [estimate["high"] - estimate["value"] for estimate in estimates],
+    ]
+
+
+def _chance(axes: Axes) -> None:
+    axes.axhline(0.5, color=REFERENCE, linestyle="--", label="chance")
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def _add_legend(figure: Figure) -> None:
+    """One legend under all panels, each label once."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=len(entries))
+
+
+def _colours(names: Mapping[str, Any]) -> list[str]:
+    return [MODELS[number % len(MODELS)] for number in range(len(names))]

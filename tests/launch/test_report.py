@@ -1,0 +1,253 @@
+"""The closing report says what the stages measured: the same figures in JSON, Markdown, plots and the terminal."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch import plots, report
+from rlhf import artifacts
+from rlhf.config import RunConfig
+from rlhf.errors import UserError
+
+ROOT = Path(report.__file__).parents[1]
+RATINGS = {"significantly": 0.97, "better": 0.93, "slightly": 0.82, "negligibly": 0.61}
+EXTRA = {
+    "seconds": {"sft": 61.2, "reward/helpfulness": 80.0, "reward/safety": 75.5},  # ppo was skipped
+    "artifacts": {stage: f"runs/a/{stage}/artifact" for stage in ("sft", "reward/helpfulness", "reward/safety", "ppo")},
+    "mlflow": {"tracking_uri": "sqlite:///mlflow.db", "run_id": "abc123"},
+}
+CONFIG = RunConfig.model_validate(
+    {"name": "a", "data": {role: {"train": []} for role in ("demonstrations", "preferences", "prompts")}}
+)
+
+
+def estimate(value: float, half: float = 0.03, n: int = 200) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+
+def reward_metrics(shift: float) -> dict[str, Any]:
+    bins = [(0.5, 0.6, 0.55), (0.6, 0.7, 0.65), (0.7, 0.8, 0.75), (0.8, 0.9, 0.86), (0.9, 1.0, 0.98)]
+    return {
+        "accuracy": estimate(0.92 + shift),
+        "ties": estimate(0.0, 0.0),
+        "by_rating": {name: estimate(value + shift, 0.05, 50) for name, value in RATINGS.items()},
+        "by_tag": {"helpful": estimate(0.9), "safety": estimate(0.94)},
+        "length": {"chosen_is_longer": estimate(0.55), "model_prefers_longer": estimate(0.57)},
+        "calibration": [
+            {"low": low, "high": high, "predicted": mean, "observed": estimate(mean - 0.04, 0.05)}
+            for low, high, mean in bins
+        ],
+        "offset": 0.4,
+        "steps": 40,
+    }
+
+
+def policy(reward: float, gold: float) -> dict[str, Any]:
+    return {
+        "reward.helpfulness": estimate(reward, 0.1),
+        "reward.safety": estimate(reward - 0.5, 0.1),
+        "gold": estimate(gold),
+        "length": estimate(20 + 4 * reward, 1.0),
+        "eos_share": estimate(0.5 + gold / 2),
+        "distinct_2": estimate(0.9 - gold / 10),
+    }
+
+
+SAMPLES = [
+    {
+        "prompt": f"Count to {number}.\nThen stop.",
+        "sft": "1 2 ```3```",
+        "ppo": f"done <b>{number}</b>",
+        "gold_sft": 0.25,
+        "gold_ppo": 1.0,
+        "reward.safety_ppo": 0.5,
+    }
+    for number in range(12)
+]
+MANIFESTS = {
+    "sft": {"held_out_loss": 1.234, "steps": 50, "sequences": 1000},
+    "reward/helpfulness": reward_metrics(0.0),
+    "reward/safety": reward_metrics(0.02),
+    "ppo": {
+        "held_out": {"base": policy(-1.2, 0.1), "sft": policy(0.2, 0.55), "ppo": policy(1.4, 0.82)},
+        "kl": 4.5,
+        "iterations": 40,
+        "best_iteration": 30,
+        "samples": SAMPLES,
+    },
+}
+
+
+def series(stage: str) -> list[dict[str, float]]:
+    """A plausible metrics.jsonl."""
+    noise = random.Random(len(stage))
+    if stage == "ppo":
+        lines = []
+        for step in range(1, 41):
+            rise = 1 - math.exp(-step / 15)
+            lines.append(
+                {
+                    "step": step,
+                    "ppo/reward": 1.5 * rise + noise.gauss(0, 0.1),
+                    "ppo/kl": 5 * rise + noise.gauss(0, 0.2),
+                    "ppo/length": 24 + 5 * rise + noise.gauss(0, 0.5),
+                    "ppo/eos_share": 0.8 + 0.15 * rise,
+                    "ppo/entropy": 1.6 - 0.6 * rise,
+                }
+            )
+        for step in range(0, 41, 10):
+            rise = 1 - math.exp(-step / 15)
+            evaluation = {"eval/reward": 1.4 * rise, "eval/kl": 5 * rise, "eval/gold": 0.55 + 0.3 * rise}
+            lines.append({"step": step, **evaluation, "eval/length": 24 + 5 * rise, "eval/eos_share": 0.8 + 0.1 * rise})
+        return lines
+    name, last = ("sft", 2.0) if stage == "sft" else ("reward", 0.2)
+    lines = [{"step": step, f"{name}/loss": last + math.exp(-step / 12) + noise.gauss(0, 0.03)} for step in range(50)]
+    for line in lines:
+        if name == "reward":
+            line["reward/accuracy"] = 0.95 - 0.45 * math.exp(-line["step"] / 12) + noise.gauss(0, 0.02)
+    held_out = "sft/held_out_loss" if stage == "sft" else "reward/held_out_accuracy"
+    good = {step: (1 - math.exp(-step / 12)) for step in (12, 24, 36, 49)}
+    return lines + [
+        {"step": step, held_out: 3 - good[step] if name == "sft" else 0.5 + 0.42 * good[step]} for step in good
+    ]
+
+
+def stages_in(folder: Path, manifests: dict[str, Any]) -> Path:
+    for stage, metrics in manifests.items():
+        artifact = artifacts.begin(folder / stage / "artifact")
+        (artifact / "model.bin").write_bytes(b"weights")
+        artifacts.complete(artifact, stage, {}, "settings", metrics)
+        text = "".join(json.dumps({"time": 0, **line}) + "\n" for line in series(stage))
+        (folder / stage / "metrics.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return stages_in(tmp_path_factory.mktemp("run"), MANIFESTS)
+
+
+@pytest.fixture(scope="module")
+def built(folder):
+    return report.build(folder, CONFIG, EXTRA)
+
+
+def leaves(value: Any, path: str = "") -> set[str]:
+    """Dotted paths to everything that is not a mapping."""
+    if not isinstance(value, dict):
+        return {path}
+    return {leaf for key, inner in value.items() for leaf in leaves(inner, f"{path}.{key}" if path else key)}
+
+
+def test_every_promised_key_is_there(built):
+    figures = ("value", "low", "high", "n")
+    names = ("helpfulness", "safety")
+    promised = {f"reward.{name}.accuracy.{figure}" for name in names for figure in figures}
+    promised |= {f"reward.{name}.by_rating.{r}.{figure}" for name in names for r in RATINGS for figure in figures}
+    held_out = ("reward.helpfulness", "reward.safety", "gold", "length", "eos_share", "distinct_2")
+    for who in ("base", "sft", "ppo"):
+        promised |= {f"ppo.held_out.{who}.{name}.{figure}" for name in held_out for figure in figures}
+    promised |= {"ppo.kl", "seconds.sft", "artifacts.ppo", "mlflow.tracking_uri", "mlflow.run_id"}
+    assert promised - leaves(built) == set()
+
+
+def test_figures_are_those_of_the_manifests(built):
+    assert built["reward"]["safety"]["by_rating"]["slightly"] == estimate(0.84, 0.05, 50)
+    assert built["ppo"]["held_out"]["ppo"]["reward"]["helpfulness"] == estimate(1.4, 0.1)
+    assert built["sft"]["held_out_loss"] == 1.234
+
+
+def test_report_json_is_the_report(folder, built):
+    assert json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail) == built
+
+
+def test_a_stage_that_is_not_complete_is_named(tmp_path):
+    stages_in(tmp_path, {"sft": MANIFESTS["sft"]})
+    with pytest.raises(UserError, match="reward/helpfulness") as caught:
+        report.build(tmp_path, CONFIG, EXTRA)
+    assert caught.value.exit_code == 4
+
+
+def test_every_plot_of_the_markdown_is_a_png(folder, built):
+    names = re.findall(r"\]\((plots/.*?)\)", (folder / "report.md").read_text())
+    assert len(names) == 5
+    assert {(folder / name).read_bytes()[:8] for name in names} == {b"\x89PNG\r\n\x1a\n"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {Path(name).name for name in names}
+
+
+def test_markdown_shows_ten_samples_before_and_after(folder, built):
+    text = (folder / "report.md").read_text()
+    assert text.count("**Prompt**") == text.count("**sft: gold 0.25**") == 10
+    assert text.count("**ppo: gold 1.00, reward.safety 0.50**") == 10
+
+
+def test_a_sample_cannot_break_out_of_its_block(folder, built):
+    text = (folder / "report.md").read_text()
+    assert "````text\n1 2 ```3```\n````" in text
+
+
+def test_terminal_and_markdown_show_the_same_figures(folder, built):
+    from rich.console import Console
+
+    screen = StringIO()
+    Console(file=screen, width=80).print(report.render(built))
+    for text in (screen.getvalue(), (folder / "report.md").read_text()):
+        for figure in ("0.94 [0.91, 0.97]", "0.82 [0.79, 0.85]", "25.6 [24.6, 26.6]", "-1.20 [-1.30, -1.10]"):
+            assert figure in text
+        assert "4.50 nats" in text and "number 30 kept" in text and "run abc123" in text
+
+
+def test_a_stage_that_was_skipped_before_its_time_was_taken_has_a_dash(built):
+    stages = report.tables(built)[2]
+    assert [row[:2] for row in stages.rows][-1] == ("ppo", "–")
+
+
+def test_headline_names_the_figures_to_compare_runs_by(built):
+    figures = report.headline(built)
+    assert figures["eval/accuracy_helpfulness"] == 0.92
+    assert figures["eval/ppo/reward_helpfulness"] == 1.4
+    assert figures["eval/sft/gold"] == 0.55
+
+
+def test_a_run_without_gold_or_metrics_files_is_reported_too(tmp_path):
+    manifests = json.loads(json.dumps(MANIFESTS))
+    for who in ("base", "sft", "ppo"):
+        del manifests["ppo"]["held_out"][who]["gold"]
+    manifests["ppo"]["held_out"]["base"]["distinct_2"] = estimate(math.nan)
+    manifests["ppo"]["kl"] = math.nan
+    del manifests["ppo"]["samples"]
+    stages_in(tmp_path, manifests)
+    for path in tmp_path.rglob("metrics.jsonl"):
+        path.unlink()
+    built = report.build(tmp_path, CONFIG, {**EXTRA, "mlflow": {"tracking_uri": None, "run_id": None}})
+    assert "gold" not in built["ppo"]["held_out"]["ppo"]
+    assert "not recorded" in (tmp_path / "report.md").read_text()
+
+
+estimates = st.fixed_dictionaries({"value": st.floats(-5, 5)})
+
+
+@given(st.dictionaries(st.sampled_from(["reward.a", "reward.b", "gold", "length"]), estimates))
+def test_flat_undoes_nesting(figures):
+    assert dict(report.flat(report._nested(figures))) == figures
+
+
+def test_a_plot_with_one_model_and_one_rating_is_drawn():
+    one = {**reward_metrics(0.0), "by_rating": {"unrated": estimate(0.6)}}
+    assert plots.reward_accuracy({"helpfulness": one}).startswith(b"\x89PNG")
+
+
+def test_import_loads_neither_torch_nor_matplotlib():
+    code = "import sys, launch.report; print([m for m in ('torch', 'matplotlib', 'mlflow') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.strip() == "[]"
