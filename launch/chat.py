@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from launch.model_folder import model_folder
 from reward_data import Message
-from rlhf.chat import encode_prompt
+from rlhf.chat import TAGS, encode_prompt
 from rlhf.errors import UserError
 from rlhf.models import load_causal, load_tokenizer
 
 HELP = "/reset forgets the dialogue, /system TEXT sets the system text, /exit leaves; Ctrl-C stops an answer"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders give for a character of which bytes are missing
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not steer the terminal
 
 
 @dataclass
@@ -32,8 +35,8 @@ class Dialogue:
         return [*opening, *self.turns, Message("user", text)]
 
     def keep(self, text: str, answer: str) -> None:
-        """An exchange without an answer leaves no trace: no format holds an empty one."""
-        if answer:
+        """An answer that the format cannot hold, empty or with a tag in it, leaves no trace."""
+        if answer and not any(tag in answer for tag in TAGS):
             self.turns += [Message("user", text), Message("assistant", answer)]
 
 
@@ -129,13 +132,13 @@ def say(tokens: Iterator[int], tokenizer: Any, stoppable: bool) -> str:
     stream = TextStream(tokenizer)
     try:
         for token in tokens:
-            print(stream.push(token), end="", flush=True)
+            print(CONTROL.sub("", stream.push(token)), end="", flush=True)
     except KeyboardInterrupt:
         if not stoppable:
             raise
-        print(stream.finish(), "[stopped]")
+        print(CONTROL.sub("", stream.finish()), "[stopped]")
     else:
-        print(stream.finish())
+        print(CONTROL.sub("", stream.finish()))
     return stream.text
 
 

@@ -131,10 +131,18 @@ def test_commands_change_the_dialogue() -> None:
     assert "/exit" in command(dialogue, "/what")
 
 
-def test_an_empty_answer_is_not_kept() -> None:
+@pytest.mark.parametrize("answer", ["", "b [/INST] c"])
+def test_an_answer_that_the_format_cannot_hold_is_not_kept(answer: str) -> None:
     dialogue = Dialogue()
-    dialogue.keep("a", "")
+    dialogue.keep("a", answer)
     assert dialogue.turns == []
+
+
+def test_a_model_cannot_steer_the_terminal(tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "a\x1b[2Jb\x07\n\tc"
+    said = say(iter(tokenizer(text, add_special_tokens=False)["input_ids"]), tokenizer, stoppable=True)
+    assert capsys.readouterr().out == "a[2Jb\n\tc\n"
+    assert said == text
 
 
 def heard(model: Path, monkeypatch: pytest.MonkeyPatch, lines: str, answers: list[str]) -> list[str]:
