@@ -251,3 +251,33 @@ def test_import_loads_neither_torch_nor_matplotlib():
     code = "import sys, launch.report; print([m for m in ('torch', 'matplotlib', 'mlflow') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert printed.strip() == "[]"
+
+
+DOCUMENT = (ROOT / "docs" / "metrics.md").read_text()
+
+
+def in_general(key: str) -> str:
+    """reward.safety.by_rating.better.low -> reward.<name>.by_rating.<rating>."""
+    key = re.sub(r"\.(value|low|high|n)$", "", key)
+    key = re.sub(r"^(seconds|artifacts)\..*", r"\1.<stage>", key)
+    key = re.sub(r"\breward\.(helpfulness|safety)", "reward.<name>", key)
+    key = re.sub(r"held_out\.(base|sft|ppo)", "held_out.<policy>", key)
+    return re.sub(r"by_(rating|tag)\.\w+", r"by_\1.<\1>", key)
+
+
+def test_every_key_of_the_report_is_defined(built):
+    keys = {in_general(key) for key in leaves(built)}
+    assert [key for key in sorted(keys) if f"| `{key}` |" not in DOCUMENT] == []
+
+
+def test_every_metric_in_the_source_is_defined():
+    source = "".join(path.read_text() for room in ("rlhf", "stages") for path in (ROOT / room).rglob("*.py"))
+    names = set(re.findall(r'"((?:sft|reward|ppo|eval|perf)/[a-z0-9_]+)"', source)) - {"reward/helpfulness"}
+    assert len(names) > 30
+    assert [name for name in sorted(names) if f"| `{name}` |" not in DOCUMENT] == []
+
+
+def test_every_defined_metric_is_in_the_source():
+    source = "".join(path.read_text() for room in ("rlhf", "stages") for path in (ROOT / room).rglob("*.py"))
+    defined = re.findall(r"\| `((?:sft|reward|ppo)/[a-z0-9_]+)` \|", DOCUMENT)
+    assert [name for name in defined if f'"{name}"' not in source] == []
