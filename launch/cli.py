@@ -157,6 +157,7 @@ def _config(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _score(args: argparse.Namespace, _: list[str]) -> int:
+    _hush()
     from launch.score import score
 
     score(args.model, args.file, args.out, args.batch_size, args.precision, args.bad_rows)
@@ -164,6 +165,7 @@ def _score(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _chat(args: argparse.Namespace, _: list[str]) -> int:
+    _hush()
     from launch.chat import chat
 
     chat(args.model, args.temperature, args.max_new_tokens)
@@ -171,6 +173,7 @@ def _chat(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _import_gguf(args: argparse.Namespace, _: list[str]) -> int:
+    _hush()
     from rlhf.models import import_gguf
 
     print(f"{import_gguf(args.source, args.out)}: an ordinary model folder now")
@@ -185,6 +188,12 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
         raise UserError(f"{path} does not exist: give the folder of a run that has finished", MISSING)
     sys.stdout.write(path.read_text(encoding="utf-8"))
     return 0
+
+
+def _hush() -> None:
+    """DeepSpeed, which transformers imports, warns on stdout where it finds no GPU and nobody says so."""
+    if not any(Path(driver).exists() for driver in ("/proc/driver/nvidia", "/dev/kfd")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

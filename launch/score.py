@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def score(
     lines = to_lines(rows, texts, scores)
     artifacts.write_atomic(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     for reason in [*refused, *unfit]:
-        Console(stderr=True).print(f"left out: {reason}", markup=False, highlight=False)
+        print(f"left out: {reason}", file=sys.stderr)
     Console().print(table(summary(lines, [rows[line["row"]] for line in lines]), len(lines), out))
     return lines
 
