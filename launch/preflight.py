@@ -30,12 +30,16 @@ class Obstacle:
 
 def preflight(config: RunConfig, gang: bool = True) -> None:
     """UserError that lists all that is missing; its exit code is that of the first. `gang`: workers will be started."""
-    obstacles = [*_data(config), *_model(config), *_disk(config)]
-    if gang and config.hardware.ray_address is None:
-        obstacles += _processors(config)
-    if obstacles:
-        text = "\n".join(f"  {obstacle.text}" for obstacle in obstacles)
-        raise UserError(f"the run cannot start:\n{text}", obstacles[0].exit_code)
+    if found := obstacles(config, gang):
+        raise UserError(
+            "\n  ".join(["the run cannot start:", *(obstacle.text for obstacle in found)]), found[0].exit_code
+        )
+
+
+def obstacles(config: RunConfig, gang: bool = True) -> list[Obstacle]:
+    """All that is missing: data, then model, then room on this machine."""
+    found = [*_data(config), *_model(config), *_disk(config)]
+    return [*found, *_processors(config)] if gang and config.hardware.ray_address is None else found
 
 
 def machine_cpus() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import preflight as module
-from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, preflight
+from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, obstacles, preflight
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -36,7 +36,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_quickstart_can_start_anywhere() -> None:
-    preflight(settings())
+    assert obstacles(settings()) == []
 
 
 # --- data
@@ -51,7 +51,7 @@ def test_missing_data_is_named_with_its_setting_and_root() -> None:
 def test_data_is_looked_for_under_the_root(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/rows.jsonl").write_text("{}\n")
-    preflight(settings("--data", DATA % "rows.jsonl", "--data.root", "here"))
+    assert obstacles(settings("--data", DATA % "rows.jsonl", "--data.root", "here")) == []
 
 
 @pytest.mark.parametrize("path", ["a/rows.jsonl", "./owner/name", "/a/b", "a/b/c"])
@@ -61,11 +61,11 @@ def test_a_path_is_not_taken_for_a_hub_name(path: str) -> None:
 
 def test_a_hub_data_set_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings("--data", DATA % "owner/name")
-    preflight(config)
+    assert obstacles(config) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "owner/name is no file here, and not in the local cache" in obstacle(config).message
     (tmp_path / "hub/datasets/owner___name").mkdir(parents=True)
-    preflight(config)
+    assert obstacles(config) == []
 
 
 def test_a_missing_selection_and_a_selection_without_a_key(tmp_path: Path) -> None:
@@ -93,16 +93,16 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     assert "it has no config.json" in obstacle(settings("--model.path", "model")).message
     (tmp_path / "model/config.json").write_text("{}")
-    preflight(settings("--model.path", "model"))
+    assert obstacles(settings("--model.path", "model")) == []
 
 
 def test_a_hub_model_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings("--model.path", "owner/name")
-    preflight(config)
+    assert obstacles(config) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert obstacle(config).exit_code == 4
     (tmp_path / "hub/hub/models--owner--name").mkdir(parents=True)
-    preflight(config)
+    assert obstacles(config) == []
 
 
 # --- machine
@@ -113,7 +113,7 @@ def test_too_few_cpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     error = obstacle(settings("--hardware", "{workers: 2, cpus_per_worker: 4}"))
     assert error.exit_code == 5
     assert "needs 2 workers × 4 CPUs = 8, this machine has 2: lower hardware.workers or" in error.message
-    preflight(settings("--hardware", "{workers: 2, cpus_per_worker: 1}"))
+    assert obstacles(settings("--hardware", "{workers: 2, cpus_per_worker: 1}")) == []
 
 
 def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,17 +122,20 @@ def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, enough in ((2, True), (None, True), (1, False)):
         monkeypatch.setattr(module, "machine_gpus", lambda there=there: there)
         if enough:
-            preflight(config)
+            assert obstacles(config) == []
         else:
             assert "2 workers × 1 GPUs = 2, this machine has 1" in obstacle(config).message
 
 
 def test_a_cluster_is_not_measured_by_this_machine() -> None:
-    preflight(settings("--hardware", "{workers: 64, cpus_per_worker: 64, gpus_per_worker: 8, ray_address: auto}"))
+    assert (
+        obstacles(settings("--hardware", "{workers: 64, cpus_per_worker: 64, gpus_per_worker: 8, ray_address: auto}"))
+        == []
+    )
 
 
 def test_a_process_alone_needs_no_room_for_workers() -> None:
-    preflight(settings("--hardware", "{workers: 64, cpus_per_worker: 64}"), gang=False)
+    assert obstacles(settings("--hardware", "{workers: 64, cpus_per_worker: 64}"), gang=False) == []
 
 
 def test_this_machine_has_a_cpu() -> None:
