@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_data import Demonstration, Message, Preference, Prompt
+from reward_data.records import Rating, Safety, Tag
 from rlhf.chat import encode_answer, encode_dialogue, encode_prompt
 from rlhf.config import RewardModelConfig, RunConfig
 from rlhf.data import (
@@ -39,7 +40,14 @@ def demonstration(text, answer="yes", source="d.jsonl:1"):
     return Demonstration((*asked(text), Message("assistant", answer)), "helpful", source)
 
 
-def preference(text, chosen="yes", rejected="no", rating="better", tag="helpful", safety=("safe", "safe")):
+def preference(
+    text: str,
+    chosen: str = "yes",
+    rejected: str = "no",
+    rating: Rating = "better",
+    tag: Tag = "helpful",
+    safety: tuple[Safety, Safety] = ("safe", "safe"),
+) -> Preference:
     return Preference(asked(text), chosen, rejected, rating, tag, *safety, source="p.jsonl:1")
 
 

