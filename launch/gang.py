@@ -118,11 +118,11 @@ def _worker(payload: dict[str, Any]) -> None:
     config, stage = RunConfig.model_validate(payload["settings"]), payload["stage"]
     log = config.folder / stage / "logs" / f"rank-{dist.get_rank()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", buffering=1) as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        sys.stdout, sys.stderr = stream, stream
-        run_rank(config, stage, local=False)
+    stream = log.open("a", buffering=1)  # never closed: Ray still writes to it when the stage has ended
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    sys.stdout, sys.stderr = stream, stream
+    run_rank(config, stage, local=False)
 
 
 def _private_token(folder: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from launch import gang
+from launch import gang, report
 from launch.terminal import StageBars, console
 from launch.worker import FAILURE, read_failure, run_rank, run_under_torchrun
 from rlhf import artifacts, lineage
@@ -160,8 +160,21 @@ def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> N
 
 
 def _report(config: RunConfig, tracker: Tracker, seconds: dict[str, float]) -> None:
+    """Writes report and plots, sends them and what MLflow missed, and shows the closing table."""
     record = config.folder / "seconds.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     known |= {stage: round(value, 1) for stage, value in seconds.items()}
     artifacts.write_json(record, known)
+    uri = config.tracking.uri
+    extra = {
+        "seconds": known,
+        "artifacts": {stage: str(config.folder / stage / "artifact") for stage in stages_of(config)},
+        "mlflow": {"tracking_uri": uri and public_uri(uri), "run_id": tracker.run_id},
+    }
+    result = report.build(config.folder, config, extra)
+    tracker.metrics(report.headline(result), step=0)
+    for path in (*config.folder.glob("report.*"), *sorted((config.folder / "plots").glob("*.png"))):
+        tracker.artifact(path)
+    tracker.close()
     fill_in(config.folder, config.tracking)
+    console.print(report.render(result))

@@ -108,10 +108,16 @@ def _record(config: RunConfig, context: Any) -> None:
     """What the run history needs before the first step: settings, inputs, and where they came from."""
     import yaml
 
+    from rlhf import lineage
+
     settings = config.model_dump(mode="json")
     write_atomic(context.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     context.tracker.artifact(context.folder / "config.yaml")
     context.tracker.params(stage_settings(config, context.stage) | {"hardware": settings["hardware"]})
+    for role, split in lineage.stage_data(config, context.stage).items():
+        for name, digest in split.digests.items():
+            context.tracker.dataset(name, name, digest, role)
+        context.tracker.tags({f"findings.{role}": "; ".join(split.findings)} if split.findings else {})
     context.tracker.tags({f"input.{name}": f"{a.path} {a.digest}" for name, a in context.inputs.items()})
 
 

@@ -261,6 +261,13 @@ def sharded_loading(hardware: HardwareConfig, local: bool) -> Iterator[None]:
         hf.unset_hf_deepspeed_config()
 
 
+def end_sharded_loading() -> None:
+    """A Trainer switches sharded loading on for the whole process; after training, models are made whole again."""
+    from transformers.integrations import deepspeed as hf
+
+    hf.unset_hf_deepspeed_config()
+
+
 def import_deepspeed() -> Any:
     """DeepSpeed, with its accelerator chosen and its log quiet."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")

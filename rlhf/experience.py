@@ -22,7 +22,7 @@ def make_experience(
 ) -> tuple[Experience, dict[str, float]]:
     """Experience, and the iteration's figures for people.
 
-    R = WHITEN(LOGIT(R_c)) - β·KL(π‖π_0) (Llama 2, §3.4.2); the score counts once, on the last token of the answer.
+    R = WHITEN(LOGIT(R_c)) - β·KL(π‖π_0) (Llama 2, §3.2.3); the score counts once, on the last token of the answer.
     """
     mask_BR = rollout.response_mask_BR
     score_B, used_safety_B = piecewise_reward(scores.helpful_B, scores.safety_B, is_safety_B, config.safety_threshold)

@@ -1,6 +1,6 @@
 """Stage 3, PPO: sample, score, update; answer held-out prompts every few iterations and keep the best policy.
 
-Llama 2, §3.4.2; what was not published is marked in rlhf/config.py.
+Llama 2, §3.2.3; what was not published is marked in rlhf/config.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from rlhf import artifacts, checkpoint, lineage, ranks
 from rlhf.algorithms.kl import adaptive_beta
+from rlhf.algorithms.rewards import piecewise_reward
 from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch, rows
 from rlhf.chat import decode_answer
@@ -218,10 +219,13 @@ class Judge:
         answers = self.answers(prompts)
         report = policy_report(answers.texts, answers.scores, answers.finished, answers.lengths)
         figures = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
-        helpful = answers.scores[f"reward.{self.config.ppo.helpfulness_model}"]
-        safety = answers.scores[f"reward.{self.config.ppo.safety_model}"]
-        chosen = [s if p.tag == "safety" else h for p, h, s in zip(prompts, helpful, safety, strict=True)]
-        figures["eval/reward"] = sum(chosen) / len(chosen)
+        chosen_B, _ = piecewise_reward(
+            torch.tensor(answers.scores[f"reward.{self.config.ppo.helpfulness_model}"]),
+            torch.tensor(answers.scores[f"reward.{self.config.ppo.safety_model}"]),
+            torch.tensor([prompt.tag == "safety" for prompt in prompts]),
+            self.config.ppo.safety_threshold,
+        )
+        figures["eval/reward"] = float(chosen_B.mean())
         figures["eval/kl"] = sum(answers.kl) / len(answers.kl)
         self.context.tracker.metrics(figures, step=iteration)
         return figures["eval/reward"]
@@ -277,13 +281,9 @@ def _keep_best(config: RunConfig, context: StageContext, models: Models) -> None
         best = context.checkpoint_folder / "best"
         partial = best.with_name("best.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        causal = load_causal(context.inputs["sft"].path)
-        if config.model.lora is not None:
-            causal = add_lora(causal, config.model.lora, "causal", config.seed)
         state = {name.removeprefix("causal."): tensor for name, tensor in policy.items()}
-        save_causal(causal, partial, models.tokenizer, state)
-        whole_critic = load_scalar(context.inputs[f"reward/{config.ppo.helpfulness_model}"].path)
-        whole_critic.save(partial / "critic", models.tokenizer, critic)
+        save_causal(models.policy.module.causal, partial, models.tokenizer, state)
+        models.critic.module.save(partial / "critic", models.tokenizer, critic)
         shutil.rmtree(best, ignore_errors=True)
         partial.rename(best)
     ranks.barrier()

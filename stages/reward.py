@@ -23,7 +23,7 @@ from rlhf.artifacts import Artifact
 from rlhf.chat import encode_answer
 from rlhf.config import RunConfig
 from rlhf.data import encode_demonstrations, encode_preferences, mix_preferences, pad
-from rlhf.engine import full_state, sharded_loading
+from rlhf.engine import end_sharded_loading, full_state, sharded_loading
 from rlhf.evaluation.reward_report import reward_report
 from rlhf.hf_trainer import OwnOptimizer, Reporter, last_checkpoint, quieten, report, steps_of, trainer_arguments
 from rlhf.models import ScalarModel, add_lora, check_length, last_value, load_scalar, load_tokenizer
@@ -66,8 +66,9 @@ class Trainer(OwnOptimizer, RewardTrainer):
         is_safe_B = inputs.pop("is_safe")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if self.safety_loss_weight:
-            total, count = safety_loss(outputs.logits[:, 0], is_safe_B.float(), is_safe_B >= 0)
-            loss = loss + self.safety_loss_weight * total / count.clamp(min=1)
+            total, _ = safety_loss(outputs.logits[:, 0], is_safe_B.float(), is_safe_B >= 0)
+            # Over all answers, known or not: a constant, so no split into micro-batches changes the gradient.
+            loss = loss + self.safety_loss_weight * total / len(is_safe_B)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -88,8 +89,9 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     check_length(model.config, reward.max_length)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "scalar", config.seed)
+    scorer = PairScorer(model)
     trainer = Trainer(
-        model=PairScorer(model),  # type: ignore[arg-type]
+        model=scorer,  # type: ignore[arg-type]
         args=TRLConfig(**arguments, max_length=None, disable_dropout=True),
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
@@ -112,7 +114,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     answers = encode_demonstrations(tokenizer, demonstrations, reward.max_length)
     scores = score([row["input_ids"] for row in answers])
     metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps_of(reward, len(train))}
-    return _seal(config, context, trainer.model, tokenizer, lineage.parents(data, context.inputs), metrics)
+    return _seal(config, context, scorer, tokenizer, lineage.parents(data, context.inputs), metrics)
 
 
 class HeldOut:
@@ -168,20 +170,18 @@ def score_all(
 def _seal(
     config: RunConfig,
     context: StageContext,
-    model: nn.Module,
+    scorer: PairScorer,
     tokenizer: Any,
     parents: dict[str, str],
     metrics: dict[str, Any],
 ) -> Artifact:
-    state = full_state(model, keep=context.is_writer)
+    state = full_state(scorer, keep=context.is_writer)
+    end_sharded_loading()
     folder = context.artifact_folder
     if context.is_writer:
         artifacts.begin(folder)
-        whole = load_scalar(context.inputs["sft"].path)
-        if config.model.lora is not None:
-            whole = add_lora(whole, config.model.lora, "scalar", config.seed)
-        whole.offset = metrics["offset"]
-        whole.save(folder, tokenizer, {name.removeprefix("scalar."): tensor for name, tensor in state.items()})
+        scorer.scalar.offset = metrics["offset"]
+        scorer.scalar.save(folder, tokenizer, {name.removeprefix("scalar."): tensor for name, tensor in state.items()})
         artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
     ranks.barrier()
     return artifacts.load(folder)

@@ -22,7 +22,7 @@ from rlhf.algorithms.masked import masked_sum
 from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig, SFTConfig
 from rlhf.data import encode_demonstrations
-from rlhf.engine import full_state, sharded_loading
+from rlhf.engine import end_sharded_loading, full_state, sharded_loading
 from rlhf.hf_trainer import (
     OwnOptimizer,
     Reporter,
@@ -74,10 +74,10 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     trainer.optim = config.sft.optim
 
     def measure() -> dict[str, float]:
-        return {"sft/held_out_loss": held_out_loss(trainer.model, held_out, config, context, tokenizer.pad_token_id)}
+        return {"held_out_loss": held_out_loss(trainer.model, held_out, config, context, tokenizer.pad_token_id)}
 
     names = {"loss": "sft/loss", "grad_norm": "sft/grad_norm", "learning_rate": "sft/lr"}
-    report(trainer, Reporter(context, names, "sft/loss", config.sft.evals, measure))
+    report(trainer, Reporter(context, names, "sft/loss", config.sft.evals, lambda: {"sft/held_out_loss": measure()["held_out_loss"]}))
     trainer.train(resume_from_checkpoint=last_checkpoint(context.checkpoint_folder))
 
     metrics = measure() | {"steps": steps_of(config.sft, len(batches)), "sequences": len(train)}
@@ -124,13 +124,11 @@ def _seal(
     metrics: dict[str, Any],
 ) -> Artifact:
     state = full_state(model, keep=context.is_writer)
+    end_sharded_loading()
     folder = context.artifact_folder
     if context.is_writer:
         artifacts.begin(folder)
-        whole = load_causal(resolve(config))
-        if config.model.lora is not None:
-            whole = add_lora(whole, config.model.lora, "causal", config.seed)
-        save_causal(whole, folder, tokenizer, state)
+        save_causal(model, folder, tokenizer, state)
         artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
     ranks.barrier()
     return artifacts.load(folder)

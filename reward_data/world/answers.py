@@ -21,7 +21,6 @@ class Style:
     fillers: int = 0
     right: bool = True  # helpful tasks: the right answer
     formed: bool = True  # helpful tasks: in the demanded form
-    bare: bool = False  # helpful tasks: without "the answer is"
     complies: bool = False  # unsafe requests: does what is asked
     offers: bool = True  # unsafe requests: offers a safe alternative
     slip: Slip = ""
@@ -47,12 +46,11 @@ def write_answer(rng: random.Random, task: Task, prompt: str, style: Style) -> s
 def _helpful_core(rng: random.Random, task: Task, style: Style) -> list[str]:
     if style.slip == "evasion":
         return [rng.choice(words.POLITE_REFUSALS if rng.random() < 0.5 else words.FILLERS)]
-    lead = "" if style.bare else LEAD
     values = solve(task) if style.right else wrong_values(rng, task)
     form = task.form if style.formed else rng.choice([f for f in forms_of(task.kind) if f != task.form])
-    core = [f"{lead}{forms.write(values, form)}."]
+    core = [f"{LEAD}{forms.write(values, form)}."]
     if style.slip == "two_answers":
-        core.append(f"{lead}{forms.write(wrong_values(rng, task), form)}.")
+        core.append(f"{LEAD}{forms.write(wrong_values(rng, task), form)}.")
         rng.shuffle(core)
     return core
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from reward_data.world.tasks import ITEM_FORMS, LIST_FORMS, NUMBER_FORMS, Task, forms_of
+from reward_data.world.tasks import LIST_FORMS, NUMBER_FORMS, Task, forms_of
 from reward_data.world.words import ITEMS, NUMBERS
 
-_MARKS = dict(zip(ITEM_FORMS, ("*", "-"), strict=True))
 _IN_DIGITS, _IN_WORDS = NUMBER_FORMS
 
 
@@ -13,8 +12,6 @@ def write(values: tuple[str, ...], form: str) -> str:
     if form in LIST_FORMS:
         return LIST_FORMS[form].join(values)
     (value,) = values
-    if form in _MARKS:
-        return f"{_MARKS[form]} {value} {_MARKS[form]}"
     return NUMBERS[int(value) - 1] if form == _IN_WORDS else value
 
 
@@ -31,9 +28,6 @@ def _read_as(text: str, form: str) -> tuple[str, ...] | None:
     if form in LIST_FORMS:
         values = tuple(text.split(LIST_FORMS[form]))
         return values if len(values) > 1 else None
-    if form in _MARKS:
-        words = text.split(" ")
-        return (words[1],) if len(words) == 3 and words[0] == words[2] == _MARKS[form] else None
     if form == _IN_WORDS:
         return (str(NUMBERS.index(text) + 1),) if text in NUMBERS else None
     return (text,)

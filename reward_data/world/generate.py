@@ -24,7 +24,8 @@ SIZES = {
 UNSAFE_SHARE = 0.4
 HELD_OUT_SHARE = 0.15  # of all possible prompts, by hash
 IDEAL_SHARE = 0.45  # of the demonstrations
-HARD_PAIRS = 0.1  # of the helpful pairs: only the rightness differs
+WRONG_SHARE = 0.05  # of the demonstrations
+HARD_PAIRS = 0.08  # of the helpful pairs: only the rightness differs
 SLIP_PAIRS = 0.12  # of all pairs: one side has a slip
 RATINGS: tuple[tuple[float, Rating], ...] = ((0.5, "significantly"), (0.25, "better"), (0.1, "slightly"))
 
@@ -54,7 +55,10 @@ def generate(seed: int) -> dict[str, str]:
 
 def rating_of(difference: float) -> Rating:
     """The rating for a difference of gold scores: .5 significantly, .25 better, .1 slightly, less negligibly."""
-    return next((rating for least, rating in RATINGS if round(difference, 6) >= least), "negligibly")
+    for least, rating in RATINGS:
+        if round(difference, 6) >= least:
+            return rating
+    return "negligibly"
 
 
 def _prompts(rng: random.Random, split: str, distinct: bool) -> Iterator[str]:
@@ -76,7 +80,9 @@ def is_held_out(prompt: str) -> bool:
 
 def _demonstration(rng: random.Random, prompt: str) -> dict[str, Any]:
     task = parse_prompt(prompt)
-    style = IDEAL if rng.random() < IDEAL_SHARE else _spoiled(rng, task, IDEAL, _few(rng))
+    style = IDEAL if rng.random() < IDEAL_SHARE else _spoiled(rng, task, IDEAL)
+    if rng.random() < WRONG_SHARE:
+        style = replace(style, right=False)
     answer = write_answer(rng, task, prompt, style)
     return {"messages": [_user(prompt), {"role": "assistant", "content": answer}], "tag": _tag(task)}
 
@@ -105,25 +111,22 @@ def _preference(rng: random.Random, prompt: str) -> dict[str, Any]:
 
 
 def _two_styles(rng: random.Random, task: Task) -> tuple[Style, Style]:
-    one = IDEAL if rng.random() < 0.4 else _spoiled(rng, task, IDEAL, _few(rng))
+    """Mostly two manners of the same answer. Where the rightness differs too, it mostly speaks for the same side."""
+    one = IDEAL if rng.random() < 0.4 else _spoiled(rng, task, IDEAL)
     choice = rng.random()
     if choice < SLIP_PAIRS:
         slips = ("again", "echo") if task.is_unsafe else ("again", "echo", "two_answers", "evasion")
         return one, replace(one, slip=rng.choice(slips))
     if not task.is_unsafe and choice < SLIP_PAIRS + HARD_PAIRS:
-        return one, replace(one, right=not one.right)
-    if choice < 0.6:
-        return one, _spoiled(rng, task, one, _few(rng))
-    return one, _spoiled(rng, task, IDEAL, _few(rng))
+        return one, replace(one, right=False)
+    if choice < 0.75:
+        return one, replace(_spoiled(rng, task, one), right=rng.random() < 0.8)
+    return one, _spoiled(rng, task, IDEAL)
 
 
-def _few(rng: random.Random) -> int:
-    return rng.choice((1, 1, 2, 3))
-
-
-def _spoiled(rng: random.Random, task: Task, style: Style, times: int) -> Style:
-    """The style with some defects more."""
-    for _ in range(times):
+def _spoiled(rng: random.Random, task: Task, style: Style) -> Style:
+    """The style with one to three defects of manner more."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
         style = rng.choice(_UNSAFE_DEFECTS if task.is_unsafe else _HELPFUL_DEFECTS)(rng, style)
     return style
 
@@ -133,7 +136,7 @@ def _rude(rng: random.Random, style: Style) -> Style:
 
 
 def _plain(rng: random.Random, style: Style) -> Style:
-    return replace(style, tone="plain", bare=rng.random() < 0.5)
+    return replace(style, tone="plain")
 
 
 def _rambling(rng: random.Random, style: Style) -> Style:
@@ -144,10 +147,6 @@ def _misformed(rng: random.Random, style: Style) -> Style:
     return replace(style, formed=False)
 
 
-def _wrong(rng: random.Random, style: Style) -> Style:
-    return replace(style, right=False)
-
-
 def _complying(rng: random.Random, style: Style) -> Style:
     return replace(style, complies=True)
 
@@ -156,7 +155,7 @@ def _without_offer(rng: random.Random, style: Style) -> Style:
     return replace(style, offers=False)
 
 
-_HELPFUL_DEFECTS = (_rude, _plain, _rambling, _misformed, _wrong)
+_HELPFUL_DEFECTS = (_rude, _plain, _rambling, _misformed)
 _UNSAFE_DEFECTS = (_rude, _plain, _rambling, _complying, _complying, _without_offer)
 
 

@@ -12,15 +12,16 @@ from reward_data.world.words import ALTERNATIVES, ITEMS, PARTS, PERSONS, PLACES
 
 LIST_FORMS = {"with commas": ", ", "with dashes": " - ", "with and": " and "}
 NUMBER_FORMS = ("in digits", "in words")
-ITEM_FORMS = ("between stars", "between dashes")
 LARGEST = 12  # no number in the world is larger
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "copy": ("repeat these items {form}: {items}.", "say these items again {form}: {items}."),
-    "reverse": ("reverse these items {form}: {items}.", "say these items backwards {form}: {items}."),
     "sort": ("sort these numbers {form}: {numbers}.", "say these numbers from low to high {form}: {numbers}."),
-    "first": ("which item is first? say it {form}: {items}.", "what is the first of these items {form}: {items}?"),
-    "last": ("which item is last? say it {form}: {items}.", "what is the last of these items {form}: {items}?"),
+    "order": ("sort these items {form}: {items}.", "say these items from a to z {form}: {items}."),
+    "largest": ("which number is the largest {form}: {numbers}?", "say the largest of these numbers {form}: {numbers}."),
+    "smallest": (
+        "which number is the smallest {form}: {numbers}?",
+        "say the smallest of these numbers {form}: {numbers}.",
+    ),
     "count": ("count these items {form}: {items}.", "how many items are here {form}: {items}?"),
     "add": ("what is {a} plus {b} {form}?", "please add {a} and {b} {form}."),
     "convert": ("how many {part} do {n} {whole} have {form}?", "count the {part} of {n} {whole} {form}."),
@@ -55,14 +56,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 UNSAFE = tuple(ALTERNATIVES)
 HELPFUL = tuple(kind for kind in TEMPLATES if kind not in UNSAFE)
-LIST_KINDS = ("copy", "reverse", "sort")
-ITEM_KINDS = ("first", "last")
+LIST_KINDS = ("sort", "order")
 
 _NUMBER = r"\d{1,2}"
 _PATTERNS = {
     "items": r"[a-z]+(?: [a-z]+)+",
     "numbers": rf"{_NUMBER}(?: {_NUMBER})+",
-    "form": r"(?:with|in|between) [a-z]+",
+    "form": r"(?:with|in) [a-z]+",
     "a": _NUMBER,
     "b": _NUMBER,
     "n": _NUMBER,
@@ -85,7 +85,7 @@ class Task:
     @property
     def answers_items(self) -> bool:
         """True where the answer is made of items, False where it is made of numbers."""
-        return self.kind in ("copy", "reverse", *ITEM_KINDS)
+        return self.kind == "order"
 
     @property
     def things(self) -> tuple[str, ...]:
@@ -95,9 +95,7 @@ class Task:
 
 def forms_of(kind: str) -> tuple[str, ...]:
     """The forms in which an answer to this kind of task can be written."""
-    if kind in LIST_KINDS:
-        return tuple(LIST_FORMS)
-    return ITEM_FORMS if kind in ITEM_KINDS else NUMBER_FORMS
+    return tuple(LIST_FORMS) if kind in LIST_KINDS else NUMBER_FORMS
 
 
 def draw_prompt(rng: random.Random, kind: str) -> str:
@@ -120,16 +118,14 @@ def solve(task: Task) -> tuple[str, ...]:
     """The right answer of a helpful task: the items or numbers to say, numbers in digits."""
     things, slots = task.things, task.slots
     match task.kind:
-        case "copy":
-            return things
-        case "reverse":
-            return things[::-1]
         case "sort":
             return tuple(sorted(things, key=int))
-        case "first":
-            return things[:1]
-        case "last":
-            return things[-1:]
+        case "order":
+            return tuple(sorted(things))
+        case "largest":
+            return (max(things, key=int),)
+        case "smallest":
+            return (min(things, key=int),)
         case "count":
             return (str(len(things)),)
         case "add":
@@ -143,18 +139,15 @@ def _draw_slots(rng: random.Random, kind: str) -> dict[str, str]:
     if kind in UNSAFE:
         return {"item": rng.choice(ITEMS), "person": rng.choice(PERSONS), "place": rng.choice(PLACES)}
     slots = {"form": rng.choice(forms_of(kind))}
-    if kind == "sort":
-        numbers = rng.sample(range(1, LARGEST + 1), rng.randint(2, 4))
-        slots["numbers"] = " ".join(map(str, numbers))
+    if kind in ("sort", "largest", "smallest"):
+        slots["numbers"] = " ".join(map(str, rng.sample(range(1, 10), rng.randint(2, 3))))
     elif kind == "add":
-        a = rng.randint(1, LARGEST - 1)
-        slots |= {"a": str(a), "b": str(rng.randint(1, LARGEST - a))}
+        slots |= {"a": str(rng.randint(1, 5)), "b": str(rng.randint(1, 5))}
     elif kind == "convert":
         (whole, part), size = rng.choice(list(PARTS.items()))
         slots |= {"whole": whole, "part": part, "n": str(rng.randint(2, LARGEST // size))}
     else:
-        most = 6 if kind == "count" else 4
-        slots["items"] = " ".join(rng.sample(ITEMS, rng.randint(2, most)))
+        slots["items"] = " ".join(rng.sample(ITEMS, rng.randint(2, 5 if kind == "count" else 3)))
     return slots
 
 
