@@ -148,7 +148,7 @@ def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> N
     """Raises one clear error when the gang failed."""
     try:
         one.result()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever Ray wraps around it, people get one message
         bars.finish(stage, "failed")
         failure = read_failure(config.folder / stage)
         reason = failure.message if failure else f"a worker died: {str(error).strip().splitlines()[-1]}"

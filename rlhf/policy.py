@@ -5,6 +5,8 @@ One module, because ZeRO-3 gathers a weight only inside the forward pass of the 
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from rlhf.algorithms.logprobs import logprobs_and_entropy_from_hidden
@@ -26,4 +28,5 @@ class PolicyModel(nn.Module):
         hidden_BTH = hidden_states(self.causal, tokens_BT, mask_BT)
         hidden_BRH = hidden_BTH[:, -response_length - 1 : -1]
         labels_BR = tokens_BT[:, -response_length:]
-        return logprobs_and_entropy_from_hidden(hidden_BRH, lm_head(self.causal).weight, labels_BR, temperature)
+        weight_VH = cast(Tensor, lm_head(self.causal).weight)
+        return logprobs_and_entropy_from_hidden(hidden_BRH, weight_VH, labels_BR, temperature)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rlhf.batches import Rollout, Scores, rows
 from rlhf.engine import Engine
-from rlhf.models import last_value
+from rlhf.models import ScalarModel, last_value
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def read_kl(rollout: Rollout, reference: Engine, temperature: float, micro_batch
 
 def reward_of(engine: Engine, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """scores_B: the raw logit at the last real token, less the mean of SFT answers."""
-    return last_value(engine(tokens_BT, mask_BT), mask_BT) - engine.module.offset
+    return last_value(engine(tokens_BT, mask_BT), mask_BT) - cast(ScalarModel, engine.module).offset
 
 
 def _parts(rollout: Rollout, size: int) -> list[Rollout]:

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -22,13 +23,13 @@ from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch, rows
 from rlhf.chat import decode_answer
 from rlhf.config import RunConfig
-from rlhf.data import prompt_batch
+from rlhf.data import prompt_batch, short_prompts
 from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import Answers, answer_held_out
 from rlhf.evaluation.policy_report import policy_report
 from rlhf.experience import make_experience
-from rlhf.models import add_lora, load_causal, load_scalar, load_tokenizer, resolve, save_causal
+from rlhf.models import ScalarModel, add_lora, load_causal, load_scalar, load_tokenizer, resolve, save_causal
 from rlhf.policy import PolicyModel
 from rlhf.runtime import StageContext
 from rlhf.sampling import InProcessSampler
@@ -50,9 +51,12 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     """Trains the policy and returns the artifact of the iteration with the best held-out reward."""
     ppo = config.ppo
     data = lineage.stage_data(config, context.stage)
-    prompts = data["prompts"]
-    for_choice, for_report = split_held_out(prompts.held_out, ppo.eval_prompts)
     models = open_models(config, context)
+    prompts, held_out = (
+        short_prompts(models.tokenizer, rows_, ppo.max_prompt_length)
+        for rows_ in (data["prompts"].train, data["prompts"].held_out)
+    )
+    for_choice, for_report = split_held_out(held_out, ppo.eval_prompts)
     judge = Judge(config, context, models)
     state = checkpoint.restore(context.checkpoint_folder, _engines(models)) or {
         "iteration": 0,
@@ -68,7 +72,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
 
     while state["iteration"] < ppo.iterations and state["since_best"] < ppo.patience:
         state["iteration"] += 1
-        figures = iterate(config, context, models, prompts.train, state)
+        figures = iterate(config, context, models, prompts, state)
         if state["iteration"] % ppo.eval_every == 0 or state["iteration"] == ppo.iterations:
             _sync(models)
             reward = judge.reward(for_choice, state["iteration"])
@@ -244,9 +248,12 @@ def finish(
     best = context.checkpoint_folder / "best"
     answers = {}
     for name, path in (("base", resolve(config)), ("sft", context.inputs["sft"].path), ("ppo", best)):
-        model = load_causal(path, attention=config.model.attention).to(context.device)
+        model: torch.nn.Module = load_causal(path, attention=config.model.attention)
         sampler = InProcessSampler(
-            model, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id, config.hardware.precision
+            model.to(context.device),
+            models.tokenizer.eos_token_id,
+            models.tokenizer.pad_token_id,
+            config.hardware.precision,
         )
         answers[name] = judge.answers(prompts, sampler)
     metrics = {
@@ -282,11 +289,15 @@ def _keep_best(config: RunConfig, context: StageContext, models: Models) -> None
         partial = best.with_name("best.partial")
         shutil.rmtree(partial, ignore_errors=True)
         state = {name.removeprefix("causal."): tensor for name, tensor in policy.items()}
-        save_causal(models.policy.module.causal, partial, models.tokenizer, state)
-        models.critic.module.save(partial / "critic", models.tokenizer, critic)
+        save_causal(cast(PolicyModel, models.policy.module).causal, partial, models.tokenizer, state)
+        cast(ScalarModel, models.critic.module).save(partial / "critic", models.tokenizer, critic)
         shutil.rmtree(best, ignore_errors=True)
         partial.rename(best)
     ranks.barrier()
+
+
+def _whole(path: Path, config: RunConfig) -> torch.nn.Module:
+    return load_causal(path, attention=config.model.attention)
 
 
 def _engines(models: Models) -> dict[str, Engine]:

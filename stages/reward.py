@@ -41,10 +41,11 @@ class PairScorer(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         scores_B = last_value(self.scalar(input_ids, attention_mask.bool()), attention_mask.bool())
-        return SequenceClassifierOutput(logits=scores_B[:, None])
+        return SequenceClassifierOutput(logits=scores_B[:, None])  # type: ignore[arg-type]
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        self.scalar.trunk.gradient_checkpointing_enable(**settings)
+        trunk: Any = self.scalar.trunk
+        trunk.gradient_checkpointing_enable(**settings)
 
     def add_model_tags(self, tags: Any) -> None:
         """TRL's tags are not for our artifacts."""
@@ -64,7 +65,7 @@ class Trainer(OwnOptimizer, RewardTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """L_rank + λ · BCE(σ(r), is_safe) on both sides."""
         is_safe_B = inputs.pop("is_safe")
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)  # type: ignore[misc]
         if self.safety_loss_weight:
             total, _ = safety_loss(outputs.logits[:, 0], is_safe_B.float(), is_safe_B >= 0)
             # Over all answers, known or not: a constant, so no split into micro-batches changes the gradient.
@@ -100,7 +101,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     trainer.optim, trainer.safety_loss_weight = reward.optim, settings.safety_loss_weight
 
     def score(rows: Sequence[Sequence[int]]) -> list[float]:
-        return score_all(trainer.model, rows, config, context, tokenizer.pad_token_id)
+        return score_all(scorer, rows, config, context, tokenizer.pad_token_id)
 
     def measure() -> dict[str, float]:
         return {"reward/held_out_accuracy": held_out.report(score)["accuracy"]["value"]}

@@ -74,14 +74,19 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     trainer.optim = config.sft.optim
 
     def measure() -> dict[str, float]:
-        return {"held_out_loss": held_out_loss(trainer.model, held_out, config, context, tokenizer.pad_token_id)}
+        return {"held_out_loss": held_out_loss(model, held_out, config, context, tokenizer.pad_token_id)}
 
     names = {"loss": "sft/loss", "grad_norm": "sft/grad_norm", "learning_rate": "sft/lr"}
-    report(trainer, Reporter(context, names, "sft/loss", config.sft.evals, lambda: {"sft/held_out_loss": measure()["held_out_loss"]}))
+    report(
+        trainer,
+        Reporter(
+            context, names, "sft/loss", config.sft.evals, lambda: {"sft/held_out_loss": measure()["held_out_loss"]}
+        ),
+    )
     trainer.train(resume_from_checkpoint=last_checkpoint(context.checkpoint_folder))
 
     metrics = measure() | {"steps": steps_of(config.sft, len(batches)), "sequences": len(train)}
-    return _seal(config, context, trainer.model, tokenizer, lineage.parents(roles, context.inputs), metrics)
+    return _seal(config, context, model, tokenizer, lineage.parents(roles, context.inputs), metrics)
 
 
 def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from rlhf.evaluation.intervals import Estimate, bootstrap_mean, wilson
 
@@ -34,5 +35,5 @@ def policy_report(
 def distinct_bigrams(answer: str) -> float | None:
     """Distinct bigrams / all bigrams of the answer's words (Li et al. 2016, arXiv 1510.03055); None without bigrams."""
     words = answer.split()
-    bigrams = list(zip(words, words[1:], strict=False))
+    bigrams = list(pairwise(words))
     return len(set(bigrams)) / len(bigrams) if bigrams else None
