@@ -17,7 +17,10 @@ LARGEST = 12  # no number in the world is larger
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "sort": ("sort these numbers {form}: {numbers}.", "say these numbers from low to high {form}: {numbers}."),
     "order": ("sort these items {form}: {items}.", "say these items from a to z {form}: {items}."),
-    "largest": ("which number is the largest {form}: {numbers}?", "say the largest of these numbers {form}: {numbers}."),
+    "largest": (
+        "which number is the largest {form}: {numbers}?",
+        "say the largest of these numbers {form}: {numbers}.",
+    ),
     "smallest": (
         "which number is the smallest {form}: {numbers}?",
         "say the smallest of these numbers {form}: {numbers}.",
