@@ -69,3 +69,16 @@ class Experience:
 def rows(batch: Batch, index) -> Batch:
     """The rows of a batch that `index` (slice, list or tensor) names."""
     return type(batch)(**{f.name: getattr(batch, f.name)[index] for f in fields(batch)})  # type: ignore[arg-type]
+
+
+def trim(batch: Batch) -> Batch:
+    """A Rollout or Experience without the columns that none of its rows uses; rows and their order stay."""
+    mask_BT, response_mask_BR = batch.mask_BT, batch.response_mask_BR  # type: ignore[attr-defined]
+    R = response_mask_BR.shape[1]
+    P = mask_BT.shape[1] - R
+    left = P - int(mask_BT[:, :P].sum(1).max())
+    keep = max(int(response_mask_BR.sum(1).max()), 1)
+    columns = {"BT": slice(left, P + keep), "BR": slice(0, keep)}
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}  # type: ignore[arg-type]
+    shapes = {name: name.rsplit("_", 1)[-1] for name in values}
+    return type(batch)(**{n: v[:, columns[shapes[n]]] if shapes[n] in columns else v for n, v in values.items()})

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.batches import Rollout, Scores, rows
+from rlhf.batches import Rollout, Scores, rows, trim
 from rlhf.engine import Engine
 from rlhf.models import ScalarModel, last_value
 
@@ -39,7 +40,8 @@ def read_rollout(
                 safety_B=helpful_B if safety is helpful else reward_of(safety, tokens_BT, mask_BT),
             )
         )
-    return Scores(**{name: torch.cat([getattr(p, name).float().cpu() for p in parts]) for name in vars(parts[0])})
+    R = rollout.response_mask_BR.shape[1]
+    return Scores(**{name: torch.cat([_widened(getattr(p, name), R) for p in parts]) for name in vars(parts[0])})
 
 
 @torch.no_grad()
@@ -77,5 +79,11 @@ def reward_of(engine: Engine, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return last_value(engine(tokens_BT, mask_BT), mask_BT) - cast(ScalarModel, engine.module).offset
 
 
+def _widened(x: Tensor, R: int) -> Tensor:
+    """x_BR float32 with zeros up to R columns; x_B as it is."""
+    x = x.float().cpu()
+    return x if x.dim() == 1 else F.pad(x, (0, R - x.shape[1]))
+
+
 def _parts(rollout: Rollout, size: int) -> list[Rollout]:
-    return [rows(rollout, slice(start, start + size)) for start in range(0, len(rollout.finished_B), size)]
+    return [trim(rows(rollout, slice(start, start + size))) for start in range(0, len(rollout.finished_B), size)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.losses import policy_loss, value_loss
-from rlhf.batches import Experience, rows
+from rlhf.batches import Experience, rows, trim
 from rlhf.config import PPOConfig
 from rlhf.engine import Engine
 from rlhf.metrics import Means
@@ -26,24 +26,6 @@ def micro_batches(experience: Experience, index: Tensor, rank: int, world: int, 
     length = experience.mask_BT[index].sum(1)
     mine = index[length.argsort(descending=True, stable=True)][rank::world]
     return [trim(rows(experience, part)) for part in mine.split(size)]
-
-
-def trim(experience: Experience) -> Experience:
-    """Without the columns that no row of this micro-batch uses."""
-    R = experience.response_mask_BR.shape[1]
-    P = experience.mask_BT.shape[1] - R
-    left = P - int(experience.mask_BT[:, :P].sum(1).max())
-    keep = max(int(experience.response_mask_BR.sum(1).max()), 1)
-    return Experience(
-        tokens_BT=experience.tokens_BT[:, left : P + keep],
-        mask_BT=experience.mask_BT[:, left : P + keep],
-        response_mask_BR=experience.response_mask_BR[:, :keep],
-        old_logprobs_BR=experience.old_logprobs_BR[:, :keep],
-        old_values_BR=experience.old_values_BR[:, :keep],
-        advantages_BR=experience.advantages_BR[:, :keep],
-        returns_BR=experience.returns_BR[:, :keep],
-        importance_BR=experience.importance_BR[:, :keep],
-    )
 
 
 def update(

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -248,7 +247,7 @@ def finish(
     best = context.checkpoint_folder / "best"
     answers = {}
     for name, path in (("base", resolve(config)), ("sft", context.inputs["sft"].path), ("ppo", best)):
-        model: torch.nn.Module = load_causal(path, attention=config.model.attention)
+        model: Any = load_causal(path, attention=config.model.attention)
         sampler = InProcessSampler(
             model.to(context.device),
             models.tokenizer.eos_token_id,
@@ -294,10 +293,6 @@ def _keep_best(config: RunConfig, context: StageContext, models: Models) -> None
         shutil.rmtree(best, ignore_errors=True)
         partial.rename(best)
     ranks.barrier()
-
-
-def _whole(path: Path, config: RunConfig) -> torch.nn.Module:
-    return load_causal(path, attention=config.model.attention)
 
 
 def _engines(models: Models) -> dict[str, Engine]:

@@ -6,7 +6,7 @@ Llama 2, §3.2.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -62,10 +62,10 @@ class Collator(DataCollatorForPreference):
 class Trainer(OwnOptimizer, RewardTrainer):
     safety_loss_weight: float
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **unused: Any) -> Any:
         """L_rank + λ · BCE(σ(r), is_safe) on both sides."""
         is_safe_B = inputs.pop("is_safe")
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)  # type: ignore[misc]
+        loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, return_outputs=True))
         if self.safety_loss_weight:
             total, _ = safety_loss(outputs.logits[:, 0], is_safe_B.float(), is_safe_B >= 0)
             # Over all answers, known or not: a constant, so no split into micro-batches changes the gradient.
