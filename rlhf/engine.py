@@ -147,8 +147,11 @@ class ZeroEngine:
         self.engine.backward(loss_sum * (self.world_size / max(count, 1)))
 
     def step(self) -> float:
+        stage_0 = self.engine.zero_optimization_stage() == 0
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None and stage_0]
+        norm = torch.nn.utils.get_total_norm(gradients)  # stage 0 does not tell it afterwards
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return float(self.engine.get_global_grad_norm() or norm)
 
     @property
     def lr(self) -> float:
