@@ -1,0 +1,206 @@
+"""The update against a plain loop over unpadded rows, and what may not change it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from rlhf.batches import rows
+from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
+from rlhf.engine import LocalEngine
+from rlhf.policy import PolicyModel
+from rlhf.update import micro_batches, minibatches, update
+
+
+@pytest.fixture
+def updated(make_llama, make_scalar, iteration, ppo_config):
+    """updated(…) → the policy and the critic after one update, and its figures."""
+
+    def run(experience=iteration.experience, **settings):
+        config = ppo_config.model_copy(update=settings)
+        policy, critic = PolicyModel(make_llama(0)), make_scalar(2)
+        figures = update(
+            LocalEngine(policy, config.optim, 4, HardwareConfig()),
+            LocalEngine(critic, config.critic_optim, 4, HardwareConfig()),
+            experience,
+            config,
+            seed=0,
+            iteration=1,
+            rank=0,
+            world=1,
+        )
+        return policy, critic, figures
+
+    return run
+
+
+def assert_same_weights(one, other, atol=0.0):
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+def row_losses(llama, critic, experience, i):
+    """Loss sums of row i without padding, written as in the papers."""
+    P = experience.tokens_BT.shape[1] - experience.response_mask_BR.shape[1]
+    tokens = experience.tokens_BT[i][experience.mask_BT[i]]
+    first, length = int(experience.mask_BT[i, :P].sum()), int(experience.response_mask_BR[i].sum())
+    old, advantages, old_values, returns = (
+        getattr(experience, name)[i, :length]
+        for name in ("old_logprobs_BR", "advantages_BR", "old_values_BR", "returns_BR")
+    )
+    logits = llama(tokens[None]).logits[0, first - 1 : -1] / 0.7
+    logprobs = torch.log_softmax(logits, -1)[range(length), tokens[first:]]
+    ratio = (logprobs - old).exp()
+    policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).sum()
+    values = critic(tokens[None], torch.ones_like(tokens[None]))[0, first - 1 : -1]
+    near = old_values + (values - old_values).clamp(-0.2, 0.2)
+    return policy, 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).sum()
+
+
+def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, iteration):
+    llama, critic = make_llama(0), make_scalar(2)
+    count = iteration.experience.response_mask_BR.sum()
+    optimizers = [
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+                {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+            ],
+            lr=1e-2,
+            betas=(0.9, 0.95),
+            eps=1e-5,
+        )
+        for model in (llama, critic)
+    ]
+    for _ in range(2):
+        losses = [row_losses(llama, critic, iteration.experience, i) for i in range(8)]
+        for model, optimizer, total in zip(
+            (llama, critic), optimizers, map(sum, zip(*losses, strict=True)), strict=True
+        ):
+            optimizer.zero_grad()
+            (total / count).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    policy, trained_critic, _ = updated(epochs=2)
+    assert_same_weights(policy, llama, atol=1e-4)
+    assert_same_weights(trained_critic, critic, atol=1e-4)
+    moved = max(
+        float((a - b).abs().max()) for a, b in zip(policy.parameters(), make_llama(0).parameters(), strict=True)
+    )
+    assert moved > 1e-2
+
+
+def test_the_first_step_starts_at_the_policy_that_sampled(updated, iteration):
+    _, _, figures = updated()
+    mask = iteration.experience.response_mask_BR
+    advantages = (iteration.experience.advantages_BR * iteration.experience.importance_BR)[mask]
+    assert figures["ppo/approx_kl"] < 1e-10
+    assert figures["ppo/clip_share"] == 0
+    assert figures["ppo/value_clip_share"] == 0
+    assert figures["ppo/policy_loss"] == pytest.approx(-float(advantages.mean()), abs=1e-5)
+    assert figures["ppo/value_loss"] == pytest.approx(
+        0.5 * float(((iteration.experience.old_values_BR - iteration.experience.returns_BR)[mask] ** 2).mean()),
+        rel=1e-5,
+    )
+
+
+def test_later_epochs_have_left_it(updated):
+    _, _, figures = updated(epochs=3)
+    assert figures["ppo/approx_kl"] > 1e-3
+    assert figures["ppo/clip_share"] > 0
+    assert figures["ppo/grad_norm"] > 0 and figures["ppo/critic_grad_norm"] > 0
+
+
+def test_a_better_answer_becomes_likelier(updated, make_llama, iteration):
+    """The sign: tokens of positive advantage rise, those of negative advantage fall."""
+    policy, _, _ = updated(optim=OptimConfig(lr=1e-3))
+    given = iteration.experience
+    after, _ = policy(given.tokens_BT, given.mask_BT, given.response_mask_BR.shape[1], 0.7)
+    gain = torch.where(given.response_mask_BR, (after - given.old_logprobs_BR) * given.advantages_BR, 0.0)
+    assert gain.sum() > 0
+
+
+def test_importance_weighs_the_policy_and_not_the_critic(updated, iteration):
+    doubled = dataclasses.replace(iteration.experience, importance_BR=2 * iteration.experience.importance_BR)
+    _, critic, figures = updated(doubled)
+    _, expected_critic, expected = updated()
+    assert figures["ppo/policy_loss"] == pytest.approx(2 * expected["ppo/policy_loss"], abs=1e-5)
+    assert_same_weights(critic, expected_critic)
+
+
+def test_a_learning_rate_of_zero_moves_nothing(updated, make_llama, make_scalar):
+    still = OptimConfig(lr=0.0)
+    policy, critic, figures = updated(optim=still, critic_optim=still, epochs=3, minibatch_size=4)
+    assert_same_weights(policy, PolicyModel(make_llama(0)))
+    assert_same_weights(critic, make_scalar(2))
+    assert figures["ppo/approx_kl"] < 1e-10
+
+
+# --- what changes nothing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_size_of_forward_passes_changes_nothing(updated, size):
+    policy, critic, figures = updated(micro_batch_size=size)
+    expected_policy, expected_critic, expected = updated()
+    assert_same_weights(policy, expected_policy, atol=1e-5)
+    assert_same_weights(critic, expected_critic, atol=1e-5)
+    assert figures == {name: pytest.approx(value, abs=1e-5) for name, value in expected.items()}
+
+
+def test_the_order_of_rows_changes_nothing(updated, iteration):
+    shuffled = rows(iteration.experience, [3, 1, 7, 0, 6, 2, 5, 4])
+    assert_same_weights(updated(shuffled)[0], updated()[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e9])
+def test_what_stands_in_masked_slots_reaches_no_weight(updated, iteration, value):
+    given = iteration.experience
+    lines = ("old_logprobs_BR", "old_values_BR", "advantages_BR", "returns_BR", "importance_BR")
+    filled = {name: torch.where(given.response_mask_BR, getattr(given, name), value) for name in lines}
+    policy, critic, figures = updated(dataclasses.replace(given, **filled))
+    expected_policy, expected_critic, expected = updated()
+    assert_same_weights(policy, expected_policy)
+    assert_same_weights(critic, expected_critic)
+    assert figures == expected
+
+
+def test_tokens_in_padding_reach_no_weight(updated, iteration):
+    given = iteration.experience
+    other = torch.where(given.mask_BT, given.tokens_BT, 7)
+    assert_same_weights(updated(dataclasses.replace(given, tokens_BT=other))[0], updated()[0], atol=1e-5)
+
+
+# --- minibatches ----------------------------------------------------------------------------------------------------
+
+
+def drawn(count=12, seed=0, iteration=1, **settings):
+    config = PPOConfig(batch_size=count, minibatch_size=4, epochs=3).model_copy(update=settings)
+    return [index.tolist() for index in minibatches(count, config, seed, iteration)]
+
+
+def test_every_epoch_sees_every_row_once_in_another_order():
+    epochs = [[row for index in drawn()[start : start + 3] for row in index] for start in (0, 3, 6)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_minibatches_belong_to_seed_and_iteration():
+    assert drawn() == drawn()
+    assert drawn(seed=1) != drawn()
+    assert drawn(iteration=2) != drawn()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_a_minibatch_without_overlap(iteration, world):
+    numbered = dataclasses.replace(iteration.experience, old_values_BR=torch.arange(8.0)[:, None].expand(8, 9))
+    index = torch.tensor([6, 1, 3, 0, 5, 2])
+    parts = [micro_batches(numbered, index, rank, world, size=2) for rank in range(world)]
+    seen = [int(row[0]) for rank in parts for part in rank for row in part.old_values_BR]
+    assert sorted(seen) == sorted(index.tolist())
+    assert len({len(rank) for rank in parts}) == 1  # as many forward passes on every rank
+    assert max(len(part.tokens_BT) for rank in parts for part in rank) <= 2
