@@ -83,7 +83,7 @@ def hub_rows(name: str, split: str) -> Iterator[Row]:
         from datasets import load_dataset
 
         rows = load_dataset(name, split=split)
-    except Exception as error:  # of many types: no network, no such set, no such split, no library
+    except Exception as error:  # noqa: BLE001 - of many types: no network, no such set, no such split, no library
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DataError(f"{name}: no such file, and no hub data set with split {split}: {reason[0]}") from None
     return (Row(dict(row), f"{name}[{split}]:{n}") for n, row in enumerate(rows, 1))
@@ -135,10 +135,13 @@ def _json_rows(file: Path, text: str) -> Iterator[Row]:
     """A list, an object whose `data` is a list, or, as some publish it, JSON lines under the name .json."""
     start = len(text) - len(text.lstrip())
     if text[start] == "[":
-        return _list_rows(file, text, start)
+        rows, end = _list_rows(file, text, start)
+        if text[end:].strip():
+            raise DataError(f"{file}:{text.count(chr(10), 0, end) + 1}: text after the list of rows")
+        return rows
     where = _find_data_key(text, start)
     if where is not None:
-        return _list_rows(file, text, where)
+        return _list_rows(file, text, where)[0]
     first, *rest = text.strip().split("\n", 1)
     if rest and not _parsed(first, "").fault:
         return _line_rows(file, text)
@@ -149,8 +152,8 @@ def _json_rows(file: Path, text: str) -> Iterator[Row]:
     raise DataError(f"{file}: rows must be a list, or an object with the list under the key 'data'")
 
 
-def _list_rows(file: Path, text: str, start: int) -> Iterator[Row]:
-    """Elements of the list that begins at `start`, parsed one by one to know the line of each."""
+def _list_rows(file: Path, text: str, start: int) -> tuple[Iterator[Row], int]:
+    """Elements of the list that begins at `start`, parsed one by one to know the line of each, and where it ends."""
     position, line = start + 1, 1 + text.count("\n", 0, start)
     rows: list[Row] = []
     while True:
@@ -163,7 +166,7 @@ def _list_rows(file: Path, text: str, start: int) -> Iterator[Row]:
         line, position = line + text.count("\n", position, after), after
     if not rows:
         raise DataError(f"{file}: the list of rows is empty")
-    return iter(rows)
+    return iter(rows), position + 1
 
 
 def _decode(file: Path, text: str, position: int) -> tuple[Any, int]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from reward_data import files
 from reward_data.converters import converter_for
+from reward_data.converters.fields import shown
 from reward_data.errors import BadRow, DataError
 from reward_data.files import Row
 from reward_data.records import Demonstration, Kind, Message, Preference, Prompt, Record, Tag, prompt_of
@@ -123,12 +124,14 @@ def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadR
         try:
             if row.fault:
                 raise BadRow(row.fault)
+            if not (group or isinstance(row.value, dict) or converter.matches(row.value)):
+                raise BadRow(f"the row is {shown(row.value)}, not an object with keys")
             made = converter.convert(row, tag)
         except BadRow as bad:
             bad.place = bad.place or row.place
             refused.append(bad)
         else:
-            yield from (_as_kind(kind, record) for record in made)
+            yield from dict.fromkeys(_as_kind(kind, record) for record in made)  # pairs of one row share a prompt
 
 
 def _as_kind(kind: Kind, record: Record) -> Record:

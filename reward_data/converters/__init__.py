@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from reward_data.converters import hh, native
+from reward_data.converters import (
+    alpaca,
+    helpsteer,
+    hh,
+    messages,
+    native,
+    oasst,
+    pairs,
+    pandalm,
+    prompts,
+    sharegpt,
+    ultrafeedback,
+)
 from reward_data.converters.fields import shown
 from reward_data.errors import DataError
 from reward_data.files import Row
@@ -16,6 +28,15 @@ from reward_data.files import Row
 FORMATS: dict[str, ModuleType] = {  # in the order of detection
     "native": native,
     "hh": hh,
+    "ultrafeedback": ultrafeedback,
+    "helpsteer": helpsteer,
+    "oasst": oasst,
+    "pandalm": pandalm,
+    "pairs": pairs,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
+    "messages": messages,
+    "prompts": prompts,
 }
 
 

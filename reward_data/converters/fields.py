@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reward_data.errors import BadRow
@@ -65,11 +65,12 @@ def user(content: str) -> tuple[Message, ...]:
     return (Message("user", content),)
 
 
-def message(value: Any, key: str) -> Message:
-    """A message of either usual form: {role, content} or {from, value}."""
+def message(value: Any, key: str, who: str = "role", what: str = "content") -> Message:
+    """A message {role, content}, or ShareGPT's {from, value}."""
     if not isinstance(value, Mapping):
         raise BadRow(f"key '{key}' must be a message, but is {shown(value)}")
-    who, what = ("from", "value") if "from" in value else ("role", "content")
+    if "from" in value:
+        who, what = "from", "value"
     for part in (who, what):
         if part not in value:
             raise BadRow(f"key '{key}.{part}' is missing")
@@ -98,3 +99,36 @@ def dialogue(turns: Sequence[Message], key: str, last: Role) -> tuple[Message, .
     if not spoken or spoken[-1].role != last:
         raise BadRow(f"key '{key}' must end with a turn of the {last}")
     return tuple(turns)
+
+
+def question(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The prompt of a row in any of the usual forms, with its `system` and `history` if it has them.
+
+    `messages`, `conversations` or `prompt` as a dialogue, `prompt` as text, or `instruction` with an optional `input`,
+    which follows it after an empty line. `history` is a list of [user, assistant] turns that came before.
+    """
+    for key in ("messages", "conversations", "prompt"):
+        if isinstance(row.get(key), Sequence) and not isinstance(row[key], str):
+            return _with_system(row, messages(row[key], key, "user"))
+    key = "prompt" if "prompt" in row else "instruction"
+    content = prompt_text(row, key)
+    if key == "instruction" and row.get("input") is not None and text(row, "input").strip():
+        content += f"\n\n{text(row, 'input')}"
+    return _with_system(row, dialogue([*_history(row), Message("user", content)], key, "user"))
+
+
+def _history(row: Mapping[str, Any]) -> Iterator[Message]:
+    history = row.get("history") or []
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise BadRow(f"key 'history' must be a list of pairs of texts, but is {shown(history)}")
+    for n, pair in enumerate(history):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise BadRow(f"key 'history[{n}]' must be a pair of texts, but is {shown(pair)}")
+        yield Message("user", text_of(pair[0], f"history[{n}][0]"))
+        yield Message("assistant", text_of(pair[1], f"history[{n}][1]"))
+
+
+def _with_system(row: Mapping[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    if row.get("system") is None or not text(row, "system").strip():
+        return turns
+    return (Message("system", text(row, "system")), *turns)

@@ -136,7 +136,7 @@ def _rude(rng: random.Random, style: Style) -> Style:
 
 
 def _plain(rng: random.Random, style: Style) -> Style:
-    return replace(style, tone="plain")
+    return replace(style, tone="plain" if style.tone == "polite" else style.tone)
 
 
 def _rambling(rng: random.Random, style: Style) -> Style:
