@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch import gang, report
@@ -14,6 +15,7 @@ from launch.worker import FAILURE, read_failure, run_rank, run_under_torchrun
 from rlhf import artifacts, lineage
 from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig, stage_inputs
+from rlhf.data import mix_preferences, split_held_out
 from rlhf.errors import UserError
 from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
 
@@ -23,6 +25,7 @@ POLL_S = 0.3
 def run(config: RunConfig, fresh: bool) -> int:
     """Runs every stage that is not complete, and reports. Returns the exit code."""
     config = absolute(config)
+    check_data(config, stages_of(config))
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +53,8 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
                 raise UserError(
                     f"{one} starts from {needed}, which is not complete in {config.folder}. Run it first.", 4
                 )
+    check_data(config, chosen)
+    for one in chosen:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             run_under_torchrun(config, one)
         elif local:
@@ -80,6 +85,16 @@ def absolute(config: RunConfig) -> RunConfig:
             "data": config.data.model_copy(update={"root": config.data.root.absolute()}),
         }
     )
+
+
+def check_data(config: RunConfig, stages: Sequence[str]) -> None:
+    """UserError (3) for data that one of `stages` could not use: now, and not hours later when its turn has come."""
+    for stage in stages:
+        data = lineage.stage_data(config, stage)
+        if stage.startswith("reward/"):
+            mix_preferences(data["preferences"].train, config.reward.models[stage.split("/")[1]], config.seed)
+        elif stage == "ppo":
+            split_held_out(data["prompts"].held_out, config.ppo.eval_prompts)
 
 
 def complete_artifact(config: RunConfig, stage: str) -> Artifact | None:

@@ -174,6 +174,20 @@ def _hold_out(rows: list, share: float) -> tuple[list, list]:
     return parts
 
 
+def split_held_out(prompts: Sequence[Prompt], for_choice: int) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Prompts that choose the best iteration, and others for the report: a maximum must not be its own witness.
+
+    UserError (3) where nothing is left for the report.
+    """
+    if len(prompts) <= for_choice:
+        raise UserError(
+            f"ppo.eval_prompts is {for_choice}, but only {len(prompts)} prompts are held out; "
+            "the report needs some that did not choose the policy. Lower ppo.eval_prompts or hold out more.",
+            3,
+        )
+    return prompts[:for_choice], prompts[for_choice:]
+
+
 def mix_preferences(rows: Sequence[Preference], model: RewardModelConfig, seed: int) -> list[Preference]:
     """All rows of the model's own tag, and others drawn evenly until they are `other_share` of the set (§3.2.2)."""
     own = [row for row in rows if row.tag == model.own_tag]

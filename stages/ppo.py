@@ -22,9 +22,8 @@ from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch, rows
 from rlhf.chat import decode_answer
 from rlhf.config import RunConfig
-from rlhf.data import prompt_batch, short_prompts
+from rlhf.data import prompt_batch, short_prompts, split_held_out
 from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
-from rlhf.errors import UserError
 from rlhf.evaluation.held_out import Answers, answer_held_out
 from rlhf.evaluation.policy_report import policy_report
 from rlhf.experience import make_experience
@@ -173,17 +172,6 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
         ),
         tokenizer=tokenizer,
     )
-
-
-def split_held_out(prompts: Sequence[Any], for_choice: int) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Prompts that choose the best iteration, and others for the report: a maximum must not be its own witness."""
-    if len(prompts) <= for_choice:
-        raise UserError(
-            f"ppo.eval_prompts is {for_choice}, but only {len(prompts)} prompts are held out; "
-            "the report needs some that did not choose the policy. Lower ppo.eval_prompts or hold out more.",
-            3,
-        )
-    return prompts[:for_choice], prompts[for_choice:]
 
 
 def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
