@@ -31,7 +31,8 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     from rlhf.runtime import Progress, StageContext
     from rlhf.tracking import open_tracker
 
-    torch.set_num_threads(config.hardware.cpus_per_worker if not local else max(os.cpu_count() or 1, 1))
+    if not local:  # alone, torch takes all processors, or what OMP_NUM_THREADS says
+        torch.set_num_threads(config.hardware.cpus_per_worker)
     folder = config.folder / stage
     is_writer = ranks.rank() == 0
     tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
