@@ -40,7 +40,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
         arguments["address"] = config.hardware.ray_address
     ray.init(**arguments)
     try:
-        _check_room(config)
+        _wait_for_room(config)
         yield
     finally:
         ray.shutdown()
@@ -136,16 +136,19 @@ def _private_token(folder: Path) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
-def _check_room(config: RunConfig) -> None:
-    """UserError(5) where the largest gang can never be placed: Ray would wait for ever."""
+def _wait_for_room(config: RunConfig) -> None:
+    """UserError(5) where the largest gang cannot be placed; a cluster that is still filling has its time to do so."""
     import ray
 
-    hardware, have = config.hardware, ray.cluster_resources()
+    hardware = config.hardware
     workers = max(hardware.workers, config.reward_workers)
+    deadline = time.monotonic() + (hardware.placement_timeout_s if hardware.ray_address else 0)
     for kind, each in (("CPU", hardware.cpus_per_worker), ("GPU", hardware.gpus_per_worker)):
-        if workers * each > have.get(kind, 0):
-            raise UserError(
-                f"{workers} workers × {each:g} {kind}s = {workers * each:g}, but the cluster has {have.get(kind, 0):g}. "
-                f"Lower hardware.workers or hardware.{kind.lower()}s_per_worker, or add nodes.",
-                5,
-            )
+        while workers * each > (have := ray.cluster_resources().get(kind, 0)):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{workers} workers × {each:g} {kind}s = {workers * each:g}, but the cluster has {have:g}. "
+                    f"Lower hardware.workers or hardware.{kind.lower()}s_per_worker, or add nodes.",
+                    5,
+                )
+            time.sleep(1)

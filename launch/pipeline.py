@@ -20,6 +20,7 @@ from rlhf.errors import UserError
 from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
 
 POLL_S = 0.3
+MADE_BY = "made_by.json"  # beside a stage's checkpoints: what they were made with
 
 
 def run(config: RunConfig, fresh: bool) -> int:
@@ -135,8 +136,7 @@ def _drive(config: RunConfig, waiting: list[str], bars: StageBars) -> dict[str, 
             waiting.remove(stage)
             _prepare(config, stage)
             bars.add(stage)
-            workers = config.reward_workers if stage.startswith("reward/") else config.hardware.workers
-            running[stage] = gang.Gang(config, stage, workers), time.monotonic()
+            running[stage] = gang.Gang(config, stage, workers_of(config, stage)), time.monotonic()
         for stage, (one, started) in list(running.items()):
             if one.done(POLL_S / len(running)):
                 del running[stage]
@@ -147,16 +147,26 @@ def _drive(config: RunConfig, waiting: list[str], bars: StageBars) -> dict[str, 
 
 
 def _prepare(config: RunConfig, stage: str) -> None:
-    """Clears what an earlier attempt said; its checkpoints stay if they were made with these settings."""
+    """Clears what an earlier attempt left behind; its checkpoints stay if they were made with these settings."""
     folder = config.folder / stage
-    digest = lineage.settings_digest(config, stage)
-    marker = folder / "settings.digest"
-    if not marker.exists() or marker.read_text() != digest:
+    made_by = folder / MADE_BY
+    attempt = {"settings": lineage.settings_digest(config, stage), "workers": workers_of(config, stage)}
+    known = json.loads(made_by.read_text()) if made_by.exists() else {}
+    if known.get("settings") != attempt["settings"]:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        artifacts.write_atomic(marker, digest)
+    elif known["workers"] != attempt["workers"] and any((folder / "checkpoints").glob("*")):
+        raise UserError(
+            f"{folder / 'checkpoints'} was written by {known['workers']} workers and cannot go on with "
+            f"{attempt['workers']}. Set hardware.workers back, or remove that folder to start {stage} over."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts.write_json(made_by, attempt)
     for stale in (FAILURE, "progress.json"):
         (folder / stale).unlink(missing_ok=True)
+
+
+def workers_of(config: RunConfig, stage: str) -> int:
+    return config.reward_workers if stage.startswith("reward/") else config.hardware.workers
 
 
 def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import Artifact, load, write_atomic, write_json
-from rlhf.config import RunConfig, stage_inputs, stage_settings
+from rlhf.config import RunConfig, stage_inputs
 from rlhf.errors import UserError
 
 FAILURE = "failure.json"
@@ -114,7 +114,7 @@ def _record(config: RunConfig, context: Any) -> None:
     settings = config.model_dump(mode="json")
     write_atomic(context.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     context.tracker.artifact(context.folder / "config.yaml")
-    context.tracker.params(stage_settings(config, context.stage) | {"hardware": settings["hardware"]})
+    context.tracker.params(lineage.stage_settings(config, context.stage) | {"hardware": settings["hardware"]})
     for role, split in lineage.stage_data(config, context.stage).items():
         for name, digest in split.digests.items():
             context.tracker.dataset(name, name, digest, role)

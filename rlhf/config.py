@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -277,14 +277,3 @@ def stage_inputs(config: RunConfig, stage: str) -> list[str]:
         return ["sft"]
     rewards = dict.fromkeys([config.ppo.helpfulness_model, config.ppo.safety_model])
     return ["sft", *(f"reward/{name}" for name in rewards)]
-
-
-def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The settings that decide what `stage` makes: what is not in here may change without making it stale."""
-    whole = config.model_dump(mode="json")
-    own = whole[stage.split("/")[0]]
-    if stage.startswith("reward/"):
-        own = own | {"models": whole["reward"]["models"][stage.removeprefix("reward/")]}
-    if stage == "ppo":
-        own = own | {"gold": config.data.gold}
-    return {"model": whole["model"], "seed": config.seed, "precision": config.hardware.precision, "stage": own}

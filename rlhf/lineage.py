@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rlhf.artifacts import Artifact, digest_of
-from rlhf.config import RunConfig, stage_settings
+from rlhf.config import RunConfig
 from rlhf.data import Split, load_demonstrations, load_preferences, load_prompts
 
 LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
@@ -15,6 +16,25 @@ ROLES = {"sft": ["demonstrations"], "reward": ["preferences", "demonstrations"],
 def stage_data(config: RunConfig, stage: str) -> dict[str, Split]:
     """The data that `stage` reads, by role. UserError (3) for data that cannot be used."""
     return {role: LOADERS[role](config) for role in ROLES[stage.split("/")[0]]}
+
+
+def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The settings that decide what `stage` makes: what is not in here may change without making it stale.
+
+    Where data lie does not count (their digests do), nor how many workers there are.
+    """
+    whole = config.model_dump(mode="json")
+    kind, _, name = stage.partition("/")
+    own = whole[kind] | ({"models": whole["reward"]["models"][name]} if name else {})
+    keys = [*ROLES[kind], "bad_rows", "shared_prompts", "held_out_share", *(["gold"] if kind == "ppo" else [])]
+    data = {key: whole["data"][key] for key in keys}
+    return {
+        "model": whole["model"],
+        "seed": config.seed,
+        "precision": config.hardware.precision,
+        "data": data,
+        kind: own,
+    }
 
 
 def settings_digest(config: RunConfig, stage: str) -> str:
