@@ -5,6 +5,7 @@ Llama 2, §3.2.2.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -184,5 +185,6 @@ def _seal(
         scorer.scalar.offset = metrics["offset"]
         scorer.scalar.save(folder, tokenizer, {name.removeprefix("scalar."): tensor for name, tensor in state.items()})
         artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
+        shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
     ranks.barrier()
     return artifacts.load(folder)

@@ -5,6 +5,7 @@ Llama 2, §3.1.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,6 +136,7 @@ def _seal(
         artifacts.begin(folder)
         save_causal(model, folder, tokenizer, state)
         artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
+        shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
     ranks.barrier()
     return artifacts.load(folder)
 
