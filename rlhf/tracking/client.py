@@ -42,6 +42,9 @@ def public_uri(uri: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "", absolute_uri(uri))
 
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with training runs
+
+
 class Client:
     def __init__(self, settings: TrackingConfig) -> None:
         assert settings.uri is not None
@@ -62,7 +65,7 @@ class Client:
         database = _database(self._uri)
         files = None if database is None else (database.parent / "mlruns").as_uri()  # not where the process stands
         try:
-            return self._mlflow.create_experiment(self._experiment, artifact_location=files)
+            return self._mlflow.create_experiment(self._experiment, artifact_location=files, tags=EXPERIMENT_TAGS)
         except MlflowException:
             if found := self._mlflow.get_experiment_by_name(self._experiment):  # another process was quicker
                 return found.experiment_id
