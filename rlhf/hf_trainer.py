@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rlhf.config import OptimConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
+from rlhf.errors import UserError
 from rlhf.runtime import StageContext
 
 KEPT_CHECKPOINTS = 2
@@ -48,9 +50,19 @@ def trainer_arguments(
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_drop_last": True,  # a short last batch would weigh its rows more than the others
         "dataloader_pin_memory": context.device.type == "cuda",
     }
+
+
+def whole_batches(dataset: Dataset, stage: str, batch_size: int) -> Dataset:
+    """Without the last rows that fill no batch: of those a Trainer makes a step too, in which each of them weighs more.
+
+    UserError (3) where there is not one batch, with which a Trainer ends at once and says nothing.
+    """
+    if len(dataset) < batch_size:
+        key = f"{stage.split('/')[0]}.batch_size"
+        raise UserError(f"{stage}: {len(dataset)} training rows are less than one batch; lower {key} ({batch_size})", 3)
+    return dataset.select(range(len(dataset) // batch_size * batch_size))
 
 
 def steps_of(settings: SFTConfig | RewardConfig, rows: int) -> int:

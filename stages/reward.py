@@ -25,8 +25,18 @@ from rlhf.chat import encode_answer
 from rlhf.config import RunConfig
 from rlhf.data import encode_demonstrations, encode_preferences, mix_preferences, pad
 from rlhf.engine import end_sharded_loading, full_state, sharded_loading
+from rlhf.errors import UserError
 from rlhf.evaluation.reward_report import reward_report
-from rlhf.hf_trainer import OwnOptimizer, Reporter, last_checkpoint, quieten, report, steps_of, trainer_arguments
+from rlhf.hf_trainer import (
+    OwnOptimizer,
+    Reporter,
+    last_checkpoint,
+    quieten,
+    report,
+    steps_of,
+    trainer_arguments,
+    whole_batches,
+)
 from rlhf.models import ScalarModel, add_lora, check_length, last_value, load_scalar, load_tokenizer
 from rlhf.runtime import StageContext
 
@@ -82,7 +92,8 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     tokenizer = load_tokenizer(sft)
     data = lineage.stage_data(config, context.stage)
     preferences = mix_preferences(data["preferences"].train, settings, config.seed)
-    train = encode_preferences(tokenizer, preferences, reward.margin, reward.max_length)
+    pairs = encode_preferences(tokenizer, preferences, reward.margin, reward.max_length)
+    train = whole_batches(Dataset.from_list(pairs), context.stage, reward.batch_size)
     held_out = HeldOut(tokenizer, data["preferences"].held_out, settings.own_tag, reward.max_length)
 
     arguments = trainer_arguments(config, reward, context, len(train))
@@ -95,7 +106,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     trainer = Trainer(
         model=scorer,  # type: ignore[arg-type]
         args=TRLConfig(**arguments, max_length=None, disable_dropout=True),
-        train_dataset=Dataset.from_list(train),
+        train_dataset=train,
         processing_class=tokenizer,
         data_collator=Collator(tokenizer.pad_token_id),
     )
@@ -125,6 +136,8 @@ class HeldOut:
     def __init__(self, tokenizer: Any, rows: Sequence[Preference], own_tag: str, max_length: int) -> None:
         encoded = [[encode_answer(tokenizer, r.prompt, side) for side in (r.chosen, r.rejected)] for r in rows]
         fitting = [(r, *sides) for r, sides in zip(rows, encoded, strict=True) if max(map(len, sides)) <= max_length]
+        if not fitting:
+            raise UserError(f"all held-out preferences are over {max_length} tokens; raise reward.max_length", 3)
         self.rows, self.chosen, self.rejected = zip(*fitting, strict=True)
         self.own_tag = own_tag
 

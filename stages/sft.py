@@ -32,6 +32,7 @@ from rlhf.hf_trainer import (
     report,
     steps_of,
     trainer_arguments,
+    whole_batches,
 )
 from rlhf.metrics import Means
 from rlhf.models import add_lora, check_length, load_causal, load_tokenizer, resolve, save_causal
@@ -54,7 +55,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     train = _labelled(encode_demonstrations(tokenizer, data.train, config.sft.max_length))
     held_out = _labelled(encode_demonstrations(tokenizer, data.held_out, config.sft.max_length))
 
-    batches = pack(train, config.sft)
+    batches = whole_batches(pack(train, config.sft), context.stage, config.sft.batch_size)
     arguments = trainer_arguments(config, config.sft, context, len(batches))
     with sharded_loading(config.hardware, context.local):
         model = load_causal(base, attention=config.model.attention)
