@@ -175,13 +175,22 @@ def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> N
         one.result()
     except Exception as error:  # noqa: BLE001  whatever Ray wraps around it, people get one message
         bars.finish(stage, "failed")
-        failure = read_failure(config.folder / stage)
-        reason = failure.message if failure else f"a worker died: {str(error).strip().splitlines()[-1]}"
-        mark_failed(config.folder / stage, reason)
+        failure = read_failure(config.folder / stage) or _death(error, stage)
+        mark_failed(config.folder / stage, failure.message)
         logs = config.folder / stage / "logs"
-        code = failure.exit_code if failure else 6
-        raise UserError(f"{stage} failed: {reason}\nThe logs of its workers are in {logs}", code) from None
+        raise UserError(
+            f"{stage} failed: {failure.message}\nThe logs of its workers are in {logs}", failure.exit_code
+        ) from None
     bars.finish(stage, "done")
+
+
+def _death(error: Exception, stage: str) -> UserError:
+    """Why a worker died that had no time to say so itself."""
+    text = str(error)
+    if "out of memory" in text.lower() or "OutOfMemory" in text:
+        key = f"{stage.split('/')[0]}.micro_batch_size"
+        return UserError(f"a worker was killed because the machine ran out of memory. Lower {key}, or give more.", 5)
+    return UserError(f"a worker died: {text.strip().splitlines()[-1][:300]}", 6)
 
 
 def _report(config: RunConfig, tracker: Tracker, seconds: dict[str, float]) -> None:
