@@ -44,13 +44,11 @@ def make_stage() -> Callable[[RunConfig, str], Path]:
 
 @pytest.fixture(scope="session")
 def beside(settings) -> Callable[..., RunConfig]:
-    """beside(config, *overrides) → another run, with the finished stages of `config` copied into it."""
+    """beside(config, *overrides) → another run, with the finished stages of `config` but PPO copied into it."""
 
     def make(config: RunConfig, *overrides: str) -> RunConfig:
         other = settings(*overrides)
-        shutil.copytree(
-            config.folder, other.folder, ignore=lambda folder, _: ["ppo"] if folder.endswith("smoke") else []
-        )
+        shutil.copytree(config.folder, other.folder, ignore=lambda *_: {"ppo"})
         return other
 
     return make

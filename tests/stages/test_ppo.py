@@ -83,7 +83,7 @@ def test_lora_is_saved_merged_and_as_an_adapter(lora_run):
 
 
 def test_the_first_iteration_starts_from_the_reference_and_the_sampler_agrees(run):
-    first = {name: dict(points).get(1) for name, points in series(run("ppo")).items()}
+    first = {name: dict(points)[1] for name, points in series(run("ppo")).items()}
     assert first["ppo/kl"] == pytest.approx(0, abs=1e-4)
     assert first["ppo/sampler_gap_max"] < 1e-4
     assert first["ppo/grad_norm"] > 0 and first["ppo/critic_grad_norm"] > 0
