@@ -15,25 +15,28 @@ from launch.worker import FAILURE, read_failure, run_rank, run_under_torchrun
 from rlhf import artifacts, lineage
 from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig, stage_inputs
-from rlhf.data import mix_preferences, split_held_out
+from rlhf.data import Split, mix_preferences, split_held_out
 from rlhf.errors import UserError
 from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
 
 POLL_S = 0.3
+Data = dict[str, dict[str, Split]]
+"""Stage → role → rows."""
+
 MADE_BY = "made_by.json"  # beside a stage's checkpoints: what they were made with
 
 
 def run(config: RunConfig, fresh: bool) -> int:
     """Runs every stage that is not complete, and reports. Returns the exit code."""
     config = absolute(config)
-    check_data(config, stages_of(config))
+    data = checked_data(config, stages_of(config))
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True, exist_ok=True)
     tracker = open_parent(config.folder, config.tracking, config.name)
     tracker.params({"stages": ", ".join(stages_of(config)), "seed": config.seed, "model": config.model.path})
     try:
-        seconds = _run_stages(config, stages_of(config))
+        seconds = _run_stages(config, data)
     except BaseException as error:
         reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
@@ -54,15 +57,17 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
                 raise UserError(
                     f"{one} starts from {needed}, which is not complete in {config.folder}. Run it first.", 4
                 )
-    check_data(config, chosen)
+    data = checked_data(config, chosen)
     for one in chosen:
         if "TORCHELASTIC_RUN_ID" in os.environ:
+            if os.environ["RANK"] == "0":
+                _prepare(config, one, data[one])  # the others wait for this rank when they form their group
             run_under_torchrun(config, one)
         elif local:
-            _run_local(config, one)
+            _run_local(config, one, data[one])
         else:
             with gang.cluster(config), StageBars(config.folder) as bars:
-                _drive(config, [one], bars)
+                _drive(config, [one], data, bars)
     return 0
 
 
@@ -88,53 +93,55 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
-def check_data(config: RunConfig, stages: Sequence[str]) -> None:
-    """UserError (3) for data that one of `stages` could not use: now, and not hours later when its turn has come."""
+def checked_data(config: RunConfig, stages: Sequence[str]) -> Data:
+    """The data of each of `stages`. UserError (3) for what one of them could not use: now, not when its turn has come."""
+    data = lineage.read_data(config, stages)
     for stage in stages:
-        data = lineage.stage_data(config, stage)
         if stage.startswith("reward/"):
-            mix_preferences(data["preferences"].train, config.reward.models[stage.split("/")[1]], config.seed)
+            model = config.reward.models[stage.removeprefix("reward/")]
+            mix_preferences(data[stage]["preferences"].train, model, config.seed)
         elif stage == "ppo":
-            split_held_out(data["prompts"].held_out, config.ppo.eval_prompts)
+            split_held_out(data[stage]["prompts"].held_out, config.ppo.eval_prompts)
+    return data
 
 
-def complete_artifact(config: RunConfig, stage: str) -> Artifact | None:
+def complete_artifact(config: RunConfig, stage: str, data: Data) -> Artifact | None:
     """The stage's artifact, if it is whole and was made from today's settings, data and parents."""
-    inputs = {name: complete_artifact(config, name) for name in stage_inputs(config, stage)}
+    inputs = {name: complete_artifact(config, name, data) for name in stage_inputs(config, stage)}
     if None in inputs.values():
         return None
-    parents = lineage.parents(lineage.stage_data(config, stage), inputs)  # type: ignore[arg-type]
+    parents = lineage.parents(data[stage], inputs)  # type: ignore[arg-type]
     return artifacts.find(config.folder / stage / "artifact", lineage.settings_digest(config, stage), parents)
 
 
-def _run_stages(config: RunConfig, stages: list[str]) -> dict[str, float]:
+def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
     """Seconds of each stage that ran. Stages whose inputs are there run side by side as far as the cluster has room."""
     waiting = []
-    for stage in stages:
-        if complete_artifact(config, stage) is None:
+    for stage in stages_of(config):
+        if complete_artifact(config, stage, data) is None:
             waiting.append(stage)
         else:
             console.print(f"[green]✓[/green] {stage}: complete, with these settings and this data; skipped")
     if not waiting:
         return {}
     with gang.cluster(config), StageBars(config.folder) as bars:
-        return _drive(config, waiting, bars)
+        return _drive(config, waiting, data, bars)
 
 
-def _run_local(config: RunConfig, stage: str) -> None:
+def _run_local(config: RunConfig, stage: str, data: dict[str, Split]) -> None:
     """The stage in this process, for debugging and for machines without a cluster."""
-    _prepare(config, stage)
+    _prepare(config, stage, data, local=True)
     with StageBars(config.folder) as bars, bars.followed(stage):
         run_rank(config, stage, local=True)
 
 
-def _drive(config: RunConfig, waiting: list[str], bars: StageBars) -> dict[str, float]:
+def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:
     running: dict[str, tuple[gang.Gang, float]] = {}
     seconds: dict[str, float] = {}
     while waiting or running:
         for stage in [s for s in waiting if not set(stage_inputs(config, s)) & {*waiting, *running}]:
             waiting.remove(stage)
-            _prepare(config, stage)
+            _prepare(config, stage, data[stage])
             bars.add(stage)
             running[stage] = gang.Gang(config, stage, workers_of(config, stage)), time.monotonic()
         for stage, (one, started) in list(running.items()):
@@ -146,23 +153,36 @@ def _drive(config: RunConfig, waiting: list[str], bars: StageBars) -> dict[str, 
     return seconds
 
 
-def _prepare(config: RunConfig, stage: str) -> None:
-    """Clears what an earlier attempt left behind; its checkpoints stay if they were made with these settings."""
+def _prepare(config: RunConfig, stage: str, data: dict[str, Split], local: bool = False) -> None:
+    """Clears what an earlier attempt left behind; its checkpoints stay if it started from the same and can go on here."""
     folder = config.folder / stage
     made_by = folder / MADE_BY
-    attempt = {"settings": lineage.settings_digest(config, stage), "workers": workers_of(config, stage)}
+    inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
+    parents = lineage.parents(data, inputs)
+    attempt = {
+        "from": artifacts.digest_of([lineage.settings_digest(config, stage), parents]),
+        "layout": _layout(config, stage, local),
+    }
     known = json.loads(made_by.read_text()) if made_by.exists() else {}
-    if known.get("settings") != attempt["settings"]:
+    if known.get("from") != attempt["from"]:
         shutil.rmtree(folder, ignore_errors=True)
-    elif known["workers"] != attempt["workers"] and any((folder / "checkpoints").glob("*")):
+    elif known["layout"] != attempt["layout"] and any((folder / "checkpoints").glob("*")):
         raise UserError(
-            f"{folder / 'checkpoints'} was written by {known['workers']} workers and cannot go on with "
-            f"{attempt['workers']}. Set hardware.workers back, or remove that folder to start {stage} over."
+            f"{folder / 'checkpoints'} was written by {known['layout']} and cannot go on with {attempt['layout']}. "
+            f"Set that back, or remove the folder to start {stage} over."
         )
     folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(made_by, attempt)
     for stale in (FAILURE, "progress.json"):
         (folder / stale).unlink(missing_ok=True)
+
+
+def _layout(config: RunConfig, stage: str, local: bool) -> str:
+    """Who writes a checkpoint: shards of one layout cannot be dealt out to another."""
+    if local:
+        return "one process alone"
+    workers = os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else workers_of(config, stage)
+    return f"{workers} workers under ZeRO-{config.hardware.zero_stage}"
 
 
 def workers_of(config: RunConfig, stage: str) -> int:

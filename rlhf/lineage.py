@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.artifacts import Artifact, digest_of
@@ -13,9 +13,16 @@ LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preference
 ROLES = {"sft": ["demonstrations"], "reward": ["preferences", "demonstrations"], "ppo": ["prompts"]}
 
 
+def read_data(config: RunConfig, stages: Sequence[str]) -> dict[str, dict[str, Split]]:
+    """The data of each stage, by role; every role is read once. UserError (3) for data that cannot be used."""
+    roles = {stage: ROLES[stage.split("/")[0]] for stage in stages}
+    splits = {role: LOADERS[role](config) for role in dict.fromkeys(r for needed in roles.values() for r in needed)}
+    return {stage: {role: splits[role] for role in needed} for stage, needed in roles.items()}
+
+
 def stage_data(config: RunConfig, stage: str) -> dict[str, Split]:
     """The data that `stage` reads, by role. UserError (3) for data that cannot be used."""
-    return {role: LOADERS[role](config) for role in ROLES[stage.split("/")[0]]}
+    return read_data(config, [stage])[stage]
 
 
 def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
