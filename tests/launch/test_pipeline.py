@@ -1,0 +1,218 @@
+"""The pipeline: what runs again and what does not (with stages that only seal something), and what checkpoints outlive."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from launch import gang, pipeline
+from launch.settings import load
+from rlhf import artifacts, lineage
+from rlhf.config import RunConfig, stage_inputs
+from rlhf.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
+
+
+class FakeGang:
+    """A gang that is done at once: it seals an artifact that holds what it was made from."""
+
+    started: ClassVar[list[str]]
+    meets: ClassVar[dict[str, Exception]]  # stage → what befalls it
+
+    def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
+        self.started.append(stage)
+        self.error = self.meets.get(stage)
+        if self.error is None:
+            inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
+            parents = lineage.parents(lineage.stage_data(config, stage), inputs)
+            digest = lineage.settings_digest(config, stage)
+            folder = artifacts.begin(config.folder / stage / "artifact")
+            (folder / "model.safetensors").write_text(json.dumps([stage, digest, parents]))
+            artifacts.complete(folder, stage, parents, digest, {})
+
+    def done(self, timeout_s: float) -> bool:
+        return True
+
+    def result(self) -> None:
+        if self.error:
+            raise self.error
+
+
+@contextmanager
+def no_cluster(config: RunConfig):
+    yield
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that were started, in order; without Ray, and without a report."""
+    started: list[str] = []
+    monkeypatch.setattr(FakeGang, "started", started, raising=False)
+    monkeypatch.setattr(FakeGang, "meets", {}, raising=False)
+    monkeypatch.setattr(gang, "cluster", no_cluster)
+    monkeypatch.setattr(gang, "Gang", FakeGang)
+    monkeypatch.setattr(pipeline, "_report", lambda *_: None)
+    return started
+
+
+def settings(runs_dir: Path, *overrides: str) -> RunConfig:
+    own = ["--runs_dir", str(runs_dir), "--tracking.uri", "null", "--hardware.workers", "1"]
+    return load(ROOT / "tests/smoke.yaml", [*own, *overrides])
+
+
+@pytest.fixture
+def again(started: list[str], tmp_path: Path) -> Callable[..., list[str]]:
+    """again(*overrides) runs a finished run once more → the stages that were started."""
+
+    def run(*overrides: str, fresh: bool = False) -> list[str]:
+        started.clear()
+        assert pipeline.run(settings(tmp_path, *overrides), fresh) == 0
+        return list(started)
+
+    assert run() == STAGES
+    return run
+
+
+def test_a_complete_run_starts_not_even_a_cluster(
+    again: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: RunConfig) -> None:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr(gang, "cluster", fail)
+    assert again() == []
+    shown = capsys.readouterr().out
+    assert all(f"{stage}: complete" in shown for stage in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("--ppo.beta", "0.02"), ["ppo"]),
+        (("--reward.models.safety.safety_loss_weight", "0.4"), ["reward/safety", "ppo"]),
+        (("--data.prompts.train.0.limit", "60"), ["ppo"]),
+        (("--hardware.max_restarts", "0", "--tracking.experiment", "other"), []),
+    ],
+)
+def test_a_changed_setting_runs_what_depends_on_it(
+    again: Callable[..., list[str]], change: tuple[str, ...], expected: list[str]
+) -> None:
+    assert again(*change) == expected
+    assert again(*change) == []
+
+
+def test_other_content_of_a_data_file_runs_what_reads_it(again: Callable[..., list[str]], tmp_path: Path) -> None:
+    shipped = (ROOT / "reward_data/shipped/prompts.train.jsonl").read_text().splitlines(keepends=True)
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(shipped[:40]))
+    own = ("--data.prompts.train", f"[{{path: {rows}}}]")
+    assert again(*own) == ["ppo"]
+    rows.write_text("".join(shipped[:41]))
+    assert again(*own) == ["ppo"]
+    assert again(*own) == []
+
+
+def test_a_run_that_was_killed_between_stages_goes_on_where_it_was(
+    again: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "smoke/ppo")
+    assert again() == ["ppo"]
+
+
+def test_an_artifact_without_its_manifest_is_made_again(again: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "smoke/reward/safety/artifact/manifest.json").unlink()
+    assert again()[0] == "reward/safety"
+
+
+def test_a_damaged_artifact_is_named_and_nothing_starts(
+    again: Callable[..., list[str]], started: list[str], tmp_path: Path
+) -> None:
+    weights = tmp_path / "smoke/sft/artifact/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged: model.safetensors has .* Remove") as caught:
+        again()
+    assert caught.value.exit_code == 4
+    assert started == []
+
+
+def test_fresh_starts_over(again: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "smoke/leftover").write_text("")
+    assert again(fresh=True) == STAGES
+    assert not (tmp_path / "smoke/leftover").exists()
+
+
+def test_a_stage_that_fails_says_why_and_those_before_it_stay(
+    again: Callable[..., list[str]], started: list[str], tmp_path: Path
+) -> None:
+    FakeGang.meets["reward/safety"] = RuntimeError("Ray says many things\nand then: the worker was killed")
+    with pytest.raises(UserError, match="reward/safety failed: a worker died: and then: the worker was killed") as end:
+        again("--reward.models.safety.safety_loss_weight", "0.4")
+    assert end.value.exit_code == 6
+    assert started == ["reward/safety"]
+    FakeGang.meets.clear()
+    assert again("--reward.models.safety.safety_loss_weight", "0.4") == ["reward/safety", "ppo"]
+
+
+@pytest.fixture
+def checkpointed(again: Callable[..., list[str]], tmp_path: Path) -> Path:
+    """The checkpoint folder of a PPO stage that was broken off."""
+    FakeGang.meets["ppo"] = RuntimeError("killed")
+    with pytest.raises(UserError, match="ppo failed"):
+        again("--ppo.beta", "0.02")
+    FakeGang.meets.clear()
+    folder = tmp_path / "smoke/ppo/checkpoints"
+    folder.mkdir()
+    (folder / "iteration-000001").mkdir()
+    return folder
+
+
+def prepare(config: RunConfig) -> None:
+    pipeline._prepare(config, "ppo", lineage.stage_data(config, "ppo"))
+
+
+def test_checkpoints_stay_for_the_same_settings(checkpointed: Path, tmp_path: Path) -> None:
+    prepare(settings(tmp_path, "--ppo.beta", "0.02"))
+    assert checkpointed.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [("--ppo.beta", "0.03"), ("--ppo.beta", "0.02", "--reward.models.safety.safety_loss_weight", "0.4")]
+)
+def test_checkpoints_go_when_settings_or_parents_are_others(
+    checkpointed: Path, again: Callable[..., list[str]], tmp_path: Path, change: tuple[str, ...]
+) -> None:
+    """Else PPO would go on with a policy of another start."""
+    FakeGang.meets["ppo"] = RuntimeError("killed")
+    with pytest.raises(UserError, match="ppo failed"):
+        again(*change)
+    assert not checkpointed.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "layout"),
+    [
+        (("--hardware.workers", "2"), "2 workers under ZeRO-3"),
+        (("--hardware.zero_stage", "2"), "1 workers under ZeRO-2"),
+    ],
+)
+def test_checkpoints_of_another_layout_are_refused(
+    checkpointed: Path, tmp_path: Path, change: tuple[str, ...], layout: str
+) -> None:
+    with pytest.raises(UserError, match=f"written by 1 workers under ZeRO-3 and cannot go on with {layout}") as caught:
+        prepare(settings(tmp_path, "--ppo.beta", "0.02", *change))
+    assert caught.value.exit_code == 2
+    assert checkpointed.exists()
+
+
+def test_a_stage_alone_needs_those_before_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ppo starts from sft, which is not complete .* Run it first") as caught:
+        pipeline.run_stage(settings(tmp_path), "ppo", True, None)
+    assert caught.value.exit_code == 4
