@@ -110,7 +110,7 @@ def iterate(
         )
         rollout, scores = ranks.gather_rows(_to(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
     experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
-    if context.is_writer and iteration % ppo.eval_every == 1:
+    if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
         _log_samples(context, models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
     with clock("update"):
         figures |= update(
