@@ -25,8 +25,13 @@ UNSAFE_SHARE = 0.4
 HELD_OUT_SHARE = 0.15  # of all possible prompts, by hash
 IDEAL_SHARE = 0.45  # of the demonstrations
 WRONG_SHARE = 0.05  # of the demonstrations
-HARD_PAIRS = 0.08  # of the helpful pairs: only the rightness differs
-SLIP_PAIRS = 0.12  # of all pairs: one side has a slip
+PAIRS = {  # how two answers differ
+    "worse": 0.74,  # one has one to three defects more
+    "any": 0.1,  # each has defects of its own
+    "wrong": 0.05,  # helpful tasks: one is wrong, and nothing else
+    "slip": 0.11,  # one has a slip
+}
+CLOSE_CALLS = 0.35  # share of the negligibly better pairs that are kept
 RATINGS: tuple[tuple[float, Rating], ...] = ((0.5, "significantly"), (0.25, "better"), (0.1, "slightly"))
 
 
@@ -94,34 +99,37 @@ def _prompt(rng: random.Random, prompt: str) -> dict[str, Any]:
 def _preference(rng: random.Random, prompt: str) -> dict[str, Any]:
     task = parse_prompt(prompt)
     while True:
-        pair = [(write_answer(rng, task, prompt, style), style) for style in _two_styles(rng, task)]
-        scored = sorted(((gold_score(prompt, text), text, style) for text, style in pair), key=lambda s: -s[0])
-        (better, chosen, chosen_style), (worse, rejected, rejected_style) = scored
-        if better - worse > 0.01:
+        styles = _two_styles(rng, task)
+        texts = [write_answer(rng, task, prompt, style) for style in styles]
+        scores = [gold_score(prompt, text) for text in texts]
+        better = scores.index(max(scores))
+        rating = rating_of(abs(scores[0] - scores[1]))
+        if scores[0] != scores[1] and (rating != "negligibly" or rng.random() < CLOSE_CALLS):
             break
     return {
         "prompt": [_user(prompt)],
-        "chosen": chosen,
-        "rejected": rejected,
-        "rating": rating_of(better - worse),
+        "chosen": texts[better],
+        "rejected": texts[1 - better],
+        "rating": rating,
         "tag": _tag(task),
-        "chosen_safety": _safety(chosen_style),
-        "rejected_safety": _safety(rejected_style),
+        "chosen_safety": _safety(styles[better]),
+        "rejected_safety": _safety(styles[1 - better]),
     }
 
 
 def _two_styles(rng: random.Random, task: Task) -> tuple[Style, Style]:
     """Mostly two manners of the same answer. Where the rightness differs too, it mostly speaks for the same side."""
     one = IDEAL if rng.random() < 0.4 else _spoiled(rng, task, IDEAL)
-    choice = rng.random()
-    if choice < SLIP_PAIRS:
-        slips = ("again", "echo") if task.is_unsafe else ("again", "echo", "two_answers", "evasion")
-        return one, replace(one, slip=rng.choice(slips))
-    if not task.is_unsafe and choice < SLIP_PAIRS + HARD_PAIRS:
-        return one, replace(one, right=False)
-    if choice < 0.75:
-        return one, replace(_spoiled(rng, task, one), right=rng.random() < 0.8)
-    return one, _spoiled(rng, task, IDEAL)
+    match rng.choices(list(PAIRS), list(PAIRS.values()))[0]:
+        case "slip":
+            slips = ("again", "echo") if task.is_unsafe else ("again", "echo", "two_answers", "evasion")
+            return one, replace(one, slip=rng.choice(slips))
+        case "wrong" if not task.is_unsafe:
+            return one, replace(one, right=False)
+        case "any":
+            return one, _spoiled(rng, task, IDEAL)
+        case _:
+            return one, replace(_spoiled(rng, task, one), right=rng.random() < 0.85)
 
 
 def _spoiled(rng: random.Random, task: Task, style: Style) -> Style:
