@@ -54,7 +54,7 @@ def test_preferences_follow_the_gold_score(split):
 def test_preferences_have_all_ratings_and_both_tags():
     rows = load("preferences", "shipped").rows
     ratings, tags = Counter(row.rating for row in rows), Counter(row.tag for row in rows)
-    assert min(ratings[r] / len(rows) for r in ("significantly", "better", "slightly", "negligibly")) > 0.05
+    assert min(ratings[r] / len(rows) for r in ("significantly", "better", "slightly", "negligibly")) > 0.02
     assert tags["safety"] / len(rows) == pytest.approx(0.4, abs=0.03)
 
 
