@@ -86,7 +86,18 @@ class SourceConfig(Settings):
 
     path: str
     format: Literal[
-        "auto", "native", "hh", "pairs", "ultrafeedback", "helpsteer", "alpaca", "sharegpt", "messages", "prompts"
+        "auto",
+        "native",
+        "hh",
+        "pairs",
+        "ultrafeedback",
+        "helpsteer",
+        "oasst",
+        "pandalm",
+        "alpaca",
+        "sharegpt",
+        "messages",
+        "prompts",
     ] = "auto"
     tag: Tag | None = None
     """Tag for rows that bring none of their own (None: helpful)."""
