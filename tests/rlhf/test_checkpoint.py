@@ -61,9 +61,15 @@ def test_nothing_to_restore_changes_nothing(engines, tmp_path):
 
 def test_the_newest_whole_checkpoint_is_taken(engines, tmp_path):
     for iteration in (9, 10):  # as text "9" would come after "10"
+        for engine in engines.values():
+            learn(engine)
         checkpoint.save(tmp_path, iteration, engines, STATE | {"iteration": iteration})
+    newest = weights(engines)
+    for engine in engines.values():
+        learn(engine)
     restored = checkpoint.restore(tmp_path, engines)
     assert restored is not None and restored["iteration"] == 10
+    assert all(torch.equal(newest[name], weight) for name, weight in weights(engines).items())
 
 
 def test_a_torn_checkpoint_is_passed_over_and_written_anew(engines, tmp_path):

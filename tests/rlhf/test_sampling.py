@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf.batches import rows
 from rlhf.policy import PolicyModel
@@ -43,6 +44,18 @@ def test_behaviour_logprobs_are_those_of_plain_forward_passes_without_padding(sa
             logits_TV = llama(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits_TV / 0.7, -1)[range(len(answer)), answer]
         torch.testing.assert_close(rollout.behaviour_logprobs_BR[i, : len(answer)], expected, atol=1e-5, rtol=0)
+
+
+def test_positions_count_real_tokens(prompts, ppo_config):
+    """In a model whose positions are absolute, padding would otherwise move them."""
+    config = GPT2Config(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    alone = [InProcessSampler(model, EOS, PAD).sample(rows(prompts, [i]), ppo_config.sampling, 0, 1) for i in range(8)]
+    together = InProcessSampler(model, EOS, PAD).sample(prompts, ppo_config.sampling, 0, 1)
+    assert answers(together) == [answers(rollout)[0] for rollout in alone]
+    read_BR, _ = PolicyModel(model)(together.tokens_BT, together.mask_BT, R, 0.7)
+    gap_BR = torch.where(together.response_mask_BR, read_BR - together.behaviour_logprobs_BR, 0.0)
+    assert gap_BR.abs().max() < 1e-4
 
 
 def test_the_training_model_reads_the_same_logprobs(sample, make_llama):

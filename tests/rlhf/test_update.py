@@ -76,6 +76,7 @@ def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, i
         )
         for model in (llama, critic)
     ]
+    norms = []
     for _ in range(2):
         losses = [row_losses(llama, critic, iteration.experience, i) for i in range(8)]
         for model, optimizer, total in zip(
@@ -83,11 +84,13 @@ def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, i
         ):
             optimizer.zero_grad()
             (total / count).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
             optimizer.step()
-    policy, trained_critic, _ = updated(epochs=2)
+    policy, trained_critic, figures = updated(epochs=2)
     assert_same_weights(policy, llama, atol=1e-4)
     assert_same_weights(trained_critic, critic, atol=1e-4)
+    assert figures["ppo/grad_norm"] == pytest.approx((norms[0] + norms[2]) / 2, rel=1e-4)
+    assert figures["ppo/critic_grad_norm"] == pytest.approx((norms[1] + norms[3]) / 2, rel=1e-4)
     moved = max(
         float((a - b).abs().max()) for a, b in zip(policy.parameters(), make_llama(0).parameters(), strict=True)
     )

@@ -1,0 +1,244 @@
+"""Whole runs as people start them: two workers on Ray, ZeRO-3, MLflow; and what becomes of a worker that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from launch import pipeline
+from launch.settings import load
+from rlhf.tracking import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "tests/smoke.yaml"
+STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
+SHORT = ["--sft.epochs", "1"]
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+def rlhf(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command `rlhf` under way in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One run: its folder, what it printed, its report, its MLflow runs by name."""
+    folder = tmp_path_factory.mktemp("run")
+    process = rlhf(folder, "run", str(SMOKE), *SHORT)
+    shown, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, shown
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "rlhf"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    report = json.loads((folder / "runs/smoke/report.json").read_text())
+    return SimpleNamespace(folder=folder / "runs/smoke", shown=shown, report=report, client=client, runs=runs)
+
+
+# --- folder and terminal --------------------------------------------------------------------------------------------
+
+
+def test_every_stage_says_that_it_started_and_how_it_ended(finished: Any) -> None:
+    for stage in STAGES:
+        assert f"{stage}: started" in finished.shown
+        assert re.search(rf"^{stage}: done after \d+ s, .*\d", finished.shown, re.MULTILINE)
+
+
+def test_nothing_of_ray_reaches_the_terminal(finished: Any) -> None:
+    assert not re.search(r"\((raylet|pid=|RayTrainWorker)|Traceback|WARNING|\bINFO\b", finished.shown)
+
+
+def test_every_artifact_loads_without_our_code(finished: Any) -> None:
+    for stage in STAGES:
+        kind = AutoModelForSequenceClassification if stage.startswith("reward") else AutoModelForCausalLM
+        model = kind.from_pretrained(finished.folder / stage / "artifact")
+        assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_every_rank_has_a_log(finished: Any) -> None:
+    for stage, ranks in (("sft", 2), ("reward/safety", 1), ("ppo", 2)):
+        names = sorted(path.name for path in (finished.folder / stage / "logs").glob("rank-*.log"))
+        assert names == [f"rank-{rank}.log" for rank in range(ranks)]
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def assert_estimate(value: Any) -> None:
+    assert value.keys() >= {"value", "low", "high", "n"}
+    assert value["low"] <= value["value"] <= value["high"]
+    assert value["n"] > 0
+
+
+def test_the_report_has_every_figure(finished: Any) -> None:
+    report = finished.report
+    for name in ("helpfulness", "safety"):
+        assert_estimate(report["reward"][name]["accuracy"])
+        for estimate in report["reward"][name]["by_rating"].values():
+            assert_estimate(estimate)
+    for policy in ("base", "sft", "ppo"):
+        figures = report["ppo"]["held_out"][policy]
+        for name in ("gold", "length", "eos_share", "distinct_2"):
+            assert_estimate(figures[name])
+        for name in ("helpfulness", "safety"):
+            assert_estimate(figures["reward"][name] if "reward" in figures else figures[f"reward.{name}"])
+    assert isinstance(report["ppo"]["kl"], float)
+    assert all(seconds > 0 for seconds in report["seconds"].values())
+    assert report["seconds"].keys() == report["artifacts"].keys() == set(STAGES)
+    assert all((Path(path) / "manifest.json").is_file() for path in report["artifacts"].values())
+    assert report["mlflow"]["tracking_uri"].endswith("mlflow.db")
+    assert report["mlflow"]["run_id"] == finished.runs["smoke"].info.run_id
+
+
+def test_the_report_has_text_and_plots(finished: Any) -> None:
+    assert "helpfulness" in (finished.folder / "report.md").read_text()
+    assert {path.stem for path in (finished.folder / "plots").glob("*.png")} >= {"sft", "ppo", "reward_training"}
+
+
+# --- MLflow ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_is_a_run_inside_the_pipelines(finished: Any) -> None:
+    assert finished.runs.keys() == {"smoke", *STAGES}
+    parent = finished.runs["smoke"].info.run_id
+    for name, run in finished.runs.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags.get("mlflow.parentRunId") == (None if name == "smoke" else parent)
+
+
+def test_metrics_stand_under_the_prefix_of_what_they_measure(finished: Any) -> None:
+    def prefixes(run: Run) -> set[str]:
+        return {name.split("/")[0] for name in run.data.metrics} - {"system"}
+
+    found = {name: prefixes(run) for name, run in finished.runs.items()}
+    assert found["sft"] == {"sft"}
+    assert found["reward/helpfulness"] == found["reward/safety"] == {"reward"}
+    assert found["ppo"] == {"ppo", "eval", "perf"}
+    assert found["smoke"] == {"eval"}
+
+
+def test_every_metric_has_its_definition(finished: Any) -> None:
+    defined = set(re.findall(r"`([a-z]+/[\w<>]+)`", (ROOT / "docs/metrics.md").read_text()))
+    told = {name for stage in STAGES for name in read_metrics(finished.folder / stage)}
+    assert {re.sub("helpfulness$|safety$", "<name>", name) for name in told if "eval/reward_" in name} <= defined
+    assert {name for name in told if "eval/reward_" not in name} <= defined
+
+
+def test_a_run_names_settings_data_code_and_the_artifacts_that_it_used(finished: Any) -> None:
+    ppo, manifest = finished.runs["ppo"], json.loads((finished.folder / "ppo/artifact/manifest.json").read_text())
+    assert ppo.data.params["ppo.optim.lr"] == "0.001"
+    assert ppo.data.tags["artifact.digest"] == manifest["digest"]
+    assert "git.revision" in ppo.data.tags
+    for name in ("sft", "reward/helpfulness", "reward/safety"):
+        used = json.loads((finished.folder / name / "artifact/manifest.json").read_text())["digest"]
+        assert ppo.data.tags[f"input.{name}"].endswith(used)
+        assert manifest["parents"][name] == used
+    for name, roles in (("sft", {"demonstrations"}), ("ppo", {"prompts"})):
+        inputs = finished.runs[name].inputs.dataset_inputs
+        assert {tag.value for i in inputs for tag in i.tags if tag.key == "mlflow.data.context"} == roles
+        assert all(i.dataset.digest for i in inputs)
+
+
+def test_settings_samples_and_the_report_are_kept_with_the_run(finished: Any) -> None:
+    def files(name: str) -> set[str]:
+        return {entry.path for entry in finished.client.list_artifacts(finished.runs[name].info.run_id)}
+
+    assert {"config.yaml", "samples.json", "held_out_answers.json"} <= files("ppo")
+    assert {"report.json", "report.md", "ppo.png"} <= files("smoke")
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_makes_what_two_ranks_under_zero_3_made(finished: Any, tmp_path: Path) -> None:
+    config = load(SMOKE, [*SHORT, "--runs_dir", str(tmp_path), "--tracking.uri", "null", "--hardware.workers", "1"])
+    for stage in ("sft", "reward", "ppo"):
+        pipeline.run_stage(config, stage, True, None)
+    for stage in ("sft", "reward/helpfulness", "reward/safety"):
+        ours = load_file(tmp_path / "smoke" / stage / "artifact/model.safetensors")
+        theirs = load_file(finished.folder / stage / "artifact/model.safetensors")
+        for name, tensor in ours.items():
+            torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=0, msg=lambda t, n=name: f"{n}: {t}")
+    alone, gang = (read_metrics(folder / "ppo") for folder in (tmp_path / "smoke", finished.folder))
+    for name in ("ppo/length", "ppo/eos_share", "ppo/reward", "ppo/policy_loss", "ppo/value_loss", "ppo/kl", "eval/kl"):
+        assert gang[name] == [(step, pytest.approx(value, abs=2e-3)) for step, value in alone[name]], name
+
+
+# --- killed and interrupted -----------------------------------------------------------------------------------------
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.1)
+    return found
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of the gang's ranks."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            pass
+    return found
+
+
+UNPACKED = ["--tracking.uri", "null", "--sft.packing", "false"]  # 32 steps an epoch
+
+
+def test_a_killed_worker_is_replaced_and_the_stage_goes_on(tmp_path: Path) -> None:
+    process = rlhf(tmp_path, "stage", "sft", str(SMOKE), *UNPACKED, "--sft.checkpoints", "7")
+    folder = tmp_path / "runs/smoke/sft"
+    wait_for(lambda: list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")), process)
+    workers(process)[0].send_signal(signal.SIGKILL)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, shown
+    assert len(list((tmp_path / "runs/smoke/ray").glob("sft-*"))) == 2  # attempts
+    steps = [step for step, _ in read_metrics(folder)["sft/loss"]]
+    assert steps == list(range(1, 4 * 32 + 1))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["step"] == 1 for line in lines) == 1  # it did not start over
+    assert (folder / "artifact/manifest.json").is_file()
+
+
+def test_ctrl_c_stops_every_process(tmp_path: Path) -> None:
+    process = rlhf(tmp_path, "stage", "sft", str(SMOKE), *UNPACKED, "--sft.epochs", "99", "--hardware.workers", "1")
+    folder = tmp_path / "runs/smoke/sft"
+    wait_for(lambda: (folder / "progress.json").exists(), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in shown and shown.rstrip().endswith("error: interrupted")
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+    assert not (folder / "artifact/manifest.json").exists()
