@@ -75,8 +75,12 @@ def test_quickstart_uses_the_shipped_data_and_its_gold_score() -> None:
 def test_smollm2_hh_keeps_the_parts_of_the_split_apart() -> None:
     data = load("smollm2-hh", []).data
     roles = (data.demonstrations, data.preferences, data.prompts)
-    keys = [source.select_key for role in roles for source in (*role.train, *role.held_out)]
-    assert keys == ["sft", "rm_train", "rm_val", "ppo_prompts"]
+    trained, held_out = (
+        [{source.select_key for source in part} for part in parts]
+        for parts in ([role.train for role in roles], [role.held_out for role in roles])
+    )
+    assert trained == [{"sft"}, {"rm_train"}, {"ppo_prompts"}]
+    assert held_out == [set(), {"rm_val", "ppo_prompts"}, {"rm_val"}]  # no reward model saw the prompts of PPO
 
 
 @pytest.fixture(scope="module")

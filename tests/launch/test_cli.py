@@ -153,9 +153,9 @@ def test_a_setting_before_the_run_file_is_explained(pipeline: Pipeline, capsys: 
 def test_a_machine_that_is_too_small_stops_a_run_but_not_a_local_stage(
     pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    many = ["--hardware", "{workers: 64, cpus_per_worker: 64}"]
+    many = ["--hardware", "{workers: 32, cpus_per_worker: 64}"]
     assert main("run", "quickstart", *many) == 5
-    assert "needs 64 workers × 64 CPUs = 4096" in capsys.readouterr().err
+    assert "needs 32 workers × 64 CPUs = 2048" in capsys.readouterr().err
     assert main("stage", "sft", "quickstart", "--local", *many) == 0
     assert pipeline.calls == [(0, "sft", True, None)]
 

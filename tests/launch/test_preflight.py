@@ -129,13 +129,13 @@ def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cluster_is_not_measured_by_this_machine() -> None:
     assert (
-        obstacles(settings("--hardware", "{workers: 64, cpus_per_worker: 64, gpus_per_worker: 8, ray_address: auto}"))
+        obstacles(settings("--hardware", "{workers: 32, cpus_per_worker: 64, gpus_per_worker: 8, ray_address: auto}"))
         == []
     )
 
 
 def test_a_process_alone_needs_no_room_for_workers() -> None:
-    assert obstacles(settings("--hardware", "{workers: 64, cpus_per_worker: 64}"), gang=False) == []
+    assert obstacles(settings("--hardware", "{workers: 32, cpus_per_worker: 64}"), gang=False) == []
 
 
 def test_this_machine_has_a_cpu() -> None:
