@@ -38,6 +38,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
         arguments |= {"num_cpus": os.cpu_count(), "include_dashboard": False, "address": "local"}
     else:
         arguments["address"] = config.hardware.ray_address
+    _keep_messages(config.folder / "ray" / "messages.log")
     ray.init(**arguments)
     try:
         _wait_for_room(config)
@@ -123,6 +124,18 @@ def _worker(payload: dict[str, Any]) -> None:
     os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = stream, stream
     run_rank(config, stage, local=False)
+
+
+def _keep_messages(path: Path) -> None:
+    """Ray prints a page for every worker that dies; the driver says it in a line of its own, so the page goes here."""
+    from ray._private import worker
+
+    def keep(data: dict[str, Any], ignore_prefix: bool) -> None:
+        with path.open("a") as log:
+            log.writelines(f"{line}\n" for line in data["lines"])
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    worker.print_to_stdstream = keep
 
 
 def _private_token(folder: Path) -> None:
