@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from launch import pipeline
+from launch import cli, gang, pipeline
 from launch.settings import load
 from rlhf.tracking import read_metrics
 
@@ -171,6 +171,20 @@ def test_settings_samples_and_the_report_are_kept_with_the_run(finished: Any) ->
     assert {"report.json", "report.md", "ppo.png"} <= files("smoke")
 
 
+def test_a_second_run_finds_all_stages_complete(
+    finished: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr(gang, "cluster", fail)
+    monkeypatch.chdir(finished.folder.parents[1])
+    assert cli.main(["run", str(SMOKE), *SHORT]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{stage}: complete, with these settings and this data; skipped" in shown for stage in STAGES)
+    assert json.loads((finished.folder / "report.json").read_text()) == finished.report
+
+
 # --- layout ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,9 +197,27 @@ def test_one_process_makes_what_two_ranks_under_zero_3_made(finished: Any, tmp_p
         theirs = load_file(finished.folder / stage / "artifact/model.safetensors")
         for name, tensor in ours.items():
             torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=0, msg=lambda t, n=name: f"{n}: {t}")
-    alone, gang = (read_metrics(folder / "ppo") for folder in (tmp_path / "smoke", finished.folder))
+    alone, together = (read_metrics(folder / "ppo") for folder in (tmp_path / "smoke", finished.folder))
     for name in ("ppo/length", "ppo/eos_share", "ppo/reward", "ppo/policy_loss", "ppo/value_loss", "ppo/kl", "eval/kl"):
-        assert gang[name] == [(step, pytest.approx(value, abs=2e-3)) for step, value in alone[name]], name
+        assert together[name] == [(step, pytest.approx(value, abs=2e-3)) for step, value in alone[name]], name
+
+
+def test_torchrun_makes_what_the_gang_made(finished: Any, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launch.cli"]
+    settings = ["--runs_dir", str(tmp_path), "--tracking.uri", "null"]
+    done = subprocess.run(
+        [*launcher, "stage", "sft", str(SMOKE), *SHORT, *settings],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        load_file(folder / "sft/artifact/model.safetensors") for folder in (tmp_path / "smoke", finished.folder)
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 # --- killed and interrupted -----------------------------------------------------------------------------------------
