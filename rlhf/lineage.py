@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rlhf import artifacts, ranks
 from rlhf.artifacts import Artifact, digest_of
 from rlhf.config import RunConfig
 from rlhf.data import Split, load_demonstrations, load_preferences, load_prompts
+from rlhf.runtime import StageContext
 
 LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
 ROLES = {"sft": ["demonstrations"], "reward": ["preferences", "demonstrations"], "ppo": ["prompts"]}
@@ -52,3 +56,21 @@ def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[s
     """Digests of all that a stage was made from: artifacts by stage, data by role and source."""
     sources = {f"{role}: {name}": digest for role, split in data.items() for name, digest in split.digests.items()}
     return {name: artifact.digest for name, artifact in inputs.items()} | sources
+
+
+def seal(
+    config: RunConfig,
+    context: StageContext,
+    write: Callable[[Path], None],
+    parents: Mapping[str, str],
+    metrics: Mapping[str, Any],
+) -> Artifact:
+    """The stage's artifact: rank 0 lets `write` fill its folder and adds the manifest; then no checkpoint is needed."""
+    folder = context.artifact_folder
+    if context.is_writer:
+        artifacts.begin(folder)
+        write(folder)
+        artifacts.complete(folder, context.stage, parents, settings_digest(config, context.stage), metrics)
+        shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
+    ranks.barrier()
+    return artifacts.load(folder)

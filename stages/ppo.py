@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from rlhf import artifacts, checkpoint, lineage, ranks
+from rlhf import checkpoint, lineage, ranks
 from rlhf.algorithms.kl import adaptive_beta
 from rlhf.algorithms.rewards import piecewise_reward
 from rlhf.artifacts import Artifact
@@ -250,15 +251,12 @@ def finish(
         "best_iteration": state["best_iteration"],
         "samples": _before_and_after(prompts, answers),
     }
-    folder = context.artifact_folder
-    if context.is_writer:
-        artifacts.begin(folder)
+    context.tracker.table("held_out_answers", metrics["samples"])
+
+    def write(folder: Path) -> None:
         shutil.copytree(best, folder, dirs_exist_ok=True)
-        context.tracker.table("held_out_answers", metrics["samples"])
-        artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
-        shutil.rmtree(context.checkpoint_folder)
-    ranks.barrier()
-    return artifacts.load(folder)
+
+    return lineage.seal(config, context, write, parents, metrics)
 
 
 def _sync(models: Models) -> int:

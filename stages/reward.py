@@ -5,7 +5,6 @@ Llama 2, §3.2.2.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from reward_data import Preference, normalised_prompt
-from rlhf import artifacts, lineage, ranks
+from rlhf import lineage, ranks
 from rlhf.algorithms.losses import safety_loss
 from rlhf.artifacts import Artifact
 from rlhf.chat import encode_answer
@@ -192,12 +191,6 @@ def _seal(
 ) -> Artifact:
     state = full_state(scorer, keep=context.is_writer)
     end_sharded_loading()
-    folder = context.artifact_folder
-    if context.is_writer:
-        artifacts.begin(folder)
-        scorer.scalar.offset = metrics["offset"]
-        scorer.scalar.save(folder, tokenizer, {name.removeprefix("scalar."): tensor for name, tensor in state.items()})
-        artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
-        shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
-    ranks.barrier()
-    return artifacts.load(folder)
+    scorer.scalar.offset = metrics["offset"]
+    state = {name.removeprefix("scalar."): tensor for name, tensor in state.items()}
+    return lineage.seal(config, context, lambda folder: scorer.scalar.save(folder, tokenizer, state), parents, metrics)

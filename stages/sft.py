@@ -5,7 +5,6 @@ Llama 2, §3.1.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
-from rlhf import artifacts, lineage, ranks
+from rlhf import lineage, ranks
 from rlhf.algorithms.logprobs import logprobs_from_logits
 from rlhf.algorithms.masked import masked_sum
 from rlhf.artifacts import Artifact
@@ -132,14 +131,7 @@ def _seal(
 ) -> Artifact:
     state = full_state(model, keep=context.is_writer)
     end_sharded_loading()
-    folder = context.artifact_folder
-    if context.is_writer:
-        artifacts.begin(folder)
-        save_causal(model, folder, tokenizer, state)
-        artifacts.complete(folder, context.stage, parents, lineage.settings_digest(config, context.stage), metrics)
-        shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
-    ranks.barrier()
-    return artifacts.load(folder)
+    return lineage.seal(config, context, lambda folder: save_causal(model, folder, tokenizer, state), parents, metrics)
 
 
 def _labelled(rows: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
