@@ -24,11 +24,15 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# glibc hands every large block back to the system, and the next tensor of that size pays for its pages again: keeping
+# them takes a tenth off a training step on CPUs.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+
 
 @contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
     """A private Ray on this machine, or the cluster at `hardware.ray_address`; closed again at the end."""
-    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    os.environ.update({key: os.environ.get(key, value) for key, value in (QUIET | KEEP_MEMORY).items()})
     if config.hardware.ray_address is None:
         _private_token(config.folder)
     import ray

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rlhf.config import HardwareConfig, OptimConfig
 
 BUCKET_BYTES = 256 << 20
+BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's own half a billion keep 2 GB per worker
 
 # The CPU communication extension is compiled once, at installation, and found again here with the ninja that built it.
 if (COMPILED := Path(sys.prefix) / "torch_extensions").is_dir():
@@ -213,7 +214,7 @@ def full_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 def zero_config(hardware: HardwareConfig, max_grad_norm: float) -> dict[str, Any]:
     """DeepSpeed's settings for an engine of ours."""
-    zero: dict[str, Any] = {"stage": hardware.zero_stage, "overlap_comm": False}
+    zero: dict[str, Any] = {"stage": hardware.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET_ELEMENTS}
     if hardware.offload_to_cpu and hardware.zero_stage >= 2:
         zero["offload_optimizer"] = {"device": "cpu"}
         if hardware.zero_stage == 3:

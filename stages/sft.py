@@ -6,7 +6,8 @@ Llama 2, §3.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -17,8 +18,7 @@ from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from rlhf import lineage, ranks
-from rlhf.algorithms.logprobs import logprobs_from_logits
-from rlhf.algorithms.masked import masked_sum
+from rlhf.algorithms.logprobs import logprobs_from_hidden
 from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig, SFTConfig
 from rlhf.data import encode_demonstrations
@@ -26,22 +26,28 @@ from rlhf.engine import end_sharded_loading, full_state, sharded_loading
 from rlhf.hf_trainer import (
     OwnOptimizer,
     Reporter,
+    in_training_order,
     last_checkpoint,
     quieten,
     report,
-    steps_of,
     trainer_arguments,
-    whole_batches,
 )
 from rlhf.metrics import Means
-from rlhf.models import add_lora, check_length, load_causal, load_tokenizer, resolve, save_causal
+from rlhf.models import add_lora, check_length, lm_head, load_causal, load_tokenizer, resolve, save_causal
 from rlhf.runtime import StageContext
 
 IGNORED = -100  # the label of tokens without loss, as transformers has it
 
 
 class Trainer(OwnOptimizer, SFTTrainer):
-    pass
+    """TRL's, with a loss of ours: its own is made for GPU kernels and spends most of a CPU's step on the LM head."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = 1
+    ) -> Tensor:
+        """-Σ log p of this micro-batch over the number of answer tokens of all ranks and micro-batches."""
+        # DeepSpeed averages gradients over ranks; the count is global already, so the average becomes a sum again.
+        return -model(**inputs).sum() * self.accelerator.num_processes / num_items_in_batch
 
 
 def main(config: RunConfig, context: StageContext) -> Artifact:
@@ -54,11 +60,15 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     train = _labelled(encode_demonstrations(tokenizer, data.train, config.sft.max_length))
     held_out = _labelled(encode_demonstrations(tokenizer, data.held_out, config.sft.max_length))
 
-    batches = whole_batches(pack(train, config.sft), context.stage, config.sft.batch_size)
-    arguments = trainer_arguments(config, config.sft, context, len(batches))
+    packed = pack(train, config.sft)
+    lengths = [len(tokens) for tokens in packed["input_ids"]]
+    rows = in_training_order(packed, lengths, config.sft, context.stage, config.seed)
+    steps = len(rows) // config.sft.batch_size
+    arguments = trainer_arguments(config, config.sft, context, steps)
     with sharded_loading(config.hardware, context.local):
         model = load_causal(base, attention=config.model.attention)
     check_length(model.config, config.sft.max_length)
+    causal = model
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "causal", config.seed)
     trainer = Trainer(
@@ -69,10 +79,11 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
             padding_free=config.sft.packing,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=batches,
+        train_dataset=rows,
         processing_class=tokenizer,
     )
     trainer.optim = config.sft.optim
+    causal.forward = partial(answer_logprobs, causal)  # in place of TRL's, and inside whatever wraps the model
 
     def measure() -> dict[str, float]:
         return {"held_out_loss": held_out_loss(model, held_out, config, context, tokenizer.pad_token_id)}
@@ -86,7 +97,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(context.checkpoint_folder))
 
-    metrics = measure() | {"steps": steps_of(config.sft, len(batches)), "sequences": len(train)}
+    metrics = measure() | {"steps": steps, "sequences": len(train)}
     return _seal(config, context, model, tokenizer, lineage.parents(roles, context.inputs), metrics)
 
 
@@ -96,6 +107,15 @@ def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
     if not settings.packing:
         return dataset
     return pack_dataset(dataset, settings.max_length, strategy="bfd")
+
+
+def answer_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
+    """logprobs_N, float32: the forward pass of a causal model for its answer tokens, those whose label is one."""
+    hidden_BTH = cast(Any, causal).base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    labels_BT = labels[:, 1:]
+    answer_BT = labels_BT != IGNORED
+    weight_VH = cast(Tensor, lm_head(causal).weight)
+    return logprobs_from_hidden(hidden_BTH[answer_BT][None], weight_VH, labels_BT[answer_BT][None])[0]
 
 
 @torch.no_grad()
@@ -113,10 +133,8 @@ def held_out_loss(
         labels_BT = _padded([r["labels"] for r in part], IGNORED).to(context.device)
         mask_BT = _padded([[1] * len(r["input_ids"]) for r in part], 0).to(context.device)
         with torch.autocast(context.device.type, torch.bfloat16, enabled=config.hardware.precision == "bf16"):
-            logits_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).logits
-        answer_BT = labels_BT[:, 1:] != IGNORED
-        logprobs_BT = logprobs_from_logits(logits_BTV[:, :-1], labels_BT[:, 1:].clamp(min=0))
-        means.add("loss", -masked_sum(logprobs_BT, answer_BT), answer_BT.sum())
+            logprobs_N = model(input_ids=tokens_BT, attention_mask=mask_BT, labels=labels_BT)
+        means.add("loss", -logprobs_N.sum(), torch.tensor(len(logprobs_N)))
     model.train(was_training)
     return means.reduce()["loss"]
 
