@@ -19,7 +19,7 @@ from reward_data.world.tasks import HELPFUL, UNSAFE, Task, draw_prompt, parse_pr
 SIZES = {
     "demonstrations": {"train": 6000, "held_out": 200},
     "preferences": {"train": 6000, "held_out": 400},
-    "prompts": {"train": 800, "held_out": 256},
+    "prompts": {"train": 800, "held_out": 512},
 }
 UNSAFE_SHARE = 0.4
 HELD_OUT_SHARE = 0.15  # of all possible prompts, by hash
