@@ -195,7 +195,7 @@ def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> N
         one.result()
     except Exception as error:  # noqa: BLE001  whatever Ray wraps around it, people get one message
         bars.finish(stage, "failed")
-        failure = read_failure(config.folder / stage) or _death(error, stage)
+        failure = read_failure(config.folder / stage) or _death(error, stage, config)
         mark_failed(config.folder / stage, failure.message)
         logs = config.folder / stage / "logs"
         raise UserError(
@@ -204,11 +204,12 @@ def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> N
     bars.finish(stage, "done")
 
 
-def _death(error: Exception, stage: str) -> UserError:
+def _death(error: Exception, stage: str, config: RunConfig) -> UserError:
     """Why a worker died that had no time to say so itself."""
     text = str(error)
     if "out of memory" in text.lower() or "OutOfMemory" in text:
-        key = f"{stage.split('/')[0]}.micro_batch_size"
+        by_tokens = stage == "ppo" and config.ppo.micro_batch_tokens is not None
+        key = f"{stage.split('/')[0]}.micro_batch_{'tokens' if by_tokens else 'size'}"
         return UserError(f"a worker was killed because the machine ran out of memory. Lower {key}, or give more.", 5)
     return UserError(f"a worker died: {text.strip().splitlines()[-1][:300]}", 6)
 

@@ -187,6 +187,8 @@ class PPOConfig(Settings):
     minibatch_size: Count = 64  # [P]
     epochs: Count = 1  # [P]
     micro_batch_size: Count = 4  # rows at once on a worker, at most
+    micro_batch_tokens: Count | None = None
+    """Tokens at once on a worker, padding inside, in place of `micro_batch_size`; a longer row goes alone."""
     max_prompt_length: Count = 2048
     sampling: SamplingConfig = SamplingConfig()
     beta: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.batches import Rollout, Scores, rows, trim
+from rlhf.config import PPOConfig
 from rlhf.engine import Engine
 from rlhf.models import ScalarModel, last_value
+from rlhf.passes import passes_of_shares
 
 
 @torch.no_grad()
@@ -22,12 +24,13 @@ def read_rollout(
     critic: Engine,
     helpful: Engine,
     safety: Engine,
-    temperature: float,
-    micro_batch_size: int,
+    config: PPOConfig,
 ) -> Scores:
     """Scores of this rank's rows. Every rank must bring equally many, or a sharded model would wait for ever."""
+    temperature = config.sampling.temperature
+    passes = passes_of_shares(rollout, config)
     parts = []
-    for part in _parts(rollout, micro_batch_size):
+    for part in _parts(rollout, passes):
         tokens_BT, mask_BT = part.tokens_BT.to(policy.device), part.mask_BT.to(policy.device)
         R = part.response_mask_BR.shape[1]
         helpful_B = reward_of(helpful, tokens_BT, mask_BT)
@@ -41,37 +44,37 @@ def read_rollout(
             )
         )
     R = rollout.response_mask_BR.shape[1]
-    return Scores(**{name: torch.cat([_widened(getattr(p, name), R) for p in parts]) for name in vars(parts[0])})
+    columns = {name: [_widened(getattr(part, name), R) for part in parts] for name in vars(parts[0])}
+    return Scores(**{name: _in_row_order(column, passes) for name, column in columns.items()})
 
 
 @torch.no_grad()
 def read_rewards(
     rollout: Rollout,
     rewards: Mapping[str, Engine],
-    micro_batch_size: int,
-    on_rows: Callable[[int], None] = lambda done: None,
+    config: PPOConfig,
 ) -> dict[str, Tensor]:
     """scores_B float32 of each reward model for this rank's rows."""
     scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
-    done = 0
-    for part in _parts(rollout, micro_batch_size):
+    passes = passes_of_shares(rollout, config)
+    for part in _parts(rollout, passes):
         for name, engine in rewards.items():
             scores[name].append(reward_of(engine, part.tokens_BT.to(engine.device), part.mask_BT.to(engine.device)))
-        done += len(part.finished_B)
-        on_rows(done)
-    return {name: torch.cat(parts).cpu() for name, parts in scores.items()}
+    return {name: _in_row_order(parts, passes).cpu() for name, parts in scores.items()}
 
 
 @torch.no_grad()
-def read_kl(rollout: Rollout, reference: Engine, temperature: float, micro_batch_size: int) -> Tensor:
+def read_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tensor:
     """kl_B: k1 of each whole answer between the policy that sampled it and the reference, in nats."""
+    passes = passes_of_shares(rollout, config)
     kl = []
-    for part in _parts(rollout, micro_batch_size):
+    for part in _parts(rollout, passes):
         R = part.response_mask_BR.shape[1]
-        ref_BR, _ = reference(part.tokens_BT.to(reference.device), part.mask_BT.to(reference.device), R, temperature)
+        tokens_BT, mask_BT = part.tokens_BT.to(reference.device), part.mask_BT.to(reference.device)
+        ref_BR, _ = reference(tokens_BT, mask_BT, R, config.sampling.temperature)
         gap_BR = part.behaviour_logprobs_BR.to(ref_BR.device) - ref_BR
         kl.append(torch.where(part.response_mask_BR.to(ref_BR.device), gap_BR, 0.0).sum(1).cpu())
-    return torch.cat(kl)
+    return _in_row_order(kl, passes)
 
 
 def reward_of(engine: Engine, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -85,5 +88,10 @@ def _widened(x: Tensor, R: int) -> Tensor:
     return x if x.dim() == 1 else F.pad(x, (0, R - x.shape[1]))
 
 
-def _parts(rollout: Rollout, size: int) -> list[Rollout]:
-    return [trim(rows(rollout, slice(start, start + size))) for start in range(0, len(rollout.finished_B), size)]
+def _parts(rollout: Rollout, passes: list[Tensor]) -> Iterator[Rollout]:
+    return (trim(rows(rollout, index)) for index in passes)
+
+
+def _in_row_order(parts: list[Tensor], passes: list[Tensor]) -> Tensor:
+    """What was read pass by pass, as rows of the batch that the passes name."""
+    return torch.cat(parts)[torch.cat(passes).argsort().to(parts[0].device)]

@@ -12,6 +12,7 @@ from rlhf.batches import Experience, rows, trim
 from rlhf.config import PPOConfig
 from rlhf.engine import Engine
 from rlhf.metrics import Means
+from rlhf.passes import passes_of_minibatch
 
 
 def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Iterator[Tensor]:
@@ -19,13 +20,6 @@ def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Ite
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) * 1_009 + epoch)
         yield from torch.randperm(count, generator=generator).split(config.minibatch_size)
-
-
-def micro_batches(experience: Experience, index: Tensor, rank: int, world: int, size: int) -> list[Experience]:
-    """This rank's part of a minibatch, cut into forward passes; rows of like length go together."""
-    length = experience.mask_BT[index].sum(1)
-    mine = index[length.argsort(descending=True, stable=True)][rank::world]
-    return [trim(rows(experience, part)) for part in mine.split(size)]
 
 
 def update(
@@ -47,10 +41,10 @@ def update(
     norms: list[tuple[float, float]] = []
     for index in minibatches(len(experience.tokens_BT), config, seed, iteration):
         count = float(experience.response_mask_BR[index].sum())
-        parts = micro_batches(experience, index, rank, world, config.micro_batch_size)
-        for number, part in enumerate(parts, 1):
-            part = _to(part, policy.device)
-            last = number == len(parts)
+        passes = passes_of_minibatch(experience, index, rank, world, config)
+        for number, mine in enumerate(passes, 1):
+            part = _to(trim(rows(experience, mine)), policy.device)
+            last = number == len(passes)
             policy.backward(_policy_loss(policy, part, config, means), count, last)
             critic.backward(_value_loss(critic, part, config, means), count, last)
         norms.append((policy.step(), critic.step()))

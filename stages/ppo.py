@@ -106,8 +106,7 @@ def iterate(
             models.critic,
             models.rewards[ppo.helpfulness_model],
             models.rewards[ppo.safety_model],
-            ppo.sampling.temperature,
-            ppo.micro_batch_size,
+            ppo,
         )
         rollout, scores = ranks.gather_rows(_to(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
     experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])

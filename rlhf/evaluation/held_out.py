@@ -47,13 +47,13 @@ def answer_held_out(
     mine = rows(whole, ranks.even_share(len(prompts)))
     mine = type(mine)(**{name: value.to(device) for name, value in vars(mine).items()})
     rollout = sampler.sample(mine, config.ppo.sampling, config.seed, HELD_OUT_ITERATION)
-    scores = read_rewards(rollout, rewards, config.ppo.micro_batch_size)
+    scores = read_rewards(rollout, rewards, config.ppo)
     P = mine.tokens_BP.shape[1]
     lengths = rollout.response_mask_BR.sum(1).tolist()
     texts = [
         decode_answer(tokenizer, row[P : P + n].tolist()) for row, n in zip(rollout.tokens_BT, lengths, strict=True)
     ]
-    kl_B = read_kl(rollout, reference, config.ppo.sampling.temperature, config.ppo.micro_batch_size)
+    kl_B = read_kl(rollout, reference, config.ppo)
 
     def join(values: list[Any]) -> list[Any]:
         return ranks.join_shares(values, len(prompts))

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.batches import Rollout
-from rlhf.config import HardwareConfig
+from rlhf.config import HardwareConfig, PPOConfig, SamplingConfig
 from rlhf.engine import LocalEngine
 from rlhf.policy import PolicyModel
 from rlhf.scoring import read_kl, read_rewards, read_rollout
 
 TEMPERATURE = 0.7
+CONFIG = PPOConfig(micro_batch_size=8, sampling=SamplingConfig(temperature=TEMPERATURE))
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def engines(make_llama, make_scalar):
     return {name: LocalEngine(module, None, 1, HardwareConfig()) for name, module in modules.items()}
 
 
-def read(rollout, engines, size=8):
-    return read_rollout(rollout, **engines, temperature=TEMPERATURE, micro_batch_size=size)
+def read(rollout, engines, **settings):
+    return read_rollout(rollout, **engines, config=CONFIG.model_copy(update=settings))
 
 
 def unpadded(rollout, i):
@@ -72,9 +73,11 @@ def test_a_score_is_read_at_the_last_token_less_the_offset(iteration, engines, m
         assert float(got[i]) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_the_size_of_forward_passes_changes_nothing(iteration, engines, size):
-    apart, together = read(iteration.rollout, engines, size), read(iteration.rollout, engines)
+@pytest.mark.parametrize(
+    "limit", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 25}, {"micro_batch_tokens": 1}]
+)
+def test_the_size_of_forward_passes_changes_nothing(iteration, engines, limit):
+    apart, together = read(iteration.rollout, engines, **limit), read(iteration.rollout, engines)
     for name, expected in vars(together).items():
         gap = getattr(apart, name) - expected
         assert (gap if gap.dim() == 1 else gap[iteration.rollout.response_mask_BR]).abs().max() < 1e-5
@@ -113,19 +116,18 @@ def test_one_reward_model_in_both_roles_reads_once(iteration, engines):
     assert len(calls) == 1
 
 
-def test_rewards_of_every_judge_and_the_rows_done(iteration, engines):
-    done = []
-    rewards = read_rewards(iteration.rollout, {"h": engines["helpful"], "s": engines["safety"]}, 3, done.append)
+def test_rewards_of_every_judge(iteration, engines):
+    config = CONFIG.model_copy(update={"micro_batch_size": 3})
+    rewards = read_rewards(iteration.rollout, {"h": engines["helpful"], "s": engines["safety"]}, config)
     expected = read(iteration.rollout, engines)
     torch.testing.assert_close(rewards["h"], expected.helpful_B, atol=1e-5, rtol=0)
     torch.testing.assert_close(rewards["s"], expected.safety_B, atol=1e-5, rtol=0)
-    assert done == [3, 6, 8]
 
 
 def test_kl_is_the_sum_over_the_real_tokens_of_an_answer(iteration, engines):
     given = iteration.rollout
     filled = torch.where(given.response_mask_BR, given.behaviour_logprobs_BR, float("nan"))
-    kl = read_kl(dataclasses.replace(given, behaviour_logprobs_BR=filled), engines["reference"], TEMPERATURE, 3)
+    kl = read_kl(dataclasses.replace(given, behaviour_logprobs_BR=filled), engines["reference"], CONFIG)
     reference = read(given, engines).ref_logprobs_BR
     for i in range(8):
         n = int(given.response_mask_BR[i].sum())
@@ -134,4 +136,4 @@ def test_kl_is_the_sum_over_the_real_tokens_of_an_answer(iteration, engines):
 
 
 def test_kl_of_a_policy_against_itself_is_zero(iteration, engines):
-    assert read_kl(iteration.rollout, engines["policy"], TEMPERATURE, 8).abs().max() < 1e-4
+    assert read_kl(iteration.rollout, engines["policy"], CONFIG).abs().max() < 1e-4

@@ -10,7 +10,7 @@ from rlhf.batches import rows
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
 from rlhf.engine import LocalEngine
 from rlhf.policy import PolicyModel
-from rlhf.update import micro_batches, minibatches, update
+from rlhf.update import minibatches, update
 
 
 @pytest.fixture
@@ -146,9 +146,11 @@ def test_a_learning_rate_of_zero_moves_nothing(updated, make_llama, make_scalar)
 # --- what changes nothing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_size_of_forward_passes_changes_nothing(updated, size):
-    policy, critic, figures = updated(micro_batch_size=size)
+@pytest.mark.parametrize(
+    "limit", [{"micro_batch_size": size} for size in (1, 2, 4)] + [{"micro_batch_tokens": size} for size in (1, 25, 60)]
+)
+def test_the_size_of_forward_passes_changes_nothing(updated, limit):
+    policy, critic, figures = updated(**limit)
     expected_policy, expected_critic, expected = updated()
     assert_same_weights(policy, expected_policy, atol=1e-5)
     assert_same_weights(critic, expected_critic, atol=1e-5)
@@ -196,14 +198,3 @@ def test_minibatches_belong_to_seed_and_iteration():
     assert drawn() == drawn()
     assert drawn(seed=1) != drawn()
     assert drawn(iteration=2) != drawn()
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_share_a_minibatch_without_overlap(iteration, world):
-    numbered = dataclasses.replace(iteration.experience, old_values_BR=torch.arange(8.0)[:, None].expand(8, 9))
-    index = torch.tensor([6, 1, 3, 0, 5, 2])
-    parts = [micro_batches(numbered, index, rank, world, size=2) for rank in range(world)]
-    seen = [int(row[0]) for rank in parts for part in rank for row in part.old_values_BR]
-    assert sorted(seen) == sorted(index.tolist())
-    assert len({len(rank) for rank in parts}) == 1  # as many forward passes on every rank
-    assert max(len(part.tokens_BT) for rank in parts for part in rank) <= 2
