@@ -189,6 +189,8 @@ class PPOConfig(Settings):
     micro_batch_size: Count = 4  # rows at once on a worker, at most
     micro_batch_tokens: Count | None = None
     """Tokens at once on a worker, padding inside, in place of `micro_batch_size`; a longer row goes alone."""
+    packing: bool = False
+    """Models read the rows of a forward pass one behind the other, without padding; none sees another."""
     max_prompt_length: Count = 2048
     sampling: SamplingConfig = SamplingConfig()
     beta: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005

@@ -39,14 +39,18 @@ def _pass_sizes(lengths_NW2: Tensor, config: PPOConfig) -> list[int]:
         return [len(rows) for rows in torch.arange(N).split(config.micro_batch_size)]
     starts = [0]
     for end in range(1, N + 1):
-        if end - starts[-1] > 1 and _tokens(lengths_NW2[starts[-1] : end]) > limit:
+        if end - starts[-1] > 1 and _tokens(lengths_NW2[starts[-1] : end], config.packing) > limit:
             starts.append(end - 1)
     return [end - start for start, end in zip(starts, [*starts[1:], N], strict=True)]
 
 
-def _tokens(lengths_NW2: Tensor) -> int:
-    """Padded tokens of N rows, on the rank that has most. The seam is one column, so the widths of its sides add up."""
-    return len(lengths_NW2) * int(lengths_NW2.amax(0).sum(-1).max())
+def _tokens(lengths_NW2: Tensor, packing: bool) -> int:
+    """Tokens of a pass of N rows, padding inside where there is any, on the rank that has most."""
+    if packing:
+        return int(lengths_NW2.sum((0, 2)).max())
+    return len(lengths_NW2) * int(
+        lengths_NW2.amax(0).sum(-1).max()
+    )  # all seams in one column: the widths of sides add up
 
 
 def _lengths(batch: Rollout | Experience) -> Tensor:

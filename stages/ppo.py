@@ -153,9 +153,14 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
     def causal() -> torch.nn.Module:
         return load_causal(sft, attention=config.model.attention)
 
+    def scalar(name: str) -> ScalarModel:
+        model = load_scalar(reward_paths[name], attention=config.model.attention)
+        model.packing = ppo.packing
+        return model
+
     with sharded_loading(hardware, context.local):
-        policy, reference, critic = causal(), causal(), load_scalar(reward_paths[ppo.helpfulness_model])
-        rewards = {name: load_scalar(path) for name, path in reward_paths.items()}
+        policy, reference, critic = causal(), causal(), scalar(ppo.helpfulness_model)
+        rewards = {name: scalar(name) for name in reward_paths}
     sampled = causal()
     if config.model.lora is not None:
         torch.manual_seed(config.seed)
@@ -163,8 +168,8 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
         sampled = add_lora(sampled, config.model.lora, "causal", config.seed)
     tokenizer = load_tokenizer(sft)
     return Models(
-        policy=engine(PolicyModel(policy), ppo.optim),
-        reference=engine(PolicyModel(reference)),
+        policy=engine(PolicyModel(policy, ppo.packing), ppo.optim),
+        reference=engine(PolicyModel(reference, ppo.packing)),
         critic=engine(critic, ppo.critic_optim),
         rewards={name: engine(module) for name, module in rewards.items()},
         sampler=InProcessSampler(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,15 +249,21 @@ def without_adapter_wrapper(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def hidden_states(model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing."""
-    output = without_adapter_wrapper(model).base_model(
-        input_ids=tokens_BT,
-        attention_mask=mask_BT.long(),
-        position_ids=mask_BT.long().cumsum(1) - mask_BT.long(),
-        use_cache=False,
-    )
-    return output.last_hidden_state
+def hidden_states(model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False) -> Tensor:
+    """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing.
+
+    `packing`: the model reads the real tokens of all rows as one row of N = Σ lengths tokens. Positions that begin
+    again without an attention mask tell transformers where a row ends, and none sees another. Padding then gets 0.
+    """
+    mask_BT = mask_BT.bool()
+    position_BT = mask_BT.long().cumsum(1) - mask_BT.long()
+    read = partial(without_adapter_wrapper(model).base_model, use_cache=False)
+    if not packing:
+        return read(input_ids=tokens_BT, attention_mask=mask_BT.long(), position_ids=position_BT).last_hidden_state
+    hidden_1NH = read(input_ids=tokens_BT[mask_BT][None], position_ids=position_BT[mask_BT][None]).last_hidden_state
+    hidden_BTH = hidden_1NH.new_zeros(*mask_BT.shape, hidden_1NH.shape[-1])
+    hidden_BTH[mask_BT] = hidden_1NH[0]
+    return hidden_BTH
 
 
 def lm_head(model: nn.Module) -> nn.Module:

@@ -58,6 +58,8 @@ class ScalarModel(nn.Module):
         self.head = Float32Head(head_1H)
         self.offset = offset
         """Mean score of SFT answers, subtracted by `score`; 0 until the model is centred."""
+        self.packing = False
+        """Reads rows one behind the other instead of padded; the values are the same."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -65,7 +67,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """values_BT, float32, without the offset. Padding may stand on either side."""
-        return self.head(hidden_states(self.trunk, tokens_BT, mask_BT))
+        return self.head(hidden_states(self.trunk, tokens_BT, mask_BT, self.packing))
 
     def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """scores_B, float32: the value at the last real token, less the offset."""

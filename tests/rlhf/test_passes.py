@@ -26,34 +26,37 @@ def experience(lengths):
     return Experience(given.tokens_BT, given.mask_BT, given.response_mask_BR, zeros, zeros, zeros, zeros, zeros)
 
 
-def padded_tokens(batch, index):
-    return trim(rows(batch, index)).tokens_BT.numel()
+def read_tokens(batch, index, packing):
+    part = trim(rows(batch, index))
+    return int(part.mask_BT.sum()) if packing else part.tokens_BT.numel()
 
 
 ROWS = st.lists(st.tuples(st.integers(1, P), st.integers(1, R)), min_size=1, max_size=4)
 
 
-@given(ROWS, st.integers(1, 3), st.integers(1, 60))
-def test_a_minibatch_is_read_once_in_equally_many_passes_within_the_budget(lengths, world, budget):
+@given(ROWS, st.integers(1, 3), st.integers(1, 60), st.booleans())
+def test_a_minibatch_is_read_once_in_equally_many_passes_within_the_budget(lengths, world, budget, packing):
+    config = PPOConfig(micro_batch_tokens=budget, packing=packing)
     batch = experience(lengths * world)
     index = torch.randperm(len(lengths) * world)
-    passes = [
-        passes_of_minibatch(batch, index, rank, world, PPOConfig(micro_batch_tokens=budget)) for rank in range(world)
-    ]
+    passes = [passes_of_minibatch(batch, index, rank, world, config) for rank in range(world)]
     assert sorted(torch.cat([part for rank in passes for part in rank]).tolist()) == sorted(index.tolist())
     assert len({len(rank) for rank in passes}) == 1
-    assert all(len(part) == 1 or padded_tokens(batch, part) <= budget for rank in passes for part in rank)
+    assert all(len(part) == 1 or read_tokens(batch, part, packing) <= budget for rank in passes for part in rank)
 
 
 def test_the_budget_is_used_up_by_hand():
     """Longest first: 9 + 1, 3 + 6, 4 + 4, 2 + 2, 1 + 1 tokens; two rows of a pass are as wide as both sides at most."""
     batch = experience([(2, 2), (9, 1), (4, 4), (1, 1), (3, 6)])
-    for budget, expected in (
-        (30, [[1, 4], [2, 3, 0]]),  # 2 · (9 + 6) = 30; 3 · (4 + 4) = 24, where 1 + 4 + 2 would be 3 · 15
-        (29, [[1], [4, 2], [0, 3]]),  # 2 · (4 + 6) = 20; with a third row 30
-        (9, [[1], [4], [2], [0, 3]]),  # 10 tokens are over the limit and go alone
+    for packing, budget, expected in (
+        (False, 30, [[1, 4], [2, 3, 0]]),  # 2 · (9 + 6) = 30; 3 · (4 + 4) = 24, where 1 + 4 + 2 would be 3 · 15
+        (False, 29, [[1], [4, 2], [0, 3]]),  # 2 · (4 + 6) = 20; with a third row 30
+        (False, 9, [[1], [4], [2], [0, 3]]),  # 10 tokens are over the limit and go alone
+        (True, 27, [[1, 4, 2], [0, 3]]),  # 10 + 9 + 8 = 27
+        (True, 26, [[1, 4], [2, 0, 3]]),  # 8 + 4 + 2 = 14
     ):
-        passes = passes_of_minibatch(batch, torch.arange(5), 0, 1, PPOConfig(micro_batch_tokens=budget))
+        config = PPOConfig(micro_batch_tokens=budget, packing=packing)
+        passes = passes_of_minibatch(batch, torch.arange(5), 0, 1, config)
         assert [sorted(part.tolist()) for part in passes] == [sorted(part) for part in expected]
 
 
@@ -71,9 +74,12 @@ def test_a_minibatch_that_cannot_be_shared_evenly_is_an_error_and_no_hang():
         passes_of_minibatch(experience([(1, 1)] * 3), torch.arange(3), 0, 2, PPOConfig())
 
 
-@given(st.lists(st.tuples(st.integers(1, P), st.integers(1, R)), min_size=4, max_size=4), st.integers(1, 60))
-def test_ranks_that_know_only_their_own_rows_agree_on_the_passes(lengths, budget):
+@given(
+    st.lists(st.tuples(st.integers(1, P), st.integers(1, R)), min_size=4, max_size=4), st.integers(1, 60), st.booleans()
+)
+def test_ranks_that_know_only_their_own_rows_agree_on_the_passes(lengths, budget, packing):
     """Two ranks with two rows each; what they say to one another is played by hand."""
+    config = PPOConfig(micro_batch_tokens=budget, packing=packing)
     shares = [rollout(lengths[:2]), rollout(lengths[2:])]
     said = []
     with pytest.MonkeyPatch.context() as patch:
@@ -81,8 +87,8 @@ def test_ranks_that_know_only_their_own_rows_agree_on_the_passes(lengths, budget
         for share in shares:
             passes_of_shares(share, PPOConfig())
         patch.setattr(ranks, "gather_objects", lambda value: said)
-        passes = [passes_of_shares(share, PPOConfig(micro_batch_tokens=budget)) for share in shares]
+        passes = [passes_of_shares(share, config) for share in shares]
     assert len({len(rank) for rank in passes}) == 1
     for share, parts in zip(shares, passes, strict=True):
         assert sorted(torch.cat(parts).tolist()) == [0, 1]
-        assert all(len(part) == 1 or padded_tokens(share, part) <= budget for part in parts)
+        assert all(len(part) == 1 or read_tokens(share, part, packing) <= budget for part in parts)

@@ -76,8 +76,12 @@ def test_a_score_is_read_at_the_last_token_less_the_offset(iteration, engines, m
 @pytest.mark.parametrize(
     "limit", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 25}, {"micro_batch_tokens": 1}]
 )
-def test_the_size_of_forward_passes_changes_nothing(iteration, engines, limit):
-    apart, together = read(iteration.rollout, engines, **limit), read(iteration.rollout, engines)
+@pytest.mark.parametrize("packing", [False, True])
+def test_neither_the_size_of_forward_passes_nor_packing_changes_anything(iteration, engines, limit, packing):
+    together = read(iteration.rollout, engines)
+    for engine in engines.values():
+        engine.module.packing = packing
+    apart = read(iteration.rollout, engines, **limit, packing=packing)
     for name, expected in vars(together).items():
         gap = getattr(apart, name) - expected
         assert (gap if gap.dim() == 1 else gap[iteration.rollout.response_mask_BR]).abs().max() < 1e-5

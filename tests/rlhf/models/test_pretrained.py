@@ -1,5 +1,6 @@
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -101,16 +102,27 @@ def test_eos_embedding_learns_though_the_checkpoint_says_pad_is_eos(causal_folde
     assert gradient[eos].abs().sum() > 0
 
 
-def test_positions_come_from_the_mask(causal_folder, sequences, tokenizer):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("left", [False, True])
+def test_no_layout_of_rows_changes_their_hidden_states(causal_folder, sequences, tokenizer, left, packing, attention):
     """Each row alone, without padding and by plain transformers, is the oracle."""
-    model = load_causal(causal_folder)
+    model = load_causal(causal_folder, attention=attention)
     plain = AutoModelForCausalLM.from_pretrained(causal_folder)
-    for left in (False, True):
-        tokens, mask = pad(sequences, tokenizer.pad_token_id, left=left)
-        hidden = hidden_states(model, tokens, mask)
-        for row, sequence in enumerate(sequences):
-            expected = plain.model(torch.tensor([sequence])).last_hidden_state[0]
-            torch.testing.assert_close(hidden[row][mask[row]], expected, atol=1e-5, rtol=0)
+    tokens, mask = pad(sequences, tokenizer.pad_token_id, left=left)
+    hidden = hidden_states(model, tokens, mask, packing)
+    for row, sequence in enumerate(sequences):
+        expected = plain.model(torch.tensor([sequence])).last_hidden_state[0]
+        torch.testing.assert_close(hidden[row][mask[row]], expected, atol=1e-5, rtol=0)
+
+
+def test_packed_rows_do_not_see_one_another(causal_folder, tokenizer):
+    """Equal rows, so that a leak could not hide in their positions; the gradient of one reaches no token of another."""
+    model: Any = load_causal(causal_folder)
+    tokens, mask = pad([[5, 6, 7], [8, 9, 10], [11], [12]], tokenizer.pad_token_id)
+    hidden_states(model, tokens, mask, packing=True)[1].sum().backward()
+    reached = model.get_input_embeddings().weight.grad.abs().sum(1).nonzero()[:, 0]
+    assert reached.tolist() == [8, 9, 10]
 
 
 def test_lm_head_on_hidden_states_gives_the_logits(causal_folder):
