@@ -27,7 +27,7 @@ class PromptBatch:
     tokens_BP: Tensor  # int64, left-padded
     mask_BP: Tensor  # bool
     is_safety_B: Tensor  # bool
-    ids_B: Tensor  # int64, row number in the prompt set: the key of all random numbers of the row
+    ids_B: Tensor  # int64, the key of all random numbers of the row
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def _with_source(row: Any, encode: Callable[[Any], Any]) -> Any:
 
 
 def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], max_prompt_length: int) -> PromptBatch:
-    """Open prompts, left-padded. `ids`: row numbers in the prompt set. UserError (3) for one that is too long."""
+    """Open prompts, left-padded. `ids`: keys of their answers. UserError (3) for one that is too long."""
     encoded = [_with_source(row, lambda row: chat.encode_prompt(tokenizer, row.messages)) for row in prompts]
     for row, tokens in zip(prompts, encoded, strict=True):
         if len(tokens) > max_prompt_length:

@@ -28,7 +28,16 @@ from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharde
 from rlhf.evaluation.held_out import Answers, answer_held_out
 from rlhf.evaluation.policy_report import policy_report
 from rlhf.experience import make_experience
-from rlhf.models import ScalarModel, add_lora, load_causal, load_scalar, load_tokenizer, resolve, save_causal
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    load_causal,
+    load_scalar,
+    load_tokenizer,
+    recompute_activations,
+    resolve,
+    save_causal,
+)
 from rlhf.policy import PolicyModel
 from rlhf.runtime import StageContext
 from rlhf.sampling import InProcessSampler
@@ -148,6 +157,8 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
     reward_paths = {name: context.inputs[f"reward/{name}"].path for name in names}
 
     def engine(module: torch.nn.Module, optim: Any = None) -> Engine:
+        if optim is not None and config.model.gradient_checkpointing:
+            recompute_activations(module)
         return open_engine(module.to(context.device), optim, steps, hardware, context.local)
 
     def causal() -> torch.nn.Module:
@@ -180,15 +191,18 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
 
 
 def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
-    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set."""
-    size, ids = config.ppo.batch_size, []
+    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set.
+
+    An id counts passes too: a prompt that is drawn twice in an iteration gets two answers.
+    """
+    size, count, ids = config.ppo.batch_size, len(prompts), []
     for draw in range((iteration - 1) * size, iteration * size):
-        epoch, place = divmod(draw, len(prompts))
+        epoch, place = divmod(draw, count)
         if not ids or place == 0:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-        ids.append(order[place])
-    return prompt_batch(tokenizer, [prompts[i] for i in ids], ids, config.ppo.max_prompt_length)
+            order = torch.randperm(count, generator=generator).tolist()
+        ids.append(epoch * count + order[place])
+    return prompt_batch(tokenizer, [prompts[i % count] for i in ids], ids, config.ppo.max_prompt_length)
 
 
 class Judge:

@@ -17,6 +17,7 @@ from rlhf.models.pretrained import (
     lm_head,
     load_causal,
     load_tokenizer,
+    recompute_activations,
     save_causal,
 )
 from rlhf.models.scalar import ScalarModel, last_value, load_scalar
@@ -35,6 +36,7 @@ __all__ = [
     "load_scalar",
     "load_tokenizer",
     "make_tiny",
+    "recompute_activations",
     "resolve",
     "save_causal",
 ]

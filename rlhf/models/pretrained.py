@@ -249,6 +249,13 @@ def without_adapter_wrapper(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def recompute_activations(module: nn.Module) -> None:
+    """Layers of the transformers model in `module` keep their inputs alone and run once more in the backward pass."""
+    model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+    model.gradient_checkpointing_enable()
+    module.train()  # layers do so in training mode alone; there is no dropout that it could wake
+
+
 def hidden_states(model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False) -> Tensor:
     """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing.
 

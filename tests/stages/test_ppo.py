@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf import checkpoint
 from rlhf.data import load_prompts
-from rlhf.models import load_scalar
+from rlhf.models import load_causal, load_scalar
+from rlhf.sampling import InProcessSampler
 from rlhf.tracking import read_metrics
 from stages import ppo
 
@@ -111,11 +112,51 @@ def test_prompts_come_in_a_new_order_every_time_all_have_been_drawn(run):
     drawn = [ppo.draw_prompts(tokenizer, prompts, config, iteration).ids_B.tolist() for iteration in range(1, 9)]
     ids = [i for batch in drawn for i in batch]
     assert len(prompts) == 64
-    epochs = [ids[start : start + 64] for start in (0, 64, 128)]
+    epochs = [[i % 64 for i in ids[start : start + 64]] for start in (0, 64, 128)]
     assert all(Counter(epoch) == Counter(range(64)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     again = ppo.draw_prompts(tokenizer, prompts, config, 3).ids_B.tolist()  # as after a restart
     assert again == drawn[2]
+
+
+def test_a_prompt_that_is_drawn_twice_in_an_iteration_gets_two_answers(run):
+    config = run("sft")
+    ppo_settings = config.ppo.model_copy(update={"batch_size": 6})
+    config, prompts = config.model_copy(update={"ppo": ppo_settings}), load_prompts(config).train[:3]
+    folder = config.folder / "sft/artifact"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = ppo.draw_prompts(tokenizer, prompts, config, iteration=2)
+    sampler = InProcessSampler(load_causal(folder), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    answers = sampler.sample(batch, config.ppo.sampling, config.seed, iteration=2).tokens_BT
+    order = (batch.ids_B % 3).argsort(stable=True)
+    assert torch.equal(batch.tokens_BP[order[::2]], batch.tokens_BP[order[1::2]])
+    assert (answers[order[::2]] != answers[order[1::2]]).any(1).all()
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_models_that_learn_recompute_their_activations_where_the_settings_say_so(run, wanted):
+    config = run(ALL_BUT_PPO)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": wanted})})
+    names = ("sft", "reward/helpfulness", "reward/safety")
+    inputs = {name: SimpleNamespace(path=config.folder / name / "artifact") for name in names}
+    context = SimpleNamespace(inputs=inputs, device=torch.device("cpu"), local=True)
+    models = ppo.open_models(config, context)  # type: ignore[arg-type]
+    modules = [models.policy, models.critic, models.reference, *models.rewards.values()]
+    assert [recomputes(engine.module) for engine in modules] == [wanted, wanted, False, False, False]
+
+
+def recomputes(module):
+    """Whether the first layer runs again when gradients are asked for."""
+    calls = []
+    transformer = next(part for part in module.modules() if hasattr(part, "layers"))
+    handle = transformer.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    tokens = torch.arange(4, 10)[None]
+    transformer(tokens).last_hidden_state.sum().requires_grad_().backward()
+    handle.remove()
+    return len(calls) == 2
 
 
 # --- going on -------------------------------------------------------------------------------------------------------

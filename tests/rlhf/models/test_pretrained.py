@@ -19,7 +19,16 @@ from transformers import (
 
 from rlhf.data import pad
 from rlhf.errors import UserError
-from rlhf.models import check_length, find_model, hidden_states, lm_head, load_causal, load_tokenizer, save_causal
+from rlhf.models import (
+    check_length,
+    find_model,
+    hidden_states,
+    lm_head,
+    load_causal,
+    load_tokenizer,
+    recompute_activations,
+    save_causal,
+)
 
 
 def word_tokenizer(words, **special):
@@ -123,6 +132,21 @@ def test_packed_rows_do_not_see_one_another(causal_folder, tokenizer):
     hidden_states(model, tokens, mask, packing=True)[1].sum().backward()
     reached = model.get_input_embeddings().weight.grad.abs().sum(1).nonzero()[:, 0]
     assert reached.tolist() == [8, 9, 10]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_recomputed_activations_give_the_same_gradient(causal_folder, sequences, tokenizer, packing):
+    tokens, mask = pad(sequences, tokenizer.pad_token_id)
+    gradients, calls = [], []
+    for module in (load_causal(causal_folder), load_causal(causal_folder)):
+        if gradients:
+            recompute_activations(module)
+        module.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        hidden_states(module, tokens, mask, packing)[mask].pow(2).sum().backward()
+        gradients.append([p.grad for p in module.model.parameters()])
+    assert len(calls) == 3  # once, and then twice
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=0, rtol=0)
 
 
 def test_lm_head_on_hidden_states_gives_the_logits(causal_folder):
