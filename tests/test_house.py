@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = ("rlhf", "stages", "launch", "reward_data", "configs")
+OURS = ("rlhf", "stages", "launch", "reward_data", "configs", "benchmarks")
 
 LAYERS = (  # a room imports its own layer and the ones before it
     {"rlhf.errors", "rlhf.config", "rlhf.artifacts", "rlhf.batches", "rlhf.algorithms", "rlhf.ranks"}
@@ -25,6 +25,7 @@ LAYERS = (  # a room imports its own layer and the ones before it
     {"rlhf.scoring", "rlhf.update", "rlhf.checkpoint", "rlhf.evaluation", "rlhf.hf_trainer"},
     {"stages"},
     {"launch"},
+    {"benchmarks"},
 )
 ALONE = ("reward_data", "rlhf.algorithms")  # rooms that import nothing of ours
 OWNERS = {  # the one room that may speak to a library

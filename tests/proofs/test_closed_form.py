@@ -1,0 +1,113 @@
+"""PPO ends at the optimum that a formula gives, on a world of which every answer is known.
+
+π_ref · exp(r / β) / Z maximises E[r] - β KL(π‖π_ref). Sampling, scoring, experience and update are the program's own,
+through `stages.ppo.iterate`; reward and KL are sums over all answers, with probabilities from plain transformers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.closed_form import BETAS, ITERATIONS, LENGTH, settings
+from benchmarks.small_world import Figures, World, train
+from rlhf import experience
+
+# Relative to the best reward and its KL. What is left is noise of the samples and rare answers on their way.
+SHORT, LONG = 0.05, 0.02
+BETA = 0.5
+SHORT_SETTINGS = settings(BETA, length=2, iterations=120, batch_size=256, lr=5e-3)
+
+
+@pytest.fixture(scope="module")
+def small() -> World:
+    return World(length=2)
+
+
+@pytest.fixture(scope="module")
+def reached(small: World) -> Figures:
+    return train(small, SHORT_SETTINGS).path[-1]
+
+
+def furthest(errors: Figures) -> float:
+    return max(map(abs, errors))
+
+
+def test_the_closed_form_is_an_optimum(small):
+    """Neither a policy near it nor the reference has a higher E[r] - β KL."""
+
+    def objective(logprobs_QN):
+        reward, kl = small.figures(logprobs_QN)
+        return reward - BETA * kl
+
+    best_QN = small.best(BETA)
+    generator = torch.Generator().manual_seed(1)
+    for scale in (0.01, 0.1, 1.0):
+        noise_QN = scale * torch.randn(best_QN.shape, generator=generator, dtype=torch.float64)
+        assert objective(torch.log_softmax(best_QN + noise_QN, 1)) < objective(best_QN)
+    assert objective(small.reference_QN) < objective(best_QN)
+
+
+def test_every_answer_is_known(small):
+    """Their probabilities sum to 1, under any policy."""
+    torch.testing.assert_close(small.reference_QN.exp().sum(1), torch.ones(len(small.prompts), dtype=torch.float64))
+
+
+def test_ppo_ends_at_the_closed_form(small, reached):
+    assert furthest(small.errors(reached, BETA)) < SHORT
+
+
+@pytest.mark.parametrize("beta", [BETA / 2, 2 * BETA])
+def test_the_optimum_of_another_beta_is_not_where_it_ends(small, reached, beta):
+    assert min(map(abs, small.errors(reached, beta))) > SHORT
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("beta", BETAS)
+def test_ppo_ends_at_the_closed_form_of_longer_answers(beta):
+    world = World(LENGTH)
+    reached = train(world, settings(beta, LENGTH, ITERATIONS)).path[-1]
+    assert furthest(world.errors(reached, beta)) < LONG
+
+
+# --- faults: the test can fail ----------------------------------------------------------------------------------------
+
+
+def test_with_the_sign_of_the_kl_turned_it_ends_elsewhere(small, monkeypatch):
+    k1 = experience.k1
+    monkeypatch.setattr(experience, "k1", lambda logprobs, ref_logprobs: -k1(logprobs, ref_logprobs))
+    assert furthest(small.errors(train(small, SHORT_SETTINGS).path[-1], BETA)) > SHORT
+
+
+def doubled_beta(score_B, kl_BR, beta, mask_BR):
+    return token_rewards(score_B, kl_BR, 2 * beta, mask_BR)
+
+
+def kl_at_the_last_token_alone(score_B, kl_BR, beta, mask_BR):
+    is_last_BR = token_rewards(torch.ones_like(score_B), torch.zeros_like(kl_BR), 0.0, mask_BR)
+    return token_rewards(score_B, kl_BR * is_last_BR, beta, mask_BR)
+
+
+def score_at_every_token(score_B, kl_BR, beta, mask_BR):
+    scores_BR = torch.where(mask_BR, score_B[:, None], 0.0)
+    return token_rewards(torch.zeros_like(score_B), kl_BR, beta, mask_BR) + scores_BR
+
+
+token_rewards = experience.token_rewards
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("fault", [doubled_beta, kl_at_the_last_token_alone, score_at_every_token])
+def test_with_wrong_rewards_it_ends_elsewhere(small, monkeypatch, fault):
+    monkeypatch.setattr(experience, "token_rewards", fault)
+    assert furthest(small.errors(train(small, SHORT_SETTINGS).path[-1], BETA)) > SHORT
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    "setting", [{"missing_eos_penalty": 0.0}, {"whiten_rewards": True}], ids=["penalty", "whitening"]
+)
+def test_with_settings_of_another_objective_it_ends_elsewhere(small, setting):
+    reached = train(small, SHORT_SETTINGS.model_copy(update=setting)).path[-1]
+    assert furthest(small.errors(reached, BETA)) > SHORT
