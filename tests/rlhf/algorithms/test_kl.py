@@ -17,6 +17,13 @@ def softmax(values):
     return [math.exp(v) / total for v in values]
 
 
+def test_k1_and_k3_by_hand():
+    logprobs, ref_logprobs = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5])
+    torch.testing.assert_close(k1(logprobs, ref_logprobs), torch.tensor([0.5, -1.0, 0.0]))
+    by_hand = torch.tensor([math.exp(-0.5) - 1 + 0.5, math.e - 2, 0.0])
+    torch.testing.assert_close(k3(logprobs, ref_logprobs), by_hand)
+
+
 @given(logits, logits)
 def test_k1_and_k3_average_to_the_exact_kl(policy_logits, ref_logits):
     pi, ref = softmax(policy_logits), softmax(ref_logits)
