@@ -38,7 +38,8 @@ class InProcessSampler:
         self.eos_id, self.pad_id = eos_id, pad_id
         self.bf16 = precision == "bf16"
         if self.bf16:
-            model.to(torch.bfloat16)
+            for parameter in model.parameters():  # not the buffers: rounded rotary frequencies misplace every token
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ def test_a_sampler_in_bf16_stays_near_and_reports_float32(make_llama, prompts, p
     gap_BR = torch.where(rollout.response_mask_BR, read_BR - rollout.behaviour_logprobs_BR, 0.0).abs()
     assert rollout.behaviour_logprobs_BR.dtype == torch.float32
     assert 0 < gap_BR.max() < 0.1
+
+
+def test_a_sampler_in_bf16_knows_where_a_token_stands(make_llama):
+    """cos(position · θ^(-2i/d)) by hand; with rounded frequencies it is another angle after a few hundred tokens."""
+    rotary: Any = InProcessSampler(make_llama(0), EOS, PAD, "bf16").model.model.rotary_emb  # type: ignore[union-attr]
+    position, halves = 500, 4
+    cos_BTH, _ = rotary(torch.zeros(1, 1, 1, dtype=torch.float32), torch.tensor([[position]]))
+    expected = [math.cos(position * 10_000 ** (-i / halves)) for i in range(halves)]
+    assert cos_BTH[0, 0, :halves].tolist() == pytest.approx(expected, abs=1e-3)
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
