@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.kl import approx_kl, k1
+from rlhf.algorithms.logprobs import entropy
 from rlhf.algorithms.losses import policy_loss, value_loss
 from rlhf.algorithms.masked import masked_mean_and_var, whiten
 from rlhf.algorithms.rewards import token_rewards
@@ -124,8 +125,7 @@ def case(name):
         engine(scalar("value")),
         reward,
         reward,
-        SETTINGS["temperature"],
-        4,
+        config,
     )
     experience, figures = make_experience(rollout, scores, torch.zeros(8).bool(), config, config.beta)
     return SimpleNamespace(trl=trl, config=config, rollout=rollout, scores=scores, experience=experience, **figures)
@@ -384,8 +384,10 @@ def test_trl_averages_approx_kl_over_padding_and_we_over_tokens():
 
 def test_trl_averages_entropy_over_padding_and_we_over_tokens():
     given = case("ragged")
+    tokens_BT, mask_BT = given.rollout.tokens_BT, given.rollout.mask_BT.long()
     with torch.no_grad():
-        _, entropy_BR = PolicyModel(causal("policy_moved"))(given.rollout.tokens_BT, given.rollout.mask_BT, 6, 0.7)
+        out = causal("policy_moved")(tokens_BT, attention_mask=mask_BT, position_ids=mask_BT.cumsum(1) - mask_BT)
+    entropy_BR = entropy(out.logits[:, -7:-1], temperature=0.7)
     assert_near("ragged entropy with padding", entropy_BR.mean(), given.trl.figures["entropy_stats"][0])
     ours = updated(given).figures["ppo/entropy"]
     assert_near("ragged entropy", ours, entropy_BR[given.rollout.response_mask_BR].mean())
