@@ -24,20 +24,11 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# glibc gives large blocks back to the system, and the next tensor of that size pays for its pages again: a third of a
-# training step on CPUs. One arena, because a stage runs in a thread, whose own arena could not keep them.
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 34),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-}
-
 
 @contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
     """A private Ray on this machine, or the cluster at `hardware.ray_address`; closed again at the end."""
-    os.environ.update({key: os.environ.get(key, value) for key, value in (QUIET | KEEP_MEMORY).items()})
+    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     if config.hardware.ray_address is None:
         _private_token(config.folder)
     import ray
