@@ -1,0 +1,79 @@
+"""Our side of `benchmarks.ppo_vs_trl`: `python -m benchmarks.our_side JOB RESULT`, alone or as a rank of torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.side import Job, peak_memory
+from rlhf import ranks
+from rlhf.artifacts import Artifact
+from rlhf.config import RunConfig
+from rlhf.data import load_prompts, short_prompts
+from rlhf.runtime import Progress, StageContext
+from rlhf.sampling import inprocess
+from rlhf.tracking import NullTracker
+from stages.ppo import iterate, open_models
+
+
+def main(job: Job, result: Path) -> None:
+    torch.set_num_threads(job.threads)
+    if job.processes > 1:
+        dist.init_process_group("gloo")
+    config, context = RunConfig.model_validate(job.config), stage_context(job, result.parent)
+    models = open_models(config, context)
+    prompts = short_prompts(models.tokenizer, load_prompts(config).train, config.ppo.max_prompt_length)
+    if job.answers:
+        load_dice(job)
+    state = {"iteration": 0, "beta": config.ppo.beta}
+    seconds, figures = [], []
+    for _ in range(job.iterations):
+        ranks.barrier()
+        state["iteration"] += 1
+        start = time.perf_counter()
+        figures.append(iterate(config, context, models, prompts, state))
+        seconds.append(time.perf_counter() - start)
+    memory = sum(ranks.gather_objects(peak_memory()))
+    if context.is_writer:
+        lengths = [one["ppo/length"] for one in figures]
+        result.write_text(
+            json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": figures})
+        )
+
+
+def stage_context(job: Job, folder: Path) -> StageContext:
+    def artifact(path: str) -> Artifact:
+        return Artifact("model", Path(path), "", {}, "", "", {})
+
+    return StageContext(
+        stage="ppo",
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+        device=torch.device("cpu"),
+        folder=folder,
+        inputs={"sft": artifact(job.model), "reward/reward": artifact(job.reward)},
+        tracker=NullTracker(),
+        progress=Progress(folder, is_writer=False),
+        local=job.processes == 1,
+    )
+
+
+def load_dice(job: Job) -> None:
+    """Makes the sampler give the job's answers; it still computes their logprobs."""
+    row_of = {prompt_id: row for row, prompt_id in enumerate(job.prompt_ids[: len(job.answers)])}
+    answers_BR = torch.tensor(job.answers)
+
+    def token_of(seed: int, iteration: int, ids_G: torch.Tensor, t: int) -> torch.Tensor:
+        return answers_BR[[row_of[prompt_id] for prompt_id in ids_G.tolist()], t]
+
+    inprocess.keyed_uniform = token_of
+    inprocess.pick_token = lambda logprobs_GV, token_G: token_G
+
+
+if __name__ == "__main__":
+    main(Job.read(sys.argv[1]), Path(sys.argv[2]))

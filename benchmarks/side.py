@@ -1,0 +1,40 @@
+"""What both sides of `benchmarks.ppo_vs_trl` share: their job, and what they hand back. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some iterations of PPO by one side, in a process of its own per rank. The first is for warming up."""
+
+    model: str  # folder of policy and reference
+    reward: str  # folder of reward model and critic
+    config: dict[str, Any]  # our RunConfig
+    prompts: list[list[int]]  # tokens, in the order in which our draw takes them, one iteration more than needed
+    prompt_ids: list[int]  # their row numbers in our prompt set
+    answers: list[list[int]]  # of the first iteration's prompts, for one process; empty: they are sampled
+    pad: int
+    eos: int
+    processes: int
+    threads: int
+    iterations: int
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: str) -> Job:
+        return cls(**json.loads(Path(path).read_text()))
+
+
+def peak_memory() -> int:
+    """Bytes: the largest resident size of this process so far (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")

@@ -1,0 +1,112 @@
+"""TRL's side of `benchmarks.ppo_vs_trl`: `python -m benchmarks.trl_side JOB RESULT`, alone or as a rank of torchrun.
+
+Runs in the environment of TRL 1.12 and needs nothing of ours. What both sides know is set alike: one optimizer step per
+epoch over the whole batch, AdamW without weight decay or clipping at a constant rate, no gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[reportMissingImports]
+
+from benchmarks.side import Job, peak_memory
+from benchmarks.trl_record import loaded_dice
+
+
+def main(job: Job, result: Path) -> None:
+    torch.set_num_threads(job.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(job, folder)
+        ends: list[float] = []
+        lengths: list[float] = []
+        figures: list[dict[str, float]] = []
+
+        def on_log(metrics: dict[str, float]) -> None:  # once an iteration
+            ends.append(time.perf_counter())
+            real_BR = ~sys._getframe(1).f_locals["padding_mask"]
+            lengths.append(float(trainer.accelerator.gather(real_BR.sum(1).float()).mean()))
+            figures.append(metrics)
+
+        trainer.log = on_log
+        trainer.accelerator.wait_for_everyone()
+        start = time.perf_counter()
+        with loaded_dice(job.answers) if job.answers else nullcontext():
+            trainer.train()
+    seconds = [end - begin for begin, end in itertools.pairwise([start, *ends])]
+    memory = int(trainer.accelerator.gather(torch.tensor([peak_memory()])).sum())
+    if trainer.accelerator.is_main_process:
+        result.write_text(
+            json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": figures})
+        )
+
+
+def make_trainer(job: Job, folder: str) -> Any:
+    ppo, optim, bf16 = job.config["ppo"], job.config["ppo"]["optim"], job.config["hardware"]["precision"] == "bf16"
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.model)
+    tokenizer.pad_token_id, tokenizer.padding_side = job.pad, "left"
+    policy = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    policy.generation_config.pad_token_id = job.pad
+    local_rows = ppo["batch_size"] // job.processes
+    settings = PPOConfig(
+        output_dir=folder,
+        total_episodes=ppo["batch_size"] * job.iterations,
+        num_ppo_epochs=ppo["epochs"],
+        per_device_train_batch_size=ppo["micro_batch_size"],
+        gradient_accumulation_steps=local_rows // ppo["micro_batch_size"],
+        local_rollout_forward_batch_size=local_rows,
+        response_length=ppo["sampling"]["max_new_tokens"],
+        temperature=ppo["sampling"]["temperature"],
+        stop_token="eos",
+        kl_coef=ppo["beta"],
+        gamma=ppo["gamma"],
+        lam=ppo["lam"],
+        cliprange=ppo["clip"],
+        cliprange_value=ppo["value_clip"],
+        vf_coef=1.0,  # our critic has an optimizer of its own
+        learning_rate=optim["lr"],
+        lr_scheduler_type="constant",
+        adam_beta1=optim["beta1"],
+        adam_beta2=optim["beta2"],
+        adam_epsilon=optim["eps"],
+        weight_decay=0.0,
+        bf16=bf16,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        num_sample_generations=0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+    def scalar() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(job.reward, num_labels=1, dtype=torch.float32)
+
+    prompts = Dataset.from_dict({"input_ids": job.prompts})
+    trainer = PPOTrainer(
+        args=settings,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
+        reward_model=scalar(),
+        value_model=scalar(),
+        train_dataset=prompts,
+    )
+    in_order = DataLoader(prompts, batch_size=local_rows, collate_fn=trainer.data_collator)  # type: ignore[arg-type]
+    trainer.dataloader = trainer.accelerator.prepare(in_order)
+    return trainer
+
+
+if __name__ == "__main__":
+    main(Job.read(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,32 @@
+"""What needs no TRL: the environment's refusal, and what is made of the timings."""
+
+import pytest
+
+from benchmarks.ppo_vs_trl import summary, table
+from benchmarks.trl_environment import trl_python
+from rlhf.errors import UserError
+
+PARTS = [
+    {"seconds": [90.0, 4.0, 2.0], "lengths": [1.0, 10.0, 20.0], "peak_memory": 3e9},
+    {"seconds": [80.0, 8.0, 6.0], "lengths": [1.0, 30.0, 40.0], "peak_memory": 2e9},
+]
+
+
+def test_a_folder_with_other_things_is_refused_and_kept(tmp_path):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(UserError, match="no virtual environment"):
+        trl_python(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "all of it"
+
+
+def test_the_first_iteration_of_a_round_warms_up():
+    made = summary(PARTS, batch_size=16)
+    assert made["seconds"] == [4.0, 2.0, 8.0, 6.0]
+    assert (made["median_seconds"], made["samples_per_second"]) == (5.0, 3.2)
+    assert (made["mean_length"], made["peak_memory"]) == (25.0, 3e9)
+
+
+def test_ratios_are_ours_over_trls():
+    other = summary([PARTS[0]], batch_size=16)  # a median of 3 seconds
+    text = table({"ours": other, "trl": summary(PARTS, batch_size=16)})
+    assert "| seconds an iteration, median | 5.00 | 3.00 | 0.60 |" in text
