@@ -1,0 +1,393 @@
+"""One seed, one PPO trajectory: ranks, accumulation, forward passes, packing and engine change nothing but rounding.
+
+Every layout runs the program's own `open_models` and `iterate` (sample, score, make_experience, update) on the same
+small Llamas, and is compared with one process of plain torch that reads a minibatch in one padded pass.
+
+The file is also the program of each rank: `test_layout.py FOLDER`. The whole matrix, with its table:
+`pytest -m proof -s tests/proofs/test_layout.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reward_data import Message, Prompt
+from rlhf.config import OptimConfig, RunConfig
+
+BATCH, MINIBATCH, EPOCHS, LONGEST = 32, 16, 2, 40
+LEARN = OptimConfig(lr=1e-3, schedule="cosine", min_warmup_steps=2)
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int = 1
+    zero_stage: int | None = None  # None: LocalEngine
+    accumulation: int = 1  # forward passes per minibatch, for rows of equal length
+    by_tokens: bool = False  # the limit of a forward pass
+    packing: bool = False
+    recompute: bool = False  # model.gradient_checkpointing
+    mean_of_means: bool = False  # a planted fault
+
+    @property
+    def engine(self) -> str:
+        return "plain torch" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
+
+    def __str__(self) -> str:
+        words = [f"{self.ranks} ranks", self.engine, f"accumulation {self.accumulation}"]
+        words += ["tokens" if self.by_tokens else "rows", "packed" if self.packing else "padded"]
+        return ", ".join(words + ["recompute"] * self.recompute + ["mean of means"] * self.mean_of_means)
+
+
+@dataclass
+class Trajectory:
+    """What a layout did, iteration by iteration and optimizer step by optimizer step."""
+
+    answers: list[Tensor] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # before clipping
+    start: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+REFERENCE = Layout()
+QUICK = [
+    Layout(accumulation=4, packing=True),
+    Layout(accumulation=2, by_tokens=True, packing=True, recompute=True),
+    Layout(ranks=2, zero_stage=0, accumulation=2),
+    Layout(ranks=2, zero_stage=2, by_tokens=True),
+    Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, recompute=True),
+]
+FAULTY = Layout(accumulation=4, mean_of_means=True)
+ENGINES = [(1, None), *product((1, 2, 4), (0, 2, 3))]
+MATRIX = [
+    Layout(ranks, stage, accumulation, by_tokens, packing)
+    for (ranks, stage), accumulation, by_tokens, packing in product(ENGINES, (1, 2, 4), (False, True), (False, True))
+]
+MATRIX += [Layout(ranks, stage, 2, True, True, recompute=True) for ranks, stage in ENGINES]
+
+
+# --- the program of a rank ------------------------------------------------------------------------------------------
+
+
+def settings(layout: Layout) -> RunConfig:
+    rows = MINIBATCH // (layout.ranks * layout.accumulation)
+    ppo = {
+        "iterations": 5,
+        "batch_size": BATCH,
+        "minibatch_size": MINIBATCH,
+        "epochs": EPOCHS,
+        "micro_batch_size": rows,
+        "micro_batch_tokens": rows * LONGEST if layout.by_tokens else None,
+        "packing": layout.packing,
+        "sampling": {
+            "temperature": 0.7,
+            "max_new_tokens": 12,
+            "batch_size": BATCH // (layout.ranks * layout.accumulation),
+        },
+        "kl_target": {"target": 1.0, "horizon": 100.0},
+        "optim": LEARN,
+        "critic_optim": LEARN,
+    }
+    model = {"gradient_checkpointing": layout.recompute}
+    data = {role: {"train": []} for role in ("demonstrations", "preferences", "prompts")}
+    hardware = {"zero_stage": layout.zero_stage or 0, "workers": layout.ranks}
+    return RunConfig.model_validate(
+        {"name": "x", "seed": 3, "data": data, "ppo": ppo, "model": model, "hardware": hardware}
+    )
+
+
+def prompts() -> list[Prompt]:
+    """Fewer than an iteration draws, so that some come twice; of 1 to 20 words."""
+    texts = [" ".join(["how", "are", "you"][(i + k) % 3] for k in range(1 + (7 * i) % 20)) for i in range(20)]
+    tags = ("helpful", "helpful", "safety")
+    return [Prompt((Message("user", text),), tags[i % 3], f"row {i}") for i, text in enumerate(texts)]
+
+
+def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
+    from rlhf.engine import full_state
+    from stages import ppo
+
+    config, found = settings(layout), Trajectory()
+    inputs: Any = {name: SimpleNamespace(path=folder / name) for name in MODELS}
+    context: Any = SimpleNamespace(
+        rank=rank,
+        world_size=layout.ranks,
+        device=torch.device("cpu"),
+        inputs=inputs,
+        is_writer=False,
+        local=layout.zero_stage is None,
+    )
+    models = ppo.open_models(config, context)
+    learners = {"policy": models.policy, "critic": models.critic}
+
+    def weights() -> dict[str, Tensor]:
+        states = {name: full_state(engine.module, keep=True) for name, engine in learners.items()}
+        return {f"{model}.{name}": tensor for model, state in states.items() for name, tensor in state.items()}
+
+    for name, engine in learners.items():
+        watch_steps(name, engine, found)
+    found.start, state = weights(), {"iteration": 0, "beta": 0.1}
+    with pytest.MonkeyPatch.context() as patch:
+        watch_answers(patch, found)
+        if layout.mean_of_means:
+            plant_mean_of_means(patch, learners, passes=layout.ranks * layout.accumulation)
+        for iteration in range(1, iterations + 1):
+            state["iteration"] = iteration
+            found.figures.append(ppo.iterate(config, context, models, prompts(), state))
+    found.weights = weights()
+    return found
+
+
+def watch_answers(patch: pytest.MonkeyPatch, found: Trajectory) -> None:
+    from stages import ppo
+
+    make_experience = ppo.make_experience
+
+    def watched(rollout: Any, *rest: Any) -> Any:
+        found.answers.append(rollout.tokens_BT)
+        return make_experience(rollout, *rest)
+
+    patch.setattr(ppo, "make_experience", watched)
+
+
+def watch_steps(model: str, engine: Any, found: Trajectory) -> None:
+    """Before each optimizer step the gradient over all ranks and passes goes into `found`."""
+    step = engine.step
+
+    def watched() -> float:
+        if model == "policy":  # steps first
+            found.gradients.append({})
+        for name, parameter in engine.module.named_parameters():
+            found.gradients[-1][f"{model}.{name}"] = full_gradient(parameter)
+        return step()
+
+    engine.step = watched
+
+
+def full_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    if parameter.grad is not None:
+        return parameter.grad.detach().clone()
+    from deepspeed.utils import safe_get_full_grad
+
+    gradient = safe_get_full_grad(parameter)
+    assert gradient is not None
+    return gradient.detach().clone()
+
+
+def plant_mean_of_means(patch: pytest.MonkeyPatch, learners: dict[str, Any], passes: int) -> None:
+    """Each forward pass is divided by its own count of tokens, and the step by the number of passes."""
+    from rlhf import update
+
+    def mean(loss: Callable[..., Any]) -> Callable[..., Any]:
+        def of(*arguments: Any) -> Any:
+            whole = loss(*arguments)
+            return dataclasses.replace(whole, sum=whole.sum / whole.count)
+
+        return of
+
+    def divided(backward: Callable[..., None]) -> Callable[..., None]:
+        return lambda loss, count, last: backward(loss, passes, last)
+
+    patch.setattr(update, "policy_loss", mean(update.policy_loss))
+    patch.setattr(update, "value_loss", mean(update.value_loss))
+    for engine in learners.values():
+        patch.setattr(engine, "backward", divided(engine.backward))
+
+
+# --- comparison -----------------------------------------------------------------------------------------------------
+
+TOLERANCE = {"answers": 0, "figures": 1e-5, "gradients": 1e-5, "weights": 1e-5, "worst weight": 1e-3}
+"""All relative but the answers. Float32 rounds at 6e-8 and sums of some hundred terms come to 1e-6, which leaves a factor
+of ten. A single weight may be further off: where its gradient is nearly 0, Adam divides rounding by rounding."""
+ROUNDING = ("ppo/sampler_gap_max", "perf/")  # a figure that is itself a rounding error, and those that measure time
+LEARNERS = ("policy", "critic")
+
+
+def differences(found: Trajectory, expected: Trajectory) -> dict[str, float]:
+    """Answers: tokens that differ. Figures: to the largest value of the figure in the run. Gradients and weights:
+    Euclidean norm of the difference to that of the gradient, and to that of the weights' change over the run; the worst
+    weight: to the largest change of a weight. Always the worst iteration, step and model."""
+    answers = sum(int((a != b).sum()) for a, b in zip(found.answers, expected.answers, strict=True))
+    figures = 0.0
+    for name in expected.figures[0]:
+        if not name.startswith(ROUNDING):
+            a, b = (torch.tensor([step[name] for step in side.figures]) for side in (found, expected))
+            figures = max(figures, float((a - b).abs().max() / b.abs().max()))
+    gradients, weights, worst = [], [], []
+    for model in LEARNERS:
+        for one, other in zip(found.gradients, expected.gradients, strict=True):
+            a, b = of_model(one, model), of_model(other, model)
+            gradients.append(float((a - b).norm() / b.norm()))
+        a, b, start = (of_model(state, model) for state in (found.weights, expected.weights, expected.start))
+        weights.append(float((a - b).norm() / (b - start).norm()))
+        worst.append(float((a - b).abs().max() / (b - start).abs().max()))
+    return {
+        "answers": answers,
+        "figures": figures,
+        "gradients": max(gradients),
+        "weights": max(weights),
+        "worst weight": max(worst),
+    }
+
+
+def of_model(state: dict[str, Tensor], model: str) -> Tensor:
+    return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if name.startswith(model)])
+
+
+# --- gangs ----------------------------------------------------------------------------------------------------------
+
+MODELS = ("sft", "reward/helpfulness", "reward/safety")
+
+
+def make_models(folder: Path) -> None:
+    """Llamas of two layers with opinions; their answers end after 1 to 12 tokens, and some do not end."""
+    from rlhf.config import TinyConfig
+    from rlhf.models import ScalarModel, save_causal
+    from rlhf.models.tiny import train_tokenizer, untrained_llama
+
+    shape = TinyConfig(vocab_size=280, hidden_size=16, intermediate_size=24, layers=2, heads=2)
+    tokenizer = train_tokenizer(["how are you"] * 9, shape.vocab_size)
+    for seed, name in enumerate(MODELS):
+        torch.manual_seed(seed)
+        llama = untrained_llama(shape, tokenizer, seed)
+        for parameter in llama.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.25)
+        torch.nn.init.normal_(llama.lm_head.weight.data[tokenizer.eos_token_id], std=1.0)
+        if name == "sft":
+            save_causal(llama, folder / name, tokenizer)
+        else:
+            ScalarModel(llama.model, torch.randn(1, 16) / 4).save(folder / name, tokenizer)
+
+
+def compare_all(layouts: Sequence[Layout], iterations: int, folder: Path) -> dict[Layout, dict[str, float]]:
+    """The differences of every layout from the reference. Plain torch runs here, ZeRO in a gang for each number of
+    ranks, one after the other."""
+    make_models(folder)
+    expected = run(REFERENCE, folder, 0, iterations)
+    here = [layout for layout in layouts if layout.zero_stage is None]
+    found = {layout: differences(run(layout, folder, 0, iterations), expected) for layout in here}
+    for ranks in (1, 2, 4):
+        if own := [layout for layout in layouts if layout.ranks == ranks and layout not in here]:
+            given = {"expected": vars(expected), "layouts": [vars(layout) for layout in own], "iterations": iterations}
+            torch.save(given, folder / "given.pt")
+            start_gang(ranks, folder)
+            found |= dict(zip(own, torch.load(folder / "found.pt"), strict=True))
+    return found
+
+
+def start_gang(ranks: int, folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    root = Path(__file__).parents[2]
+    paths = {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    members = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=os.environ | common | paths | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        shown = [member.communicate()[0] for member in members]
+    finally:
+        for member in members:
+            member.kill()  # those whose neighbour died, or that took too long
+    assert [member.returncode for member in members] == [0] * ranks, "\n".join(shown)
+
+
+def main(folder: Path) -> None:
+    """A rank: all layouts of its number of ranks, in one process group."""
+    torch.set_num_threads(1)
+    shard_everything()
+    given = torch.load(folder / "given.pt", weights_only=False)
+    expected, layouts, found = Trajectory(**given["expected"]), [Layout(**layout) for layout in given["layouts"]], []
+    for layout in layouts:
+        found.append(differences(run(layout, folder, int(os.environ["RANK"]), given["iterations"]), expected))
+    if os.environ["RANK"] == "0":
+        torch.save(found, folder / "found.pt")
+
+
+def shard_everything() -> None:
+    """ZeRO-3 keeps parameters as small as ours whole on every rank, unless told not to."""
+    from rlhf import engine
+
+    zero_config = engine.zero_config
+
+    def sharp(*arguments: Any) -> dict[str, Any]:
+        config = zero_config(*arguments)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    engine.zero_config = sharp
+
+
+# --- tests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, dict[str, float]]:
+    return compare_all([*QUICK, FAULTY], iterations=2, folder=tmp_path_factory.mktemp("layouts"))
+
+
+def assert_within_tolerance(found: dict[str, float]) -> None:
+    assert all(found[name] <= limit for name, limit in TOLERANCE.items()), found
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", QUICK, ids=str)
+def test_a_layout_changes_nothing(quick: dict[Layout, dict[str, float]], layout: Layout) -> None:
+    assert_within_tolerance(quick[layout])
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_a_mean_of_means_is_far_outside(quick: dict[Layout, dict[str, float]]) -> None:
+    """The control: these tolerances see the mistake that they are there for."""
+    assert all(quick[FAULTY][name] > 100 * limit for name, limit in TOLERANCE.items())
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(3 * 3600)
+def test_no_layout_of_the_whole_matrix_changes_anything(tmp_path: Path) -> None:
+    found = compare_all([*MATRIX, FAULTY], iterations=5, folder=tmp_path)
+    print(table(found))
+    for layout in MATRIX:
+        assert_within_tolerance(found[layout])
+
+
+def table(found: dict[Layout, dict[str, float]]) -> str:
+    """Largest differences over the layouts of one number of ranks and one engine."""
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for layout, difference in found.items():
+        fault = " (mean of micro-batch means)" if layout.mean_of_means else ""
+        groups.setdefault((str(layout.ranks), layout.engine + fault), []).append(difference)
+    rows = [["ranks", "engine", "layouts", *TOLERANCE], ["---"] * (3 + len(TOLERANCE))]
+    for group, members in groups.items():
+        rows.append([*group, str(len(members)), *(f"{max(m[name] for m in members):.1g}" for name in TOLERANCE)])
+    return "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
