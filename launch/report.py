@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import plots
+from rlhf import alarms
 from rlhf.artifacts import load, write_atomic, write_json
 from rlhf.config import RunConfig
 from rlhf.tracking import read_metrics
@@ -89,7 +90,8 @@ def render(report: Mapping[str, Any]) -> RenderableType:
         for row in table.rows:
             shown.add_row(*map(Text, row))
         parts.append(shown)
-    return Group(*parts, *(Text(line) for line in _facts(report)))
+    warnings = (Text(f"warning: {line}", style="yellow") for line in _warnings(report))
+    return Group(*warnings, *parts, *(Text(line) for line in _facts(report)))
 
 
 def markdown(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
@@ -97,6 +99,7 @@ def markdown(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
         f"# Report of `{report['run']}`",
         "",
         "Definitions and units: `docs/metrics.md`. Brackets: 95 % intervals.",
+        *(f"\n> **Warning.** {line}" for line in _warnings(report)),
     ]
     for table in tables(report):
         lines += ["", f"## {table.title}", ""]
@@ -194,6 +197,14 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f"SFT: held-out loss {_number(loss)} nats per answer token",
         f"PPO: {kept}; KL to the SFT model {_number(ppo['kl'])} nats per answer",
         f"MLflow: {where}",
+    ]
+
+
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    """The alarms that sounded in PPO."""
+    return [
+        f"PPO, {alarms.line(entry)} (in {entry['iterations']} of {report['ppo']['iterations']} iterations)"
+        for entry in report["ppo"].get("alarms", [])
     ]
 
 

@@ -1,15 +1,16 @@
-"""What a person sees while stages run: one bar per stage, with the figure that matters."""
+"""What a person sees while stages run: one bar per stage, with the figure that matters, and warnings under the bars."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from rlhf.runtime import read_progress
 
@@ -17,12 +18,22 @@ console = Console(highlight=False)
 REFRESH_S = 0.5
 
 
+class BarsWithWarnings(Progress):
+    """Bars with lines under them, which stay when the bars have stopped."""
+
+    warnings: tuple[str, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(line, style="yellow") for line in self.warnings)
+
+
 class StageBars:
-    """Bars that follow each stage's progress file. Where there is no terminal, one line per stage at start and end."""
+    """Bars that follow each stage's progress file. Where there is no terminal, one line per start, end and warning."""
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder
-        self._bars = Progress(
+        self._bars = BarsWithWarnings(
             TextColumn("[bold]{task.description:<20}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
@@ -50,6 +61,14 @@ class StageBars:
         for stage, task in self._tasks.items():
             if (state := read_progress(self._folder / stage)) is not None:
                 self._bars.update(task, completed=state.done, total=state.total, figures=_shown(state.figures) or "…")
+                for warning in state.warnings:
+                    self._warn(f"{stage}: warning: {warning}")
+
+    def _warn(self, line: str) -> None:
+        if line not in self._bars.warnings:
+            self._bars.warnings += (line,)
+            if not console.is_terminal:
+                console.print(Text(line))
 
     @contextmanager
     def followed(self, stage: str) -> Iterator[None]:

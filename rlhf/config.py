@@ -178,6 +178,21 @@ class KLTargetConfig(Settings):
     horizon: Positive = 10_000.0
 
 
+class AlarmConfig(Settings):
+    """Signs of a run that goes wrong: a tag, a warning in the terminal and in the report. NaN and Inf always stop it."""
+
+    stop: bool = False
+    """True: the first alarm stops the stage; its checkpoints stay, and it goes on when the limit is raised."""
+    kl_max: Positive = 50.0
+    """Nats per answer. Gao et al. 2022 (arXiv 2210.10760, fig. 1): true quality falls while the reward still rises [O]."""
+    eos_share_min: Share = 0.02
+    """Answers that end themselves. With fewer, the reward is mostly that of text that was cut off [O]."""
+    entropy_share_min: Share = 0.1
+    """Of the first iteration's entropy. A policy that hardly chooses explores nothing [O]."""
+    sampler_gap_max: Positive = 1.0
+    """Nats at one token between sampler and trainer: well past log 2, where importance_cap begins to cut [O]."""
+
+
 class PPOConfig(Settings):
     helpfulness_model: str = "helpfulness"
     safety_model: str = "safety"
@@ -212,6 +227,7 @@ class PPOConfig(Settings):
     """Evaluations without a better held-out reward before the stage stops early."""
     checkpoint_every: Count = 20  # iterations
     logged_samples: Count = 8
+    alarms: AlarmConfig = AlarmConfig()
 
 
 class TrackingConfig(Settings):

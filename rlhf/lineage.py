@@ -32,11 +32,12 @@ def stage_data(config: RunConfig, stage: str) -> dict[str, Split]:
 def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
     """The settings that decide what `stage` makes: what is not in here may change without making it stale.
 
-    Where data lie does not count (their digests do), nor how many workers there are.
+    Where data lie does not count (their digests do), nor how many workers there are, nor what raises an alarm.
     """
     whole = config.model_dump(mode="json")
     kind, _, name = stage.partition("/")
     own = whole[kind] | ({"models": whole["reward"]["models"][name]} if name else {})
+    own.pop("alarms", None)
     keys = [*ROLES[kind], "bad_rows", "shared_prompts", "held_out_share", *(["gold"] if kind == "ppo" else [])]
     data = {key: whole["data"][key] for key in keys}
     return {

@@ -53,6 +53,12 @@ class Progress:
         self._path = folder / PROGRESS
         self._is_writer = is_writer
         self._next_write = 0.0
+        self._warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """A line that stays under the stage's bar from the next update on, which comes at once."""
+        self._warnings.append(text)
+        self._next_write = 0.0
 
     def update(self, done: int, total: int, **figures: float) -> None:
         """`done` of `total` steps and the figures that matter, e.g. loss=1.2. Written twice a second at most."""
@@ -61,7 +67,8 @@ class Progress:
             return
         self._next_write = now + WRITE_EVERY_S
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._path, {"done": done, "total": total, "figures": figures, "time": time.time()}, durable=False)
+        state = {"done": done, "total": total, "figures": figures, "warnings": self._warnings, "time": time.time()}
+        write_json(self._path, state, durable=False)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class ProgressState:
     done: int
     total: int
     figures: dict[str, float | None]  # None: was not a finite number
+    warnings: list[str]  # all since the stage began
     time: float  # seconds since 1970
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.losses import policy_loss, value_loss
-from rlhf.batches import Experience, rows, trim
+from rlhf.batches import Experience, Rollout, rows, trim
 from rlhf.config import PPOConfig
 from rlhf.engine import Engine
 from rlhf.metrics import Means
@@ -57,9 +57,14 @@ def update(
     }
 
 
-def _policy_loss(policy: Engine, part: Experience, config: PPOConfig, means: Means) -> Tensor:
+def read_again(policy: Engine, part: Experience | Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """(logprobs_BR, entropy_BR) of the answers' tokens by the policy that learns."""
     R = part.response_mask_BR.shape[1]
-    logprobs_BR, entropy_BR = policy(part.tokens_BT, part.mask_BT, R, config.sampling.temperature)
+    return policy(part.tokens_BT, part.mask_BT, R, config.sampling.temperature)
+
+
+def _policy_loss(policy: Engine, part: Experience, config: PPOConfig, means: Means) -> Tensor:
+    logprobs_BR, entropy_BR = read_again(policy, part, config)
     loss = policy_loss(
         logprobs_BR,
         part.old_logprobs_BR,

@@ -6,28 +6,27 @@ Llama 2, §3.2.3; what was not published is marked in rlhf/config.py.
 from __future__ import annotations
 
 import shutil
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from rlhf import checkpoint, lineage, ranks
+from rlhf import alarms, checkpoint, checks, lineage, ranks
 from rlhf.algorithms.kl import adaptive_beta
 from rlhf.algorithms.rewards import piecewise_reward
 from rlhf.artifacts import Artifact
-from rlhf.batches import PromptBatch, rows
-from rlhf.chat import decode_answer
+from rlhf.batches import PromptBatch, Rollout, Scores, rows
 from rlhf.config import RunConfig
 from rlhf.data import prompt_batch, short_prompts, split_held_out
 from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
+from rlhf.errors import UserError
 from rlhf.evaluation.held_out import Answers, answer_held_out
 from rlhf.evaluation.policy_report import policy_report
+from rlhf.evaluation.samples import before_and_after, sampled
 from rlhf.experience import make_experience
+from rlhf.metrics import Clock
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -72,15 +71,22 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         "best": None,
         "best_iteration": 0,
         "since_best": 0,
+        "first_entropy": None,
+        "alarms": [],
     }
+    _sync(models)
+    verify(config, context, models, prompts, fresh=state["iteration"] == 0)
+    for entry in state["alarms"]:
+        context.progress.warn(alarms.line(entry))
     if state["best"] is None:
-        _sync(models)
         state["best"] = judge.reward(for_choice, 0)
         _keep_best(config, context, models)
 
     while state["iteration"] < ppo.iterations and state["since_best"] < ppo.patience:
         state["iteration"] += 1
         figures = iterate(config, context, models, prompts, state)
+        context.tracker.metrics(figures, step=state["iteration"])
+        watch(config, context, figures, state)
         if state["iteration"] % ppo.eval_every == 0 or state["iteration"] == ppo.iterations:
             _sync(models)
             reward = judge.reward(for_choice, state["iteration"])
@@ -88,7 +94,6 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
             if reward > state["best"]:
                 state |= {"best": reward, "best_iteration": state["iteration"], "since_best": 0}
                 _keep_best(config, context, models)
-        context.tracker.metrics(figures, step=state["iteration"])
         shown = {"reward": figures["ppo/reward"], "kl": figures["ppo/kl"]}
         context.progress.update(state["iteration"], ppo.iterations, **shown)
         if state["iteration"] % ppo.checkpoint_every == 0:
@@ -108,19 +113,12 @@ def iterate(
         mine = rows(batch, ranks.share(ppo.batch_size, context.rank, context.world_size))
         rollout = models.sampler.sample(_to(mine, context.device), ppo.sampling, config.seed, iteration)
     with clock("scoring"):
-        scores = read_rollout(
-            rollout,
-            models.policy,
-            models.reference,
-            models.critic,
-            models.rewards[ppo.helpfulness_model],
-            models.rewards[ppo.safety_model],
-            ppo,
-        )
+        scores = _read(rollout, models, config)
         rollout, scores = ranks.gather_rows(_to(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
     experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
     if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
-        _log_samples(context, models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
+        table = sampled(models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
+        context.tracker.table("samples", table)
     with clock("update"):
         figures |= update(
             models.policy,
@@ -146,6 +144,49 @@ def iterate(
             "perf/sync_bytes": float(bytes_moved),
         }
     )
+
+
+def verify(config: RunConfig, context: StageContext, models: Models, prompts: Sequence[Any], fresh: bool) -> None:
+    """Checks before the first step what every figure stands on, on a small rollout. UserError (6) where one fails.
+
+    `fresh`: no step was made, so the policy must still be the reference.
+    """
+    ppo, precision = config.ppo, config.hardware.precision
+    batch = draw_prompts(models.tokenizer, prompts, config, 1)
+    mine = rows(batch, ranks.share(ppo.batch_size, context.rank, context.world_size))
+    few = rows(mine, slice(checks.ROWS))
+    short = ppo.sampling.model_copy(update={"max_new_tokens": min(checks.NEW_TOKENS, ppo.sampling.max_new_tokens)})
+    rollout = models.sampler.sample(_to(few, context.device), short, config.seed, 0)
+    scores = _read(rollout, models, config)
+    findings = [
+        checks.first_ratio(models.policy, rollout, scores, ppo, precision),
+        checks.broken_ends(rollout, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id),
+        checks.synced(models.policy, models.sampler.model),
+    ]
+    if fresh:
+        findings.append(checks.same_as_reference(scores, rollout, precision))
+    for name, engine in models.rewards.items():
+        folder = context.inputs[f"reward/{name}"].path
+        findings.append(checks.fixed_score(name, engine, folder, models.tokenizer, precision, context.is_writer))
+    context.tracker.tags(checks.agree(findings))
+
+
+def watch(config: RunConfig, context: StageContext, figures: dict[str, float], state: dict[str, Any]) -> None:
+    """Alarms of the iteration: each becomes a tag and a warning once. UserError (6) where training must stop."""
+    limits, iteration = config.ppo.alarms, state["iteration"]
+    figures = ranks.gather_objects(figures)[0]  # times differ; what one rank decides, all must do
+    alarms.refuse_not_finite(figures, iteration)
+    if state["first_entropy"] is None:
+        state["first_entropy"] = figures["ppo/entropy"]
+    known = {entry["name"] for entry in state["alarms"]}
+    state["alarms"] = alarms.noted(state["alarms"], alarms.sounding(figures, state["first_entropy"], limits), iteration)
+    new = [entry for entry in state["alarms"] if entry["name"] not in known]
+    for entry in new:
+        context.tracker.tags({f"alarm.{entry['name']}": alarms.line(entry)})
+        context.progress.warn(alarms.line(entry))
+    if new and limits.stop:
+        text = "\n".join(alarms.line(entry) for entry in new)
+        raise UserError(f"stopped by an alarm (ppo.alarms.stop): {text}", 6)
 
 
 def open_models(config: RunConfig, context: StageContext) -> Models:
@@ -267,7 +308,8 @@ def finish(
         "kl": sum(answers["ppo"].kl) / len(prompts),
         "iterations": state["iteration"],
         "best_iteration": state["best_iteration"],
-        "samples": _before_and_after(prompts, answers),
+        "alarms": state["alarms"],
+        "samples": before_and_after(prompts, answers),
     }
     context.tracker.table("held_out_answers", metrics["samples"])
 
@@ -275,6 +317,13 @@ def finish(
         shutil.copytree(best, folder, dirs_exist_ok=True)
 
     return lineage.seal(config, context, write, parents, metrics)
+
+
+def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:
+    """What the models say of this rank's rows."""
+    ppo = config.ppo
+    helpful, safety = models.rewards[ppo.helpfulness_model], models.rewards[ppo.safety_model]
+    return read_rollout(rollout, models.policy, models.reference, models.critic, helpful, safety, ppo)
 
 
 def _sync(models: Models) -> int:
@@ -316,54 +365,5 @@ def _report(answers: Answers) -> dict[str, Any]:
     return {name: estimate.as_dict() for name, estimate in report.items()}
 
 
-def _before_and_after(prompts: Sequence[Any], answers: dict[str, Answers], count: int = 10) -> list[dict[str, Any]]:
-    rows_ = []
-    for i, prompt in enumerate(prompts[:count]):
-        row: dict[str, Any] = {"prompt": prompt.messages[-1].content}
-        for name in ("sft", "ppo"):
-            row[name] = answers[name].texts[i]
-            row |= {f"{key}_{name}": values[i] for key, values in answers[name].scores.items()}
-        rows_.append(row)
-    return rows_
-
-
-def _log_samples(context: StageContext, tokenizer: Any, rollout: Any, scores: Any, count: int, iteration: int) -> None:
-    R = rollout.response_mask_BR.shape[1]
-    table = []
-    for i in range(min(count, len(rollout.tokens_BT))):
-        prompt = rollout.tokens_BT[i, :-R][rollout.mask_BT[i, :-R]].tolist()
-        answer = rollout.tokens_BT[i, -R:][rollout.response_mask_BR[i]].tolist()
-        table.append(
-            {
-                "iteration": iteration,
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "answer": decode_answer(tokenizer, answer),
-                "helpful": float(scores.helpful_B[i]),
-                "safety": float(scores.safety_B[i]),
-            }
-        )
-    context.tracker.table("samples", table)
-
-
 def _to(batch: Any, device: torch.device) -> Any:
     return type(batch)(**{name: value.to(device) for name, value in vars(batch).items()})
-
-
-class Clock:
-    """Seconds per phase of one iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.started = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-
-    def figures(self) -> dict[str, float]:
-        total = time.perf_counter() - self.started
-        rest = total - sum(self.seconds.values())
-        phases = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
-        return phases | {"perf/seconds_other": rest, "perf/seconds_iteration": total}

@@ -83,6 +83,7 @@ MANIFESTS = {
         "kl": 4.5,
         "iterations": 40,
         "best_iteration": 30,
+        "alarms": [],
         "samples": SAMPLES,
     },
 }
@@ -205,6 +206,23 @@ def test_terminal_and_markdown_show_the_same_figures(folder, built):
         for figure in ("0.94 [0.91, 0.97]", "0.82 [0.79, 0.85]", "25.6 [24.6, 26.6]", "-1.20 [-1.30, -1.10]"):
             assert figure in text
         assert "4.50 nats" in text and "number 30 kept" in text and "run abc123" in text
+
+
+def test_an_alarm_stands_on_top_of_markdown_and_terminal(tmp_path):
+    from rich.console import Console
+
+    entry = {"name": "kl", "text": "KL is 61 nats per answer, over 50", "first": 12, "iterations": 3}
+    stages_in(tmp_path, MANIFESTS | {"ppo": {**MANIFESTS["ppo"], "alarms": [entry]}})
+    built = report.build(tmp_path, CONFIG, EXTRA)
+    line = "PPO, iteration 12: KL is 61 nats per answer, over 50 (in 3 of 40 iterations)"
+    screen = StringIO()
+    Console(file=screen, width=120).print(report.render(built))
+    assert screen.getvalue().startswith(f"warning: {line}\n")
+    assert f"\n\n> **Warning.** {line}\n\n## " in (tmp_path / "report.md").read_text()
+
+
+def test_a_run_without_alarms_has_no_warning(folder, built):
+    assert "arning" not in (folder / "report.md").read_text()
 
 
 def test_a_stage_that_was_skipped_before_its_time_was_taken_has_a_dash(built):

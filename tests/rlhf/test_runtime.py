@@ -24,7 +24,8 @@ def test_nothing_is_read_before_the_first_update(tmp_path):
 
 def test_an_update_is_read_back(tmp_path, clock):
     Progress(tmp_path / "sft", is_writer=True).update(3, 10, loss=1.25)
-    assert read_progress(tmp_path / "sft") == ProgressState(done=3, total=10, figures={"loss": 1.25}, time=1e9 + 100)
+    state = ProgressState(done=3, total=10, figures={"loss": 1.25}, warnings=[], time=1e9 + 100)
+    assert read_progress(tmp_path / "sft") == state
 
 
 def test_quick_updates_are_dropped_until_the_interval_is_over(tmp_path, clock):
@@ -44,6 +45,19 @@ def test_the_last_update_is_never_dropped(tmp_path, clock):
     progress.update(10, 10)
     state = read_progress(tmp_path)
     assert state is not None and state.done == 10
+
+
+def test_a_warning_comes_with_the_next_update_and_stays(tmp_path, clock):
+    progress = Progress(tmp_path, is_writer=True)
+    progress.update(1, 10)
+    progress.warn("too far")
+    seen = []
+    for step in (2, 3):
+        progress.update(step, 10)
+        state = read_progress(tmp_path)
+        seen.append(state and (state.done, state.warnings))
+        clock[0] += 1
+    assert seen == [(2, ["too far"]), (3, ["too far"])]
 
 
 def test_only_the_writer_writes(tmp_path, clock):

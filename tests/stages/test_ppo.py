@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf import checkpoint
+from launch import cli
+from rlhf import checkpoint, checks
 from rlhf.data import load_prompts
-from rlhf.models import load_causal, load_scalar
+from rlhf.engine import LocalEngine
+from rlhf.errors import UserError
+from rlhf.models import load_causal, load_scalar, load_tokenizer, scalar
+from rlhf.runtime import read_progress
 from rlhf.sampling import InProcessSampler
 from rlhf.tracking import read_metrics
 from stages import ppo
@@ -157,6 +163,189 @@ def recomputes(module):
     transformer(tokens).last_hidden_state.sum().requires_grad_().backward()
     handle.remove()
     return len(calls) == 2
+
+
+# --- checks before the first step -----------------------------------------------------------------------------------
+
+
+def tags(config):
+    """All tags of the stage; of one that was set again, the last value."""
+    lines = (config.folder / "ppo/events.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["event"] == "tags"]
+    return {name: value for event in events for name, value in event["values"].items()}
+
+
+CHECKS = ["first_ratio", "policy_is_reference", "eos_in_mask", "sampler_weights"]
+
+
+def test_passed_checks_are_recorded_and_no_alarm_sounds(run, figures):
+    config = run("ppo")
+    recorded = {name: value for name, value in tags(config).items() if name.startswith(("check.", "alarm."))}
+    names = [*CHECKS, "score.helpfulness", "score.safety"]
+    assert recorded.keys() >= {f"check.{name}" for name in names}
+    assert all(value.startswith("passed: ") for name, value in recorded.items() if name.startswith("check."))
+    assert not any(name.startswith("alarm.") for name in recorded)
+    assert figures(config.folder / "ppo/artifact")["alarms"] == []
+
+
+def scored_off_temperature(patch):
+    read: Any = ppo.read_rollout
+
+    def colder(*given):
+        *models, settings = given
+        colder = settings.sampling.model_copy(update={"temperature": 0.9})
+        return read(*models, settings.model_copy(update={"sampling": colder}))
+
+    patch.setattr(ppo, "read_rollout", colder)
+
+
+def another_reference(patch):
+    """The second model that is loaded."""
+    loaded, load = [], ppo.load_causal
+
+    def other(*given, **named):
+        model = load(*given, **named)
+        loaded.append(model)
+        if len(loaded) == 2:
+            model.lm_head.weight.data *= 1.001
+        return model
+
+    patch.setattr(ppo, "load_causal", other)
+
+
+def eos_masked_out(patch):
+    sample = InProcessSampler.sample
+
+    def without_eos(self, *given, **named):
+        rollout = sample(self, *given, **named)
+        R = rollout.response_mask_BR.shape[1]
+        rollout.response_mask_BR[rollout.tokens_BT[:, -R:] == self.eos_id] = False
+        return rollout
+
+    patch.setattr(InProcessSampler, "sample", without_eos)
+
+
+def sync_of_rounded_weights(patch):
+    load = InProcessSampler.load_weights
+    rounded = lambda self, named: load(self, ((name, tensor.bfloat16()) for name, tensor in named))
+    patch.setattr(InProcessSampler, "load_weights", rounded)
+
+
+def another_score_head(patch):
+    load = ppo.load_scalar
+
+    def other(*given, **named):
+        model = load(*given, **named)
+        model.head.weight.data += 0.05
+        return model
+
+    patch.setattr(ppo, "load_scalar", other)
+
+
+def positions_that_count_padding(patch):
+    def hidden_states(model, tokens_BT, mask_BT, packing):
+        return model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+
+    patch.setattr(scalar, "hidden_states", hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("name", "sabotage"),
+    [
+        ("first_ratio", scored_off_temperature),
+        ("policy_is_reference", another_reference),
+        ("eos_in_mask", eos_masked_out),
+        ("sampler_weights", sync_of_rounded_weights),
+        ("score.safety", another_score_head),
+        ("score.helpfulness", positions_that_count_padding),
+    ],
+)
+def test_a_broken_part_stops_the_stage_before_its_first_step(run, beside, make_stage, monkeypatch, name, sabotage):
+    config = beside(run(ALL_BUT_PPO), "--ppo.sampling.max_new_tokens", "64")
+    sabotage(monkeypatch)
+    with pytest.raises(UserError, match=f"(?m)^{name}: .*, at most .* is allowed. ") as caught:
+        make_stage(config, "ppo")
+    assert caught.value.exit_code == 6
+    assert series(config) == {}
+
+
+def test_the_score_of_the_fixed_text_is_that_of_rlhf_score(run, tmp_path):
+    folder = run(ALL_BUT_PPO).folder / "reward/safety/artifact"
+    prompt, answer = checks.FIXED_TEXT
+    row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], "tag": "safety"}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
+    assert cli.main(["score", str(folder), str(tmp_path / "row.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
+    told = json.loads((tmp_path / "out.jsonl").read_text())["score"]
+    engine = LocalEngine(load_scalar(folder), None, 1, run("sft").hardware)
+    scores = checks.fixed_text_scores(engine, load_tokenizer(folder))
+    assert list(scores.values()) == pytest.approx([told] * 3, abs=1e-5)
+
+
+# --- alarms ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_explodes_stops_and_keeps_its_checkpoints(run, beside, make_stage):
+    config = beside(run(ALL_BUT_PPO), "--ppo.critic_optim", "{lr: 1e30}", "--ppo.iterations", "9")
+    with pytest.raises(UserError, match=r"iteration \d: .*ppo/\w+ is (nan|inf).*critic_optim.lr") as caught:
+        make_stage(config, "ppo")
+    assert caught.value.exit_code == 6
+    last = max(step for points in series(config).values() for step, _ in points)
+    whole = checkpoint.whole(config.folder / "ppo/checkpoints")
+    assert [path.name for path in whole] == [f"iteration-{step:06d}" for step in range(max(1, last - 2), last)]
+
+
+def drifting_sampler(patch):
+    """After the checks, which the sync before the first iteration follows."""
+    sync, count = ppo._sync, []
+
+    def drift(models):
+        moved = sync(models)
+        count.append(1)
+        if len(count) > 1:
+            models.sampler.model.lm_head.weight.data *= 3
+        return moved
+
+    patch.setattr(ppo, "_sync", drift)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "sabotage"),
+    [
+        ("kl", ["--ppo.optim", "{lr: 0.3}"], None),
+        ("entropy", ["--ppo.optim", "{lr: 0.3}", "--ppo.alarms.entropy_share_min", "0.9"], None),
+        ("eos_share", ["--ppo.sampling.max_new_tokens", "1"], None),
+        ("sampler_gap", [], drifting_sampler),
+    ],
+)
+def test_an_alarm_becomes_a_tag_a_warning_and_a_line_of_the_manifest(
+    run, beside, make_stage, figures, monkeypatch, name, overrides, sabotage
+):
+    config = beside(run(ALL_BUT_PPO), "--ppo.alarms.kl_max", "5", *overrides)
+    if sabotage:
+        sabotage(monkeypatch)
+    artifact = make_stage(config, "ppo")
+    entry = next(entry for entry in figures(artifact)["alarms"] if entry["name"] == name)
+    text = f"iteration {entry['first']}: {entry['text']}"
+    assert tags(config)[f"alarm.{name}"] == text
+    state = read_progress(config.folder / "ppo")
+    assert state is not None and text in state.warnings
+    assert 1 <= entry["iterations"] <= 2
+
+
+def test_an_alarm_can_stop_the_stage_which_goes_on_when_its_limit_is_raised(run, beside, make_stage):
+    config = beside(run(ALL_BUT_PPO), "--ppo.alarms.stop", "true", "--ppo.alarms.kl_max", "0.01")
+    with pytest.raises(UserError, match=r"alarm .*iteration 2: KL to the SFT model is") as caught:
+        make_stage(config, "ppo")
+    assert caught.value.exit_code == 6
+    (first,) = checkpoint.whole(config.folder / "ppo/checkpoints")
+    whole, artifact = run("ppo"), config.folder / "ppo/artifact"
+    checked = []
+    raised = config.model_copy(update={"ppo": config.ppo.model_copy(update={"alarms": whole.ppo.alarms})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.checkpoint, "save", lambda folder, *_: checked.append((folder, first.exists())))
+        make_stage(raised, "ppo")
+    assert checked == [(config.folder / "ppo/checkpoints", True)]  # the second iteration alone was made
+    assert_same_weights(artifact, whole.folder / "ppo/artifact")
 
 
 # --- going on -------------------------------------------------------------------------------------------------------

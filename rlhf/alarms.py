@@ -1,0 +1,75 @@
+"""Signs that PPO goes wrong, read from the figures of each iteration. Pure: what becomes of an alarm is the stage's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlhf.config import AlarmConfig
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Alarm:
+    name: str
+    text: str  # one line: the figure, its limit and the setting that holds it, what to look at
+
+
+def sounding(figures: Mapping[str, float], first_entropy: float, limits: AlarmConfig) -> Iterator[Alarm]:
+    """The alarms of one iteration; `first_entropy` is the entropy of the first. A figure at its limit is silent."""
+    kl, eos = figures["ppo/kl"], figures["ppo/eos_share"]
+    entropy, gap = figures["ppo/entropy"], figures["ppo/sampler_gap_max"]
+    if kl > limits.kl_max:
+        yield Alarm(
+            "kl",
+            f"KL to the SFT model is {kl:.3g} nats per answer, over {limits.kl_max:g} (ppo.alarms.kl_max): rewards that "
+            "far out are mostly mistakes of the reward model; raise ppo.beta or lower ppo.optim.lr",
+        )
+    if eos < limits.eos_share_min:
+        yield Alarm(
+            "eos_share",
+            f"{eos:.1%} of the answers end themselves, under {limits.eos_share_min:.1%} (ppo.alarms.eos_share_min): "
+            "read samples; raise ppo.sampling.max_new_tokens or ppo.missing_eos_penalty",
+        )
+    if entropy < limits.entropy_share_min * first_entropy:
+        yield Alarm(
+            "entropy",
+            f"entropy is {entropy:.3g} nats per token, under {limits.entropy_share_min:g} (ppo.alarms.entropy_share_min) "
+            f"of the {first_entropy:.3g} at the start: the policy repeats itself; raise ppo.beta or lower ppo.optim.lr",
+        )
+    if gap > limits.sampler_gap_max:
+        yield Alarm(
+            "sampler_gap",
+            f"sampler and trainer differ by {gap:.3g} nats at a token, over {limits.sampler_gap_max:g} "
+            "(ppo.alarms.sampler_gap_max): answers come from another policy than the one that learns; look at "
+            "hardware.precision and at ppo/sampler_gap_max of earlier iterations",
+        )
+
+
+def refuse_not_finite(figures: Mapping[str, float], iteration: int) -> None:
+    """UserError (6) where a figure is NaN or infinite: the weights are too, and nothing better comes after it."""
+    wrong = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+    if wrong:
+        raise UserError(
+            f"iteration {iteration}: {', '.join(wrong)}. Earlier checkpoints are still there. Look at the iterations "
+            "before: a gradient norm or a loss that rises says ppo.optim.lr or ppo.critic_optim.lr is too high; "
+            "without one, look for scores that are not finite.",
+            6,
+        )
+
+
+def noted(known: list[dict[str, Any]], found: Iterable[Alarm], iteration: int) -> list[dict[str, Any]]:
+    """`known` with the alarms of this iteration: one entry per name, with its first text and in how many it sounded."""
+    entries = {entry["name"]: entry for entry in known}
+    for alarm in found:
+        new = asdict(alarm) | {"first": iteration, "iterations": 0}
+        entry = entries.get(alarm.name, new)
+        entries[alarm.name] = entry | {"iterations": entry["iterations"] + 1}
+    return list(entries.values())
+
+
+def line(entry: Mapping[str, Any]) -> str:
+    """What people read of an entry of `noted`."""
+    return f"iteration {entry['first']}: {entry['text']}"
