@@ -14,7 +14,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint proofs install clean
+.PHONY: help quickstart test lint proofs mutants install clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: $(STAMP)  ## ruff and pyright
 
 proofs: $(STAMP)  ## the long forms of the proofs that `make test` runs in short
 	$(BIN)/pytest -m proof
+
+mutants: $(STAMP)  ## plant the known bugs, one at a time: each must make a test fail
+	$(BIN)/python -m tests.mutants.run
 
 install: $(STAMP)  ## make .venv and install
 

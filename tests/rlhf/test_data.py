@@ -22,6 +22,7 @@ from rlhf.data import (
     preference_batch,
     prompt_batch,
     short_prompts,
+    split_held_out,
 )
 from rlhf.errors import UserError
 from rlhf.models.tiny import train_tokenizer
@@ -196,6 +197,13 @@ def test_hash_keeps_dialogues_with_one_beginning_together(config):
 def test_empty_side_is_refused(config):
     with pytest.raises(UserError, match=r"data\.demonstrations: no held-out rows"):
         load_demonstrations(config([demonstration("q0")]))
+
+
+def test_prompts_that_choose_the_policy_do_not_report_it():
+    assert split_held_out(["a", "b", "c"], 2) == (["a", "b"], ["c"])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="eval_prompts is 3, but only 3") as error:
+        split_held_out(["a", "b", "c"], 3)  # type: ignore[list-item]
+    assert error.value.exit_code == 3
 
 
 # --- mixing ---

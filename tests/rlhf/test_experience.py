@@ -121,11 +121,13 @@ def test_what_policy_and_critic_said_is_kept_for_the_update():
 
 
 def test_a_sampler_that_is_not_the_policy_is_weighted_up_to_the_cap():
-    behaviour = SCORES.logprobs_BR - torch.tensor([[0.5, -0.5], [3.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    behaviour = SCORES.logprobs_BR - torch.tensor([[0.5, -0.5], [3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])
     made, figures = experience(dataclasses.replace(ROLLOUT, behaviour_logprobs_BR=behaviour), importance_cap=2.0)
     assert made.importance_BR[0].tolist() == near([math.exp(0.5), math.exp(-0.5)])
     assert made.importance_BR[1, 0] == 2.0
-    assert figures["ppo/sampler_gap_max"] == near(3.0)
+    assert made.importance_BR[2, 1] == near(math.exp(-4.0))
+    assert torch.equal(made.old_logprobs_BR, SCORES.logprobs_BR)
+    assert figures["ppo/sampler_gap_max"] == near(4.0)
 
 
 def with_padding(columns, value):

@@ -254,6 +254,13 @@ def test_tokens_follow_the_softmax():
     assert ((counts - expected) ** 2 / expected).sum() < 24.3  # chi-square, 7 degrees of freedom, p = 0.001
 
 
+def test_what_rounding_leaves_falls_to_no_impossible_token():
+    logprobs = torch.log_softmax(torch.tensor([[0.0] * 30 + [-math.inf]]), -1)
+    largest = 1 - 2**-24
+    assert logprobs.exp().cumsum(-1)[0, -1] < largest  # thirty times float32(1/30)
+    assert pick_token(logprobs, torch.tensor([largest])).item() == 29
+
+
 @given(
     st.lists(st.one_of(st.just(-math.inf), st.floats(-8, 3)), min_size=2, max_size=12).filter(
         lambda logits: max(logits) > -math.inf

@@ -52,6 +52,11 @@ def test_logprobs_are_of_the_answers_tokens_at_the_sampling_temperature(iteratio
         assert got[i, :answer].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_padding_has_no_logprobs(iteration, engines):
+    got = read(iteration.rollout, engines)
+    assert not got.logprobs_BR[~iteration.rollout.response_mask_BR].any()
+
+
 @torch.no_grad()
 def test_a_value_comes_from_the_position_before_its_token(iteration, engines, make_scalar):
     got, critic = read(iteration.rollout, engines).values_BR, make_scalar(2)

@@ -12,6 +12,8 @@ from rlhf.engine import LocalEngine
 from rlhf.policy import PolicyModel
 from rlhf.update import minibatches, update
 
+CLIP, VALUE_CLIP = 0.2, 0.1
+
 
 @pytest.fixture
 def updated(make_llama, make_scalar, iteration, ppo_config):
@@ -56,9 +58,9 @@ def row_losses(llama, critic, experience, i):
     logits = llama(tokens[None]).logits[0, first - 1 : -1] / 0.7
     logprobs = torch.log_softmax(logits, -1)[range(length), tokens[first:]]
     ratio = (logprobs - old).exp()
-    policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).sum()
+    policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).sum()
     values = critic(tokens[None], torch.ones_like(tokens[None]))[0, first - 1 : -1]
-    near = old_values + (values - old_values).clamp(-0.2, 0.2)
+    near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
     return policy, 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).sum()
 
 
@@ -87,7 +89,7 @@ def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, i
             (total / count).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
             optimizer.step()
-    policy, trained_critic, figures = updated(epochs=2)
+    policy, trained_critic, figures = updated(epochs=2, clip=CLIP, value_clip=VALUE_CLIP)
     assert_same_weights(policy, llama, atol=1e-4)
     assert_same_weights(trained_critic, critic, atol=1e-4)
     assert figures["ppo/grad_norm"] == pytest.approx((norms[0] + norms[2]) / 2, rel=1e-4)
@@ -110,6 +112,32 @@ def test_the_first_step_starts_at_the_policy_that_sampled(updated, iteration):
         0.5 * float(((iteration.experience.old_values_BR - iteration.experience.returns_BR)[mask] ** 2).mean()),
         rel=1e-5,
     )
+
+
+def test_figures_are_means_over_tokens(updated, make_llama, iteration):
+    """Of three forward passes, with old logprobs and values that stand elsewhere: by ½ and by 0.3, up and down."""
+    given = iteration.experience
+    mask = given.response_mask_BR
+    sign = torch.where(torch.arange(mask.numel()).view(mask.shape) % 3 == 0, -1.0, 1.0)
+    moved = {
+        "old_logprobs_BR": given.old_logprobs_BR - 0.5 * sign,
+        "old_values_BR": given.old_values_BR - 0.3 * sign,
+    }
+    _, _, figures = updated(dataclasses.replace(given, **moved), micro_batch_size=3)
+    # a ratio of e^½ is clipped for a good token, one of e^-½ for a bad one
+    assert figures["ppo/clip_share"] == pytest.approx(float((sign * given.advantages_BR > 0)[mask].float().mean()))
+    assert figures["ppo/approx_kl"] == pytest.approx(0.125, rel=1e-4)
+    # a value 0.3 above its old one may have come 0.2 of the way; clipping hides the last 0.1 where the return is above
+    error = (given.old_values_BR - given.returns_BR)[mask]
+    clipped = (error - 0.1 * sign[mask]) ** 2 > error**2
+    assert 0 < clipped.sum() < len(clipped)
+    assert figures["ppo/value_clip_share"] == pytest.approx(float(clipped.float().mean()))
+    P, entropies = given.tokens_BT.shape[1] - mask.shape[1], []
+    for tokens, real, answer in zip(given.tokens_BT, given.mask_BT, mask, strict=True):
+        first, length = int(real[:P].sum()), int(answer.sum())
+        logits = make_llama(0)(tokens[real][None]).logits[0, first - 1 : first - 1 + length] / 0.7
+        entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    assert figures["ppo/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
 
 
 def test_later_epochs_have_left_it(updated):

@@ -33,6 +33,11 @@ def test_k1_and_k3_average_to_the_exact_kl(policy_logits, ref_logits):
     assert (pi_V * k3(logpi_V, logref_V)).sum().item() == pytest.approx(exact, rel=1e-4, abs=1e-5)
 
 
+def test_bfloat16_logprobs_are_compared_in_float32():
+    logprob, ref_logprob = torch.tensor([-(2**-7), -100.0]).bfloat16()  # their bfloat16 difference would be 100
+    assert k1(logprob, ref_logprob).item() == 100 - 2**-7
+
+
 @given(st.floats(-80, 0, width=32), st.floats(-80, 0, width=32))
 def test_k3_is_never_negative(logprob, ref_logprob):
     assert k3(torch.tensor(logprob), torch.tensor(ref_logprob)) >= 0

@@ -102,8 +102,10 @@ def test_importance_weights_scale_each_token():
 def test_only_the_new_logprobs_get_a_gradient():
     inputs = [x.clone().requires_grad_() for x in (NEW, OLD, ADVANTAGES, ONES)]
     new, old, advantages, importance = inputs
-    policy_loss(new, old, advantages, MASK, 0.2, importance).sum.backward()
+    loss = policy_loss(new, old, advantages, MASK, 0.2, importance)
+    loss.sum.backward()
     assert [x.grad is not None for x in inputs] == [True, False, False, False]
+    assert [name for name, figure in vars(loss).items() if figure.requires_grad] == ["sum"]
 
 
 def test_the_eos_token_gets_a_gradient_even_where_its_id_is_also_the_padding():
@@ -136,8 +138,10 @@ def test_within_the_clip_the_value_gradient_is_the_error():
 def test_only_the_new_values_get_a_gradient():
     inputs = [x.clone().requires_grad_() for x in (NEW, OLD, ADVANTAGES)]
     values, old, returns = inputs
-    value_loss(values, old, returns, MASK, clip=0.2).sum.backward()
+    loss = value_loss(values, old, returns, MASK, clip=0.2)
+    loss.sum.backward()
     assert [x.grad is not None for x in inputs] == [True, False, False]
+    assert [name for name, figure in vars(loss).items() if figure.requires_grad] == ["sum"]
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

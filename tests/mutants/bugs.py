@@ -1,0 +1,7 @@
+"""All planted bugs."""
+
+from __future__ import annotations
+
+from tests.mutants import in_algorithms, in_models_and_data, in_the_loop
+
+BUGS = [*in_algorithms.BUGS, *in_the_loop.BUGS, *in_models_and_data.BUGS]

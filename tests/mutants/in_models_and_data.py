@@ -1,0 +1,281 @@
+"""Bugs in what surrounds PPO: models and how they learn, random numbers, the chat format, data."""
+
+from __future__ import annotations
+
+from tests.mutants.bug import bugs_in
+
+STEP = bugs_in(
+    "rlhf/engine.py",
+    ["rlhf/test_update.py::test_two_steps_are_those_of_a_plain_loop"],
+    ("losses are sums", "(loss_sum / max(count, 1)).backward()", "loss_sum.backward()"),
+    ("Adam has the eps of torch", ", eps=optim.eps)", ")"),
+    ("Adam has the betas of torch", "betas=(optim.beta1, optim.beta2), ", ""),
+)
+
+ENGINE = bugs_in(
+    "rlhf/engine.py",
+    [
+        "rlhf/test_engine.py::test_decay_pulls_on_matrices_alone",
+        "rlhf/test_engine.py::test_the_norm_is_told_before_clipping_and_the_gradient_is_clipped",
+        "rlhf/test_engine.py::test_a_step_over_no_tokens_is_finite",
+        "rlhf/test_engine.py::test_gradients_do_not_outlive_their_step",
+        "rlhf/test_engine.py::test_a_loaded_engine_makes_the_same_next_steps",
+        "rlhf/test_engine.py::test_a_kept_state_does_not_change_with_the_module",
+    ],
+    (
+        "norms and biases decay",
+        'if len(s) < 2], "weight_decay": 0.0}',
+        'if len(s) < 2], "weight_decay": optim.weight_decay}',
+    ),
+    (
+        "gradients are not clipped",
+        "clip_grad_norm_(trainable, self.max_grad_norm)",
+        "clip_grad_norm_(trainable, math.inf)",
+    ),
+    (
+        "a minibatch without tokens is divided by 0",
+        "(loss_sum / max(count, 1)).backward()",
+        "(loss_sum / count).backward()",
+    ),
+    ("gradients outlive their step", "        self.optimizer.zero_grad(set_to_none=True)\n", ""),
+    ("the optimizer forgets its moments on resume", '        self.optimizer.load_state_dict(state["optimizer"])\n', ""),
+    ("the schedule begins anew on resume", '        self.schedule.load_state_dict(state["schedule"])\n', ""),
+    ("a weight view outlives its gather", 'tensor.to("cpu", copy=True)', 'tensor.to("cpu")'),
+)
+
+ZERO = bugs_in(
+    "rlhf/engine.py",
+    ["rlhf/test_engine.py::test_shards_are_gathered_bucket_by_bucket"],
+    (
+        "the whole model is gathered, as a shard has no elements",
+        'getattr(parameter, "ds_numel", parameter.numel())',
+        "parameter.numel()",
+    ),
+) + bugs_in(
+    "rlhf/engine.py",
+    ["rlhf/test_engine.py::test_two_ranks_under_zero_make_the_update_of_one_process"],
+    ("gradients are averaged over ranks", "(self.world_size / max(count, 1))", "(1 / max(count, 1))"),
+)
+
+POSITIONS = bugs_in(
+    "rlhf/models/pretrained.py",
+    ["rlhf/test_sampling.py::test_positions_count_real_tokens"],
+    (
+        "positions count padding",
+        "position_BT = mask_BT.long().cumsum(1) - mask_BT.long()",
+        "position_BT = torch.arange(mask_BT.shape[1]).expand_as(mask_BT)",
+    ),
+    ("positions begin at 1", "mask_BT.long().cumsum(1) - mask_BT.long()", "mask_BT.long().cumsum(1)"),
+)
+
+PRETRAINED = bugs_in(
+    "rlhf/models/pretrained.py",
+    ["rlhf/models/test_pretrained.py"],
+    ("padding is attended to", "attention_mask=mask_BT.long()", "attention_mask=torch.ones_like(tokens_BT)"),
+    ("packed rows see one another", "position_BT[mask_BT][None]", "torch.arange(int(mask_BT.sum()))[None]"),
+    ("dropout stays on", "setattr(part, key, 0.0)", "setattr(part, key, value)"),
+    ("pad is EOS", "not in (None, tokenizer.eos_token_id):", "is not None:"),
+    ("pad is taken from EOS and BOS", "taken = (tokenizer.eos_token, tokenizer.bos_token)", "taken = ()"),
+    (
+        "the embedding of EOS is padding to the model",
+        "text.pad_token_id = pad if pad < text.vocab_size else None",
+        "pass",
+    ),
+    ("missing weights are made up", "    if missing:\n", "    if False:\n"),
+    (
+        "given weights are not saved",
+        "dict(model.state_dict() if state_dict is None else state_dict)",
+        "dict(model.state_dict())",
+    ),
+)
+
+SCALAR = bugs_in(
+    "rlhf/models/scalar.py",
+    ["rlhf/models/test_scalar.py"],
+    ("the score is read behind left padding", "(positions_T * mask_BT.long()).argmax(1)", "mask_BT.long().sum(1) - 1"),
+    ("the score is read in the last column", "values_BT.gather(1, last_B[:, None])[:, 0]", "values_BT[:, -1]"),
+    (
+        "the score is read one token early",
+        "values_BT.gather(1, last_B[:, None])",
+        "values_BT.gather(1, last_B[:, None] - 1)",
+    ),
+    (
+        "the head is bfloat16 in autocast",
+        "hidden_BTH.device.type, enabled=False",
+        "hidden_BTH.device.type, enabled=torch.is_autocast_enabled('cpu')",
+    ),
+    (
+        "the head is rounded with its trunk",
+        "ScalarModel(classifier.base_model, _read_head(folder), ",
+        "ScalarModel(classifier.base_model, classifier.score.weight, ",
+    ),
+    ("the score is not centred", "mask_BT), mask_BT) - self.offset", "mask_BT), mask_BT)"),
+    ("the offset is added", "mask_BT), mask_BT) - self.offset", "mask_BT), mask_BT) + self.offset"),
+    ("the offset is not saved", "config.reward_offset = float(offset)", "config.reward_offset = 0.0"),
+    ("the head is not saved", '| {"score.weight": head_1H}', ""),
+    ("the head is saved as it began", 'head_1H = state.pop("head.weight")', 'head_1H = state.pop("head.weight") * 0'),
+    (
+        "a missing head is made up",
+        'raise UserError(f"{folder} says that it is a reward model, and has no score.weight", 4)',
+        "return torch.zeros(1, 32)",
+    ),
+    (
+        "a new head is random",
+        "ScalarModel(causal.base_model, torch.zeros(1,",
+        "ScalarModel(causal.base_model, torch.randn(1,",
+    ),
+)
+
+KEYED = bugs_in(
+    "rlhf/sampling/keyed.py",
+    [
+        "rlhf/test_sampling.py::test_keyed_numbers_are_those_of_whole_number_arithmetic",
+        "rlhf/test_sampling.py::test_tokens_follow_the_softmax",
+        "rlhf/test_sampling.py::test_a_picked_token_is_where_the_cumulative_distribution_passes_the_number",
+        "rlhf/test_sampling.py::test_what_rounding_leaves_falls_to_no_impossible_token",
+    ],
+    (
+        "sampling is greedy",
+        "index_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)",
+        "index_B = logprobs_BV.argmax(-1)",
+    ),
+    (
+        "unlikely tokens are never sampled (top-p)",
+        "logprobs_BV.exp().cumsum(-1)",
+        "torch.where(logprobs_BV > -3, logprobs_BV.exp(), 0.0).cumsum(-1)",
+    ),
+    ("logits are flattened", "logprobs_BV.exp().cumsum(-1)", "(logprobs_BV / 2).exp().cumsum(-1)"),
+    ("tokens of probability 0 are sampled at 0", "right=True", "right=False"),
+    ("the last token gets what rounding leaves", "(uniform_B * cumulative_BV[:, -1])", "uniform_B"),
+    (
+        "every position draws the same number",
+        "for key in (iteration, ids_B, position)",
+        "for key in (iteration, ids_B)",
+    ),
+    (
+        "every prompt draws the same number",
+        "for key in (iteration, ids_B, position)",
+        "for key in (iteration, position)",
+    ),
+    (
+        "every iteration draws the same number",
+        "for key in (iteration, ids_B, position)",
+        "for key in (ids_B, position)",
+    ),
+    ("every seed draws the same number", "torch.full_like(ids_B, seed)", "torch.zeros_like(ids_B)"),
+    (
+        "keys are added up",
+        "x_B = _mix(x_B ^ key)",
+        "x_B = _mix(torch.full_like(ids_B, seed) + iteration + ids_B + position)",
+    ),
+    ("negative hashes shift in ones", "(x >> bits) & ((1 << (64 - bits)) - 1)", "x >> bits"),
+    ("a number may be 1", "* 2.0**-24", "/ (2.0**24 - 1)"),
+)
+
+SAMPLER = bugs_in(
+    "rlhf/sampling/inprocess.py",
+    ["rlhf/test_sampling.py"],
+    ("the sampler ignores the temperature", " / settings.temperature", ""),
+)
+
+CHAT = bugs_in(
+    "rlhf/chat.py",
+    ["rlhf/test_chat.py"],
+    ("prompt and answer merge at their seam", "if ids[: len(prompt_ids)] != prompt_ids:", "if False:"),
+    ("an answer has no EOS", "[*bos, *ids, tokenizer.eos_token_id]", "[*bos, *ids]"),
+    (
+        "the first answer token is not learned",
+        "return [*bos, *ids, tokenizer.eos_token_id], answer_start",
+        "return [*bos, *ids, tokenizer.eos_token_id], answer_start + 1",
+    ),
+    ("the last prompt token is learned", "answer_start = len(bos) + len(prompt_ids)", "answer_start = len(prompt_ids)"),
+    ("EOS is not learned", "[1] * (len(turn_ids) - answer_start)", "[1] * (len(turn_ids) - answer_start - 1) + [0]"),
+    ("prompts are learned", "[0] * answer_start", "[1] * answer_start"),
+    ("a written special token ends the turn", "split_special_tokens=True", "split_special_tokens=False"),
+    ("BOS stands twice", "add_special_tokens=False", "add_special_tokens=True"),
+    ("only the answer is stripped", "{B_INST} {turn.user.strip()} {E_INST}", "{B_INST} {turn.user} {E_INST}"),
+    ("an answer is read beyond its EOS", "    if tokenizer.eos_token_id in ids:\n", "    if False:\n"),
+    (
+        "the system text replaces the first question",
+        "[B_SYS + texts[0] + E_SYS + texts[1]]",
+        "[B_SYS + texts[0] + E_SYS]",
+    ),
+)
+
+DATA = bugs_in(
+    "rlhf/data.py",
+    ["rlhf/test_data.py"],
+    (
+        "margins fall with the rating",
+        '"large": {"significantly": 3.0, "better": 2.0, "slightly": 1.0',
+        '"large": {"significantly": 1.0, "better": 2.0, "slightly": 3.0',
+    ),
+    ("margins are those of another table", "MARGINS[margin][row.rating]", 'MARGINS["small"][row.rating]'),
+    ("chosen and rejected are swapped", "row.prompt, row.chosen)", "row.prompt, row.rejected)"),
+    ("both sides have the safety of the chosen one", "SAFETY[row.rejected_safety]", "SAFETY[row.chosen_safety]"),
+    ("unknown safety is unsafe", '"unknown": -1}', '"unknown": 0}'),
+    (
+        "pairs that prefer a safe answer are left out",
+        'chosen_safety == "unsafe" and row.rejected_safety == "safe"',
+        'chosen_safety == "safe" and row.rejected_safety == "unsafe"',
+    ),
+    ("prompts are padded on the right", "if left else", "if not left else"),
+    ("masks compare with the pad id", "mask_BT[row, place] = True", "mask_BT[row] = tokens_BT[row] != pad_id"),
+    ("long rows are kept", "if length(row) <= max_length]", "if True]"),
+    (
+        "helpful prompts are about safety",
+        'row.tag == "safety" for row in prompts',
+        'row.tag == "helpful" for row in prompts',
+    ),
+    (
+        "every answer of a prompt has the same key",
+        "torch.tensor(ids, dtype=torch.long)",
+        "torch.zeros(len(ids), dtype=torch.long)",
+    ),
+    (
+        "prompts that are held out are trained on",
+        "    return [row for row in train if normalised_prompt(prompt_of(row)) not in known]",
+        "    return train",
+    ),
+    (
+        "the prompts that chose the policy report it too",
+        "prompts[:for_choice], prompts[for_choice:]",
+        "prompts[:for_choice], prompts",
+    ),
+)
+
+HH = bugs_in(
+    "reward_data/converters/hh.py",
+    ["reward_data/test_hh.py"],
+    (
+        "an HH prompt ends where the two texts begin to differ",
+        """
+        if prompt != other:""",
+        """
+        import os
+
+        both = row.value["chosen"], row.value["rejected"]
+        prompt = other = os.path.commonprefix(both)
+        chosen, rejected = (side.removeprefix(prompt) for side in both)
+        if prompt != other:""",
+    ),
+    (
+        "an HH prompt ends at its first assistant turn",
+        "transcript.rpartition(ASSISTANT)",
+        "transcript.partition(ASSISTANT)",
+    ),
+)
+
+BUGS = [
+    *STEP,
+    *ENGINE,
+    *ZERO,
+    *POSITIONS,
+    *PRETRAINED,
+    *SCALAR,
+    *KEYED,
+    *SAMPLER,
+    *CHAT,
+    *DATA,
+    *HH,
+]

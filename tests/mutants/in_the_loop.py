@@ -1,0 +1,247 @@
+"""Bugs between sampling and the optimizer's step: what PPO does with the mathematics."""
+
+from __future__ import annotations
+
+from tests.mutants.bug import bugs_in
+
+EXPERIENCE = bugs_in(
+    "rlhf/experience.py",
+    ["rlhf/test_experience.py"],
+    (
+        "helpfulness and safety are swapped",
+        "(scores.helpful_B, scores.safety_B, is",
+        "(scores.safety_B, scores.helpful_B, is",
+    ),
+    (
+        "no prompt is about safety",
+        "is_safety_B, config.safety_threshold)",
+        "is_safety_B & False, config.safety_threshold)",
+    ),
+    ("rewards are centred by whitening", "shift_mean=False", "shift_mean=True"),
+    ("rewards are whitened always", "if config.whiten_rewards:", "if True:"),
+    ("the penalty for a missing EOS is a reward", "final_B - config.missing", "final_B + config.missing"),
+    ("answers that end are penalised", "(~rollout.finished_B)", "rollout.finished_B"),
+    (
+        "the penalty is whitened with the scores",
+        "(~rollout.finished_B).float()",
+        "(~rollout.finished_B).float() / (score_B.std(correction=0) if config.whiten_rewards else 1)",
+    ),
+    (
+        "the penalty replaces the score",
+        "final_B = final_B - config.missing_eos_penalty * (~rollout.finished_B).float()",
+        "final_B = torch.where(rollout.finished_B, final_B, -config.missing_eos_penalty)",
+    ),
+    ("k3 in the reward", "kl_BR = k1(", "kl_BR = k3("),
+    (
+        "the KL is to the sampler",
+        "kl_BR = k1(scores.logprobs_BR, scores.ref_logprobs_BR)",
+        "kl_BR = k1(scores.logprobs_BR, rollout.behaviour_logprobs_BR)",
+    ),
+    ("adaptive β is not used", "(final_B, kl_BR, beta, mask_BR)", "(final_B, kl_BR, config.beta, mask_BR)"),
+    ("scores without penalty and whitening are trained on", "(final_B, kl_BR, beta", "(score_B, kl_BR, beta"),
+    ("γ and λ are swapped", "config.gamma, config.lam)", "config.lam, config.gamma)"),
+    (
+        "values of padding are bootstrapped",
+        "scores.values_BR, mask_BR, config",
+        "scores.values_BR, mask_BR | True, config",
+    ),
+    (
+        "advantages are whitened over padding",
+        "masked_mean_and_var(advantages_BR, mask_BR)",
+        "masked_mean_and_var(advantages_BR, mask_BR | True)",
+    ),
+    ("advantages are not whitened", "whiten(advantages_BR, mean, var, mask_BR, shift_mean=True)", "advantages_BR"),
+    ("advantages are not centred", "mask_BR, shift_mean=True", "mask_BR, shift_mean=False"),
+    (
+        "returns are of whitened advantages",
+        "returns_BR=returns_BR,",
+        "returns_BR=whiten(advantages_BR, mean, var, mask_BR, shift_mean=True) + scores.values_BR,",
+    ),
+    ("old logprobs are the sampler's", "old_logprobs_BR=scores.logprobs", "old_logprobs_BR=rollout.behaviour_logprobs"),
+    ("old logprobs are the reference's", "old_logprobs_BR=scores.logprobs", "old_logprobs_BR=scores.ref_logprobs"),
+    ("values are clipped around returns", "old_values_BR=scores.values_BR", "old_values_BR=returns_BR"),
+    (
+        "importance weights are upside down",
+        "scores.logprobs_BR, rollout.behaviour_logprobs_BR, config",
+        "rollout.behaviour_logprobs_BR, scores.logprobs_BR, config",
+    ),
+    ("importance weights have no bound", "config.importance_cap, mask_BR", "1e9, mask_BR"),
+    (
+        "the reward told is whitened and penalised",
+        "_figures(rollout, scores, score_B,",
+        "_figures(rollout, scores, final_B,",
+    ),
+    ("the KL told is per token", "float(kl_B.mean())", "float(kl_B.sum() / mask_BR.sum())"),
+    (
+        "the KL told counts padding",
+        "torch.where(mask_BR, k1(scores.logprobs_BR, scores.ref_logprobs_BR), 0.0)",
+        "k1(scores.logprobs_BR, scores.ref_logprobs_BR)",
+    ),
+    ("the alarm for a drifting sampler looks at the mean", "gap_BR.abs().max()", "gap_BR.abs().mean()"),
+    ("the alarm for a drifting sampler looks above alone", "gap_BR.abs().max()", "gap_BR.max()"),
+    ("means over tokens count padding", "masked_mean_and_var(x_BR, mask_BR)[0]", "x_BR.mean()"),
+    ("explained variance upside down", "1 - value_error / return_var", "1 - return_var / value_error"),
+)
+
+UPDATE = bugs_in(
+    "rlhf/update.py",
+    ["rlhf/test_update.py"],
+    ("minibatches are the same in every epoch", "* 1_009 + epoch", "* 1_009"),
+    ("minibatches do not know the seed", "(seed * 1_000_003 + iteration)", "iteration"),
+    ("minibatches do not know the iteration", "(seed * 1_000_003 + iteration)", "seed"),
+    ("rows are drawn with repetition", "torch.randperm(count, generator", "torch.randint(count, (count,), generator"),
+    ("one epoch whatever was asked for", "for epoch in range(config.epochs)", "for epoch in range(1)"),
+    ("the last minibatch is left out", ".split(config.minibatch_size)", ".split(config.minibatch_size)[:-1]"),
+    ("losses are divided by rows", "float(experience.response_mask_BR[index].sum())", "float(len(index))"),
+    (
+        "losses are divided by slots",
+        "float(experience.response_mask_BR[index].sum())",
+        "float(experience.response_mask_BR[index].numel())",
+    ),
+    ("losses are divided by the tokens of all minibatches", "response_mask_BR[index].sum()", "response_mask_BR.sum()"),
+    (
+        "the policy's loss is a mean of means",
+        "policy.backward(_policy_loss(policy, part, config, means), count,",
+        "policy.backward(_policy_loss(policy, part, config, means), float(part.response_mask_BR.sum()) * len(passes),",
+    ),
+    (
+        "the critic's loss is a mean of means",
+        "critic.backward(_value_loss(critic, part, config, means), count,",
+        "critic.backward(_value_loss(critic, part, config, means), float(part.response_mask_BR.sum()) * len(passes),",
+    ),
+    ("the critic never steps", "(policy.step(), critic.step())", "(policy.step(), 0.0)"),
+    (
+        "columns without tokens are read too",
+        "trim(rows(experience, mine))",
+        "rows(experience, mine)",
+        "it only costs time",
+    ),
+    ("the update ignores the temperature", "config.sampling.temperature)", "1.0)"),
+    ("old logprobs are those of now", "part.old_logprobs_BR,", "logprobs_BR.detach(),"),
+    ("returns are taken for advantages", "part.advantages_BR,", "part.returns_BR,"),
+    ("the policy's loss sees padding", "        part.response_mask_BR,\n", "        part.response_mask_BR | True,\n"),
+    ("importance weights are not used", "part.importance_BR,", "torch.ones_like(part.importance_BR),"),
+    ("the policy is clipped as values are", "config.clip,", "config.value_clip,"),
+    ("values are clipped as the policy is", "config.value_clip)", "config.clip)"),
+    ("values come from the position of their token", "[:, -R - 1 : -1]", "[:, -R:]"),
+    (
+        "the critic learns its own values",
+        "part.old_values_BR, part.returns_BR",
+        "part.old_values_BR, part.old_values_BR",
+    ),
+    (
+        "old values and returns are swapped",
+        "part.old_values_BR, part.returns_BR",
+        "part.returns_BR, part.old_values_BR",
+    ),
+    (
+        "the clip share told is a sum",
+        'means.add("ppo/clip_share", loss.clipped_sum, loss.count)',
+        'means.add("ppo/clip_share", loss.clipped_sum)',
+    ),
+)
+
+PASSES = bugs_in(
+    "rlhf/passes.py",
+    ["rlhf/test_passes.py"],
+    ("every rank reads the rows of the first", "index[order_NW[:, rank]]", "index[order_NW[:, 0]]"),
+    ("rows are those of the minibatch and not of the iteration", "index[order_NW[:, rank]]", "order_NW[:, rank]"),
+    ("a rank cuts passes by its own rows", "torch.tensor(of_ranks).transpose(0, 1)", "lengths_N2[order_N][:, None]"),
+    (
+        "passes are cut by the first rank's rows",
+        "_pass_sizes(lengths_M2[order_NW], config)",
+        "_pass_sizes(lengths_M2[order_NW[:, :1]], config)",
+    ),
+    ("a pass is one row over its limit", "starts.append(end - 1)", "starts.append(end)"),
+    (
+        "the limit on tokens is ignored",
+        "limit = len(lengths_NW2), config.micro_batch_tokens",
+        "limit = len(lengths_NW2), None",
+    ),
+    ("padded passes are counted as packed", "if packing:", "if not packing:"),
+    ("the prompt's length is that of the whole row", "batch.mask_BT.sum(1) - response_B", "batch.mask_BT.sum(1)"),
+    ("padding between the sides is forgotten", "lengths_NW2.amax(0).sum(-1)", "lengths_NW2.sum(-1).amax(0)"),
+)
+
+SCORING = bugs_in(
+    "rlhf/scoring.py",
+    ["rlhf/test_scoring.py"],
+    ("values come from the position of their token", "[:, -R - 1 : -1]", "[:, -R:]"),
+    ("rewards are not centred", " - cast(ScalarModel, engine.module).offset", ""),
+    ("scores come back in the order of passes", "[torch.cat(passes).argsort().to(parts[0].device)]", ""),
+    (
+        "the reference reads itself at another temperature",
+        "reference(tokens_BT, mask_BT, R, temperature)",
+        "reference(tokens_BT, mask_BT, R, 1.0)",
+    ),
+)
+
+POLICY = bugs_in(
+    "rlhf/policy.py",
+    ["rlhf/test_scoring.py"],
+    ("a token is predicted at its own position", "[:, -response_length - 1 : -1]", "[:, -response_length:]"),
+    ("logprobs are of the token before", "tokens_BT[:, -response_length:]", "tokens_BT[:, -response_length - 1 : -1]"),
+    ("the temperature is forgotten", "labels_N[None], temperature)", "labels_N[None])"),
+    (
+        "the model does not see which slots are padding",
+        "tokens_BT, mask_BT, self.packing)",
+        "tokens_BT, mask_BT | True, self.packing)",
+    ),
+    (
+        "padding has logprobs",
+        "response_BR = mask_BT[:, -response_length:].bool()",
+        "response_BR = mask_BT[:, -response_length:].bool() | True",
+    ),
+)
+
+BATCHES = bugs_in(
+    "rlhf/batches.py",
+    ["rlhf/test_batches.py"],
+    ("trimming cuts the last token", "slice(left, P + keep)", "slice(left, P + keep - 1)"),
+    ("trimming cuts long prompts", "mask_BT[:, :P].sum(1).max()", "mask_BT[:, :P].sum(1).min()"),
+    ("trimming cuts long answers", "response_mask_BR.sum(1).max()", "response_mask_BR.sum(1).min()"),
+)
+
+METRICS = bugs_in(
+    "rlhf/metrics.py",
+    ["rlhf/test_metrics.py"],
+    (
+        "a mean of means",
+        "Mean(float(part[0]), float(part[1]))",
+        "Mean(float(part[0]) / max(float(part[1]), 1.0), float(part[1] > 0))",
+    ),
+    ("figures keep the graph", "number.detach() if isinstance(number, Tensor) else number", "number"),
+    ("every rank reports its own mean", "in _of_all_ranks(mine):", "in [mine]:"),
+)
+
+RANKS = bugs_in(
+    "rlhf/ranks.py",
+    ["rlhf/test_ranks.py"],
+    (
+        "every rank whitens its own rows",
+        "if world_size() == 1:\n        return batch",
+        "if world_size() >= 1:\n        return batch",
+    ),
+    ("the padding of a short rank counts as rows", "p[:n] for p, n", "p for p, n"),
+    ("ranks share rows where they do not divide", "+ min(of_rank, extra)", ""),
+    ("rows are lost where they do not divide", "-(-total // world_size())", "total // world_size()"),
+    ("rows that went round again are told twice", "for value in part][:total]", "for value in part]"),
+)
+
+CHECKPOINT = bugs_in(
+    "rlhf/checkpoint.py",
+    ["rlhf/test_checkpoint.py"],
+    ("β is lost on resume", "state | {", '{key: state[key] for key in state if key != "beta"} | {'),
+    ("the oldest checkpoint is taken", "engine.load(found[-1]", "engine.load(found[0]"),
+    ("engines are not loaded", "        engine.load(found[-1] / name)", "        pass"),
+)
+
+ENGINE = bugs_in(
+    "rlhf/engine.py",
+    ["rlhf/test_engine.py::test_the_cosine_by_hand", "rlhf/test_engine.py::test_an_engine_follows_its_schedule"],
+    ("the first step learns nothing", "(step + 1) / warmup", "step / warmup"),
+    ("the schedule stands still", "        self.schedule.step()\n", ""),
+    ("the cosine rises", "math.cos(math.pi * progress)", "math.cos(math.pi * (1 - progress))"),
+)
+
+BUGS = [*EXPERIENCE, *UPDATE, *PASSES, *SCORING, *POLICY, *BATCHES, *METRICS, *RANKS, *CHECKPOINT, *ENGINE]
