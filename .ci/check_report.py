@@ -29,7 +29,16 @@ def promised() -> list[str]:
     by_rating = [f"reward.{name}.by_rating" for name in REWARD_MODELS]
     held_out = [f"ppo.held_out.{who}.{what}.{part}" for who in POLICIES for what in HELD_OUT for part in ESTIMATE]
     stages = [f"{section}.{stage}" for section in ("seconds", "artifacts") for stage in ("sft", "reward", "ppo")]
-    return [*accuracies, *by_rating, *held_out, "ppo.kl", *stages, "mlflow.tracking_uri", "mlflow.run_id"]
+    return [
+        *accuracies,
+        *by_rating,
+        *held_out,
+        "ppo.kl",
+        "ppo.gain.gold",
+        *stages,
+        "mlflow.tracking_uri",
+        "mlflow.run_id",
+    ]
 
 
 def missing(report: dict) -> list[str]:

@@ -53,6 +53,7 @@ def build(folder: Path, config: RunConfig, extra: Mapping[str, Any]) -> dict[str
         "ppo": {
             **{key: value for key, value in metrics["ppo"].items() if key != "samples"},
             "held_out": {policy: _nested(metrics["ppo"]["held_out"][policy]) for policy in POLICIES},
+            "gain": _nested(metrics["ppo"]["gain"]),
         },
         **extra,
     }
@@ -193,9 +194,11 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     loss, ppo, mlflow = report["sft"]["held_out_loss"], report["ppo"], report["mlflow"]
     kept = f"{ppo['iterations']} iterations, number {ppo['best_iteration']} kept"
     where = f"{mlflow['tracking_uri']}, run {mlflow['run_id']}" if mlflow["run_id"] else "not recorded there"
+    gains = (f"{name.removeprefix('reward.')} {_interval(gain)}" for name, gain in flat(ppo["gain"]))
     return [
         f"SFT: held-out loss {_number(loss)} nats per answer token",
         f"PPO: {kept}; KL to the SFT model {_number(ppo['kl'])} nats per answer",
+        f"PPO less SFT, prompt by prompt: {', '.join(gains)}",
         f"MLflow: {where}",
     ]
 

@@ -23,6 +23,7 @@ from rlhf.data import prompt_batch, short_prompts, split_held_out
 from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import Answers, answer_held_out
+from rlhf.evaluation.intervals import paired_difference
 from rlhf.evaluation.policy_report import policy_report
 from rlhf.evaluation.samples import before_and_after, sampled
 from rlhf.experience import make_experience
@@ -305,6 +306,7 @@ def finish(
         answers[name] = judge.answers(prompts, sampler)
     metrics = {
         "held_out": {name: _report(a) for name, a in answers.items()},
+        "gain": _gain(answers["ppo"], answers["sft"]),
         "kl": sum(answers["ppo"].kl) / len(prompts),
         "iterations": state["iteration"],
         "best_iteration": state["best_iteration"],
@@ -317,6 +319,11 @@ def finish(
         shutil.copytree(best, folder, dirs_exist_ok=True)
 
     return lineage.seal(config, context, write, parents, metrics)
+
+
+def _gain(after: Answers, before: Answers) -> dict[str, Any]:
+    """By how much each score rose, prompt by prompt: what prompts have in common cancels."""
+    return {name: paired_difference(scores, before.scores[name]).as_dict() for name, scores in after.scores.items()}
 
 
 def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:

@@ -80,6 +80,7 @@ MANIFESTS = {
     "reward/safety": reward_metrics(0.02),
     "ppo": {
         "held_out": {"base": policy(-1.2, 0.1), "sft": policy(0.2, 0.55), "ppo": policy(1.4, 0.82)},
+        "gain": {"reward.helpfulness": estimate(1.2, 0.05), "gold": estimate(0.27, 0.01)},
         "kl": 4.5,
         "iterations": 40,
         "best_iteration": 30,
