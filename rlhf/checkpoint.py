@@ -1,6 +1,6 @@
-"""Everything that a PPO stage needs to go on, and nothing else. A torn checkpoint is never taken for a whole one.
+"""Checkpoints: whole or not there. A torn one is never taken for a whole one, and the last two whole ones are kept.
 
-Random numbers need no place here: every draw is keyed by seed, iteration, prompt and position.
+Random numbers need no place in them: every draw is keyed by seed, iteration, prompt and position.
 """
 
 from __future__ import annotations
@@ -15,35 +15,83 @@ from rlhf.artifacts import write_json
 from rlhf.engine import Engine
 
 KEPT = 2
+STATE = "state.json"
 
 
 def save(folder: Path, iteration: int, engines: dict[str, Engine], state: dict[str, Any]) -> None:
-    """Writes `folder/iteration-N`; `state.json` goes last, so its existence means whole. All ranks must call it."""
+    """Writes `folder/iteration-N`: all that a PPO stage needs to go on. All ranks must call it."""
     target = folder / f"iteration-{iteration:06d}"
     if ranks.rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         target.mkdir(parents=True)
     ranks.barrier()
     for name, engine in engines.items():
         engine.save(target / name)
+    seal(target, state | {"iteration": iteration, "world_size": ranks.world_size()})
+
+
+def seal(target: Path, state: dict[str, Any]) -> None:
+    """Says that every rank has written its part of `target`, and lets go of older checkpoints. All ranks must call it.
+
+    `state.json` is written last, so its existence means whole.
+    """
     ranks.barrier()
     if ranks.rank() == 0:
-        write_json(target / "state.json", state | {"iteration": iteration, "world_size": ranks.world_size()})
-        for old in whole(folder)[:-KEPT]:
-            shutil.rmtree(old)
+        write_json(target / STATE, state)
+        for old in whole(target.parent)[:-KEPT]:
+            _remove(old)
     ranks.barrier()
 
 
 def whole(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("iteration-*/state.json"))
+    return sorted((path.parent for path in folder.glob(f"*/{STATE}")), key=number)
+
+
+def number(checkpoint: Path) -> int:
+    """The iteration or step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; torn ones are removed. All ranks must call it."""
+    found = whole(folder)
+    ranks.barrier()
+    if ranks.rank() == 0:
+        for torn in {*folder.glob("iteration-*"), *folder.glob("checkpoint-*")} - {*found}:
+            shutil.rmtree(torn)
+    ranks.barrier()
+    return found[-1] if found else None
 
 
 def restore(folder: Path, engines: dict[str, Engine]) -> dict[str, Any] | None:
-    """Loads the newest whole checkpoint into `engines` and returns its state; None when there is none."""
-    found = whole(folder)
-    if not found:
+    """Loads the newest whole checkpoint of `save` into `engines` and returns its state; None when there is none."""
+    found = newest(folder)
+    if found is None:
         return None
     for name, engine in engines.items():
-        engine.load(found[-1] / name)
-    return json.loads((found[-1] / "state.json").read_text())
+        engine.load(found / name)
+    return _state(found)
+
+
+def best_folder(folder: Path, iteration: int) -> Path:
+    """Where the policy of an iteration is kept that was the best so far. Each has its own: a checkpoint may go back to
+    an older one."""
+    return folder / f"best-{iteration:06d}"
+
+
+def forget_bests(folder: Path, current: int) -> None:
+    """Removes the kept policies that neither a whole checkpoint nor the run, whose best is `current`, still names."""
+    named = {current, *(_state(path)["best_iteration"] for path in whole(folder))}
+    for path in {*folder.glob("best-*")} - {best_folder(folder, iteration) for iteration in named}:
+        shutil.rmtree(path)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def _remove(checkpoint: Path) -> None:
+    """What says that it is whole goes first: a removal may be broken off too."""
+    (checkpoint / STATE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
+from rlhf import checkpoint
 from rlhf.config import OptimConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
 from rlhf.errors import UserError
 from rlhf.runtime import StageContext
+from rlhf.tracking import NOTHING
 
-KEPT_CHECKPOINTS = 2
 SORTED_TOGETHER = 4
 """Batches. Of four, padding falls from 30 to 11 % of the tokens of chat answers; more make the batches too alike."""
 
@@ -48,7 +48,6 @@ def trainer_arguments(config: RunConfig, settings: StageSettings, context: Stage
         "logging_steps": 1,
         "save_strategy": "steps" if settings.checkpoints else "no",
         "save_steps": save_every,
-        "save_total_limit": KEPT_CHECKPOINTS,
         "eval_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -133,15 +132,25 @@ class Reporter(TrainerCallback):
             self.context.tracker.metrics(self.measure(), step=state.global_step)
 
 
-def report(trainer: Any, reporter: Reporter) -> None:
-    """`reporter` in place of the Trainer's own printing."""
+class Sealer(TrainerCallback):
+    """A Trainer writes its checkpoint file by file and takes the newest folder for a whole one; a seal tells."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", {"step": state.global_step})
+
+
+def fit(trainer: Any, reporter: Reporter) -> None:
+    """Trains from the newest whole checkpoint on, with `reporter` in place of the Trainer's own printing.
+
+    What was recorded after that checkpoint is dropped, because its steps are made again.
+    """
+    context = reporter.context
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(reporter)
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Newest checkpoint to resume from, None when there is none."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.add_callback(Sealer())
+    found = checkpoint.newest(context.checkpoint_folder)
+    context.tracker.rewind(checkpoint.number(found) if found else NOTHING)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
 
 
 def quieten() -> None:

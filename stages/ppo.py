@@ -42,6 +42,7 @@ from rlhf.policy import PolicyModel
 from rlhf.runtime import StageContext
 from rlhf.sampling import InProcessSampler
 from rlhf.scoring import read_rollout
+from rlhf.tracking import NOTHING
 from rlhf.update import update
 
 
@@ -66,7 +67,9 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     )
     for_choice, for_report = split_held_out(held_out, ppo.eval_prompts)
     judge = Judge(config, context, models)
-    state = checkpoint.restore(context.checkpoint_folder, _engines(models)) or {
+    restored = checkpoint.restore(context.checkpoint_folder, _engines(models))
+    context.tracker.rewind(restored["iteration"] if restored else NOTHING)
+    state = restored or {
         "iteration": 0,
         "beta": ppo.beta,
         "best": None,
@@ -81,7 +84,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         context.progress.warn(alarms.line(entry))
     if state["best"] is None:
         state["best"] = judge.reward(for_choice, 0)
-        _keep_best(config, context, models)
+        _keep_best(context, models, 0)
 
     while state["iteration"] < ppo.iterations and state["since_best"] < ppo.patience:
         state["iteration"] += 1
@@ -94,7 +97,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
             state["since_best"] += 1
             if reward > state["best"]:
                 state |= {"best": reward, "best_iteration": state["iteration"], "since_best": 0}
-                _keep_best(config, context, models)
+                _keep_best(context, models, state["iteration"])
         shown = {"reward": figures["ppo/reward"], "kl": figures["ppo/kl"]}
         context.progress.update(state["iteration"], ppo.iterations, **shown)
         if state["iteration"] % ppo.checkpoint_every == 0:
@@ -293,7 +296,7 @@ def finish(
     parents: dict[str, str],
 ) -> Artifact:
     """Reports base, SFT and best policy on the prompts that chose nothing, and seals the artifact."""
-    best = context.checkpoint_folder / "best"
+    best = checkpoint.best_folder(context.checkpoint_folder, state["best_iteration"])
     answers = {}
     for name, path in (("base", resolve(config)), ("sft", context.inputs["sft"].path), ("ppo", best)):
         model: Any = load_causal(path, attention=config.model.attention)
@@ -339,19 +342,20 @@ def _sync(models: Models) -> int:
     return models.sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in changed)
 
 
-def _keep_best(config: RunConfig, context: StageContext, models: Models) -> None:
-    """Saves policy and critic as ordinary folders under checkpoints/best; the older best goes when this one is whole."""
+def _keep_best(context: StageContext, models: Models, iteration: int) -> None:
+    """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to."""
     policy = full_state(models.policy.module, keep=context.is_writer)
     critic = full_state(models.critic.module, keep=context.is_writer)
     if context.is_writer:
-        best = context.checkpoint_folder / "best"
-        partial = best.with_name("best.partial")
+        best = checkpoint.best_folder(context.checkpoint_folder, iteration)
+        partial = best.with_name("partial")
         shutil.rmtree(partial, ignore_errors=True)
         state = {name.removeprefix("causal."): tensor for name, tensor in policy.items()}
         save_causal(cast(PolicyModel, models.policy.module).causal, partial, models.tokenizer, state)
         cast(ScalarModel, models.critic.module).save(partial / "critic", models.tokenizer, critic)
         shutil.rmtree(best, ignore_errors=True)
         partial.rename(best)
+        checkpoint.forget_bests(context.checkpoint_folder, iteration)
     ranks.barrier()
 
 

@@ -29,10 +29,9 @@ from rlhf.evaluation.reward_report import reward_report
 from rlhf.hf_trainer import (
     OwnOptimizer,
     Reporter,
+    fit,
     in_training_order,
-    last_checkpoint,
     quieten,
-    report,
     trainer_arguments,
 )
 from rlhf.models import ScalarModel, add_lora, check_length, last_value, load_scalar, load_tokenizer
@@ -120,8 +119,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
 
     names = {"loss": "reward/loss", "accuracy": "reward/accuracy", "margin": "reward/margin"}
     names |= {"mean_reward": "reward/mean", "grad_norm": "reward/grad_norm", "learning_rate": "reward/lr"}
-    report(trainer, Reporter(context, names, "reward/accuracy", reward.evals, measure))
-    trainer.train(resume_from_checkpoint=last_checkpoint(context.checkpoint_folder))
+    fit(trainer, Reporter(context, names, "reward/accuracy", reward.evals, measure))
 
     demonstrations = [*data["demonstrations"].held_out, *data["demonstrations"].train][: reward.center_rows]
     answers = encode_demonstrations(tokenizer, demonstrations, reward.max_length)

@@ -26,10 +26,9 @@ from rlhf.engine import end_sharded_loading, full_state, sharded_loading
 from rlhf.hf_trainer import (
     OwnOptimizer,
     Reporter,
+    fit,
     in_training_order,
-    last_checkpoint,
     quieten,
-    report,
     trainer_arguments,
 )
 from rlhf.metrics import Means
@@ -89,13 +88,12 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         return {"held_out_loss": held_out_loss(model, held_out, config, context, tokenizer.pad_token_id)}
 
     names = {"loss": "sft/loss", "grad_norm": "sft/grad_norm", "learning_rate": "sft/lr"}
-    report(
+    fit(
         trainer,
         Reporter(
             context, names, "sft/loss", config.sft.evals, lambda: {"sft/held_out_loss": measure()["held_out_loss"]}
         ),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(context.checkpoint_folder))
 
     metrics = measure() | {"steps": steps, "sequences": len(train)}
     return _seal(config, context, model, tokenizer, lineage.parents(roles, context.inputs), metrics)

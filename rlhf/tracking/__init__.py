@@ -7,10 +7,11 @@ client.py   the only file that speaks MLflow
 """
 
 from rlhf.tracking.client import absolute_uri, public_uri
-from rlhf.tracking.mirror import fill_in, prepare_store
+from rlhf.tracking.mirror import NOTHING, fill_in, prepare_store
 from rlhf.tracking.tracker import NullTracker, Tracker, mark_failed, open_parent, open_tracker, read_metrics
 
 __all__ = [
+    "NOTHING",
     "NullTracker",
     "Tracker",
     "absolute_uri",

@@ -23,6 +23,7 @@ class Lines:
         self._stream = path.open("a", encoding="utf-8")
         if _ends_within_a_line(path):
             self._stream.write("\n")
+            self._stream.flush()
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Numbers that are not finite become null. Raises UserError(5) when the disk is full."""

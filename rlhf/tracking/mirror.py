@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from rlhf.tracking.lines import read_lines
 METRICS, EVENTS, MIRROR = "metrics.jsonl", "events.jsonl", "mlflow.json"
 POLL_S, LONGEST_PAUSE_S, CLOSE_LIMIT_S, RETRY_S = 2.0, 60.0, 20.0, 1.0
 MAX_TRIES = 3
+NOTHING = -1  # the step before all steps
 LINES_PER_CALL = 50  # about 1,000 metrics
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ class Mirror:
     run_id: str | None = None
     metrics_bytes: int = 0
     events_bytes: int = 0
+    sent: dict[str, int] = field(default_factory=dict)  # metric that was rewound -> its last step in MLflow
 
     @staticmethod
     def open(folder: Path, run_name: str, parent_run_id: str | None) -> None:
@@ -57,6 +61,25 @@ class Mirror:
 
     def is_whole(self, folder: Path) -> bool:
         return self.metrics_bytes >= _size(folder / METRICS) and self.events_bytes >= _size(folder / EVENTS)
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drops the metrics after `step`, which a resumed stage makes again. MLflow forgets none, so it gets none twice.
+
+    Waits while something is being sent. Broken off between its two writes, it can be done again.
+    """
+    with locked(folder):
+        mirror, lines = Mirror.load(folder), list(read_lines(folder / METRICS))
+        kept = list(takewhile(lambda entry: entry[0]["step"] <= step, lines))
+        size, sent = kept[-1][1] if kept else 0, dict(mirror.sent)
+        for line, end in lines[len(kept) :]:
+            if end <= mirror.metrics_bytes:
+                sent |= {
+                    name: max(line["step"], sent.get(name, line["step"])) for name in line.keys() - {"step", "time"}
+                }
+        replace(mirror, metrics_bytes=min(mirror.metrics_bytes, size), sent=sent).save(folder)
+        if (folder / METRICS).exists():
+            os.truncate(folder / METRICS, size)
 
 
 def fill_in(folder: Path, settings: TrackingConfig) -> bool:
@@ -173,7 +196,14 @@ class Shipper:
         new = list(read_lines(self._folder / METRICS, self._mirror.metrics_bytes))
         for start in range(0, len(new), LINES_PER_CALL):
             lines, ends = zip(*new[start : start + LINES_PER_CALL], strict=True)
-            self._send(self._client.send_metrics, lines, "metrics", metrics_bytes=ends[-1])
+            self._send(self._client.send_metrics, [*map(self._unsent, lines)], "metrics", metrics_bytes=ends[-1])
+
+    def _unsent(self, line: dict[str, Any]) -> dict[str, Any]:
+        """The line without the metrics that MLflow had of its step before they were rewound."""
+        sent, step = self._mirror.sent, line["step"]
+        return {
+            name: value for name, value in line.items() if name in ("step", "time") or step > sent.get(name, NOTHING)
+        }
 
     def _send(self, send: Callable[[str, Any], None], content: Any, what: str, **cursor: int) -> None:
         """Send and note the place. What MLflow refuses again and again, although it answers, holds up nothing else."""

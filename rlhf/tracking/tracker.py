@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rlhf.artifacts import code_diff, code_revision, write_atomic
+from rlhf.artifacts import code_diff, code_revision, plain, write_atomic
 from rlhf.config import TrackingConfig
 from rlhf.tracking.lines import Lines, read_lines
-from rlhf.tracking.mirror import EVENTS, METRICS, Follower, Mirror
+from rlhf.tracking.mirror import EVENTS, METRICS, Follower, Mirror, rewind
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -20,6 +20,7 @@ class Tracker(Protocol):
     def params(self, values: Mapping[str, Any]) -> None: ...  # nested mappings become dotted names
     def tags(self, values: Mapping[str, str]) -> None: ...
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def rewind(self, step: int) -> None: ...  # drops the metrics after `step`, which are made again
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...  # added to earlier rows of that name
     def dataset(self, name: str, path: str, digest: str, role: str) -> None: ...
     def artifact(self, path: Path) -> None: ...  # a small file, for instance a plot; never weights
@@ -72,6 +73,7 @@ class NullTracker:
     def params(self, values: Mapping[str, Any]) -> None: ...
     def tags(self, values: Mapping[str, str]) -> None: ...
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def rewind(self, step: int) -> None: ...
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def dataset(self, name: str, path: str, digest: str, role: str) -> None: ...
     def artifact(self, path: Path) -> None: ...
@@ -102,8 +104,15 @@ class FileTracker:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self._metrics.append({"step": step, **values})
 
+    def rewind(self, step: int) -> None:
+        rewind(self._folder, step)
+
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._event("table", name=name, rows=rows)
+        """Rows that are there already come from a stage that goes on and makes them again; they are not added twice."""
+        event = {"event": "table", "name": name, "rows": plain(rows)}
+        earlier = ({key: old.get(key) for key in event} for old, _ in read_lines(self._folder / EVENTS))
+        if event not in earlier:
+            self._events.append(event)
 
     def dataset(self, name: str, path: str, digest: str, role: str) -> None:
         self._event("dataset", name=name, path=path, digest=digest, role=role)

@@ -250,7 +250,7 @@ UNPACKED = ["--tracking.uri", "null", "--sft.packing", "false"]  # 32 steps an e
 def test_a_killed_worker_is_replaced_and_the_stage_goes_on(tmp_path: Path) -> None:
     process = rlhf(tmp_path, "stage", "sft", str(SMOKE), *UNPACKED, "--sft.checkpoints", "7")
     folder = tmp_path / "runs/smoke/sft"
-    wait_for(lambda: list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")), process)
+    wait_for(lambda: list(folder.glob("checkpoints/checkpoint-*/state.json")), process)
     workers(process)[0].send_signal(signal.SIGKILL)
     shown, _ = process.communicate(timeout=300)
     assert process.returncode == 0, shown

@@ -78,10 +78,11 @@ def test_a_torn_checkpoint_is_passed_over_and_written_anew(engines, tmp_path):
     shutil.copytree(tmp_path / "iteration-000001", torn)
     (torn / "state.json").unlink()
     (torn / "leftover").write_text("")
+    assert checkpoint.newest(tmp_path) == tmp_path / "iteration-000001"
+    assert not torn.exists()
     restored = checkpoint.restore(tmp_path, engines)
     assert restored is not None and restored["iteration"] == 1
     checkpoint.save(tmp_path, 2, engines, STATE)
-    assert not (torn / "leftover").exists()
     assert [path.name for path in checkpoint.whole(tmp_path)] == ["iteration-000001", "iteration-000002"]
 
 
@@ -93,6 +94,31 @@ def test_it_is_torn_until_every_engine_is_written(engines, tmp_path, monkeypatch
     with pytest.raises(OSError, match="disk is full"):
         checkpoint.save(tmp_path, 1, engines, STATE)
     assert checkpoint.whole(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_being_removed_is_no_longer_whole(engines, tmp_path, monkeypatch):
+    """A removal that is killed leaves a part of the files behind, in whatever order."""
+    for iteration in (1, 2):
+        checkpoint.save(tmp_path, iteration, engines, STATE)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    checkpoint.save(tmp_path, 3, engines, STATE)
+    assert [path.name for path in checkpoint.whole(tmp_path)] == ["iteration-000002", "iteration-000003"]
+
+
+def test_numbers_are_compared_and_not_names(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+        checkpoint.seal(tmp_path / name, {})
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_kept_policy_stays_while_a_checkpoint_names_it(engines, tmp_path):
+    for iteration in (3, 5, 7, 8):
+        checkpoint.best_folder(tmp_path, iteration).mkdir()
+    for iteration, best in ((4, 3), (6, 5)):
+        checkpoint.save(tmp_path, iteration, engines, STATE | {"best_iteration": best})
+    checkpoint.forget_bests(tmp_path, current=8)
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-000003", "best-000005", "best-000008"]
 
 
 def test_only_the_last_two_are_kept(engines, tmp_path):

@@ -202,6 +202,81 @@ def test_a_second_close_changes_nothing(tmp_path, store, mlflow_client):
     assert mlflow_client.get_run(tracker.run_id).info.status == "FAILED"
 
 
+# --- a stage that goes on ---------------------------------------------------------------------------------------------
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(folder: Path, settings: TrackingConfig, steps: range, value: float, rewound_to: int | None = None) -> str:
+    tracker = open_tracker(folder, settings, "stage", None, is_writer=True)
+    if rewound_to is not None:
+        tracker.rewind(rewound_to)
+    for step in steps:
+        tracker.metrics({"eval/kl": value}, step)
+        tracker.metrics({"loss": value}, step)
+    tracker.close()
+    return tracker.run_id or ""
+
+
+@pytest.mark.parametrize(("step", "left"), [(2, [1, 1, 2, 2]), (-1, []), (9, [1, 1, 2, 2, 3, 3, 4, 4])])
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path, step, left):
+    record(tmp_path, FILES_ONLY, range(1, 5), 0.5)
+    record(tmp_path, FILES_ONLY, range(0), 0.5, rewound_to=step)
+    assert steps_of(tmp_path) == left
+
+
+def test_so_is_a_line_that_was_left_half_written(tmp_path):
+    record(tmp_path, FILES_ONLY, range(1, 3), 0.5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    record(tmp_path, FILES_ONLY, range(3, 4), 0.5, rewound_to=2)
+    assert steps_of(tmp_path) == [1, 1, 2, 2, 3, 3]
+
+
+def test_mlflow_gets_no_step_twice(tmp_path, store, mlflow_client):
+    first = record(tmp_path, store, range(1, 5), 0.5)
+    second = record(tmp_path, store, range(3, 7), 0.5, rewound_to=2)
+    assert first == second and steps_of(tmp_path) == [step for step in range(1, 7) for _ in range(2)]
+    for name in ("loss", "eval/kl"):
+        assert [point.step for point in mlflow_client.get_metric_history(first, name)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_mlflow_gets_what_it_missed_as_it_was_made_again(tmp_path, store, mlflow_client, monkeypatch):
+    monkeypatch.setattr(mirror, "RETRY_S", 0.0)
+    record(tmp_path, NOBODY_LISTENS, range(1, 5), 0.5)
+    run_id = record(tmp_path, store, range(3, 5), 0.25, rewound_to=2)
+    history = mlflow_client.get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25)]
+
+
+def test_a_rewind_that_was_killed_can_be_done_again(tmp_path, store, mlflow_client, monkeypatch):
+    run_id = record(tmp_path, store, range(1, 5), 0.5)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mirror.os, "truncate", killed)
+        mirror.rewind(tmp_path, 2)
+    record(tmp_path, store, range(3, 6), 0.5, rewound_to=2)
+    assert [point.step for point in mlflow_client.get_metric_history(run_id, "loss")] == [1, 2, 3, 4, 5]
+    assert steps_of(tmp_path) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_rows_of_a_table_that_are_made_again_are_not_added_again(tmp_path, store, mlflow_client):
+    finished(tmp_path, store, table=("samples", [{"iteration": 1, "score": 0.5}]))
+    tracker = open_tracker(tmp_path, store, "stage", None, is_writer=True)
+    tracker.table("samples", [{"iteration": 1, "score": 0.5}])
+    tracker.table("samples", [{"iteration": 2, "score": 0.5}])
+    tracker.close()
+    assert json.loads(file_of_run(mlflow_client, tracker.run_id, "samples.json"))["data"] == [[1, 0.5], [2, 0.5]]
+
+
+# --- while a stage runs -----------------------------------------------------------------------------------------------
+
+
 def test_a_running_stage_is_followed_before_it_ends(tmp_path, store, mlflow_client, monkeypatch):
     monkeypatch.setattr(mirror, "POLL_S", 0.05)
     tracker = open_tracker(tmp_path, store, "stage", None, is_writer=True)
