@@ -58,4 +58,4 @@ def _ends_within_a_line(path: Path) -> bool:
     with path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(size - 1, 0))
-        return stream.read(1) not in (b"", b"\n")
+        return size > 0 and stream.read(1) != b"\n"
