@@ -33,10 +33,19 @@ SHORT = ["--sft.epochs", "1"]
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
+# Ctrl-C works even where these tests run in the background of a shell, which then has it ignored.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from launch.cli import main
+sys.exit(main())
+"""
+
+
 def rlhf(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command `rlhf` under way in `folder`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", *arguments],
+        [sys.executable, "-c", COMMAND, *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

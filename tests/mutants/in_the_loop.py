@@ -232,8 +232,8 @@ CHECKPOINT = bugs_in(
     "rlhf/checkpoint.py",
     ["rlhf/test_checkpoint.py"],
     ("β is lost on resume", "state | {", '{key: state[key] for key in state if key != "beta"} | {'),
-    ("the oldest checkpoint is taken", "engine.load(found[-1]", "engine.load(found[0]"),
-    ("engines are not loaded", "        engine.load(found[-1] / name)", "        pass"),
+    ("the oldest checkpoint is taken", "return found[-1] if found", "return found[0] if found"),
+    ("engines are not loaded", "        engine.load(found / name)", "        pass"),
 )
 
 ENGINE = bugs_in(

@@ -29,7 +29,6 @@ from launch.settings import load
 from rlhf import artifacts, checkpoint, hf_trainer
 from rlhf.config import RunConfig
 from rlhf.engine import LocalEngine
-from rlhf.models import ScalarModel
 from rlhf.sampling import InProcessSampler
 from rlhf.tracking import fill_in
 
@@ -124,7 +123,6 @@ def half_a_file(content: Any, path: Path, *_: Any) -> None:
         ("ppo", InProcessSampler, "sample", 7, nothing),  # checks, then an answer and an evaluation per iteration
         ("ppo", LocalEngine, "step", 19, nothing),  # in the third iteration, between policy and critic
         ("ppo", torch, "save", 6, half_a_file),  # the critic of the third checkpoint
-        ("ppo", ScalarModel, "save", 2, nothing),  # a better policy is being kept
     ],
 )
 def test_a_killed_stage_ends_as_the_one_that_was_not(whole, tmp_path, stage, place, name, nth, before):
