@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,25 +24,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BETAS = (2.0, 1.0, 0.5)
-LENGTH = 3
-ITERATIONS = 400
+LENGTH = 2
+ITERATIONS = 300
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "closed-form.png"
 
 
-def settings(beta: float, length: int, iterations: int, batch_size: int = 1024, lr: float = 2e-3) -> PPOConfig:
+def settings(beta: float, iterations: int) -> PPOConfig:
     """PPO as it always is, but for three settings without which its limit would be another one.
 
     Whitening divides rewards by their spread, which is the same as another β: off. Weight decay pulls away from any
     optimum: 0. A constant learning rate keeps jumping around it: annealed to 0.
     """
-    optim = OptimConfig(lr=lr, weight_decay=0.0, schedule="cosine", min_lr_share=0.0, warmup_share=0.05)
+    optim = OptimConfig(lr=5e-3, weight_decay=0.0, schedule="cosine", min_lr_share=0.0, warmup_share=0.05)
     return PPOConfig(
         safety_model="helpfulness",
         iterations=iterations,
-        batch_size=batch_size,
-        minibatch_size=batch_size // 2,
-        micro_batch_size=batch_size // 2,
-        sampling=SamplingConfig(max_new_tokens=length, batch_size=batch_size),
+        batch_size=256,
+        minibatch_size=128,
+        micro_batch_size=128,
+        sampling=SamplingConfig(max_new_tokens=LENGTH, batch_size=256),
         beta=beta,
         whiten_rewards=False,
         missing_eos_penalty=MISSING_EOS_PENALTY,
@@ -51,42 +53,56 @@ def settings(beta: float, length: int, iterations: int, batch_size: int = 1024, 
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    world, paths = World(LENGTH), {}
-    print(f"{len(world.prompts)} prompts, {len(world.answers)} answers each")
-    print("  beta   reward: best  reached   error   KL: best  reached   error   seconds")
-    for beta in BETAS:
-        start = time.perf_counter()
-        paths[beta] = train(world, settings(beta, LENGTH, ITERATIONS)).path
-        best, reached = world.figures(world.best(beta)), paths[beta][-1]
-        errors = world.errors(reached, beta)
-        print(
-            f"{beta:6.2f} {best.reward:14.4f} {reached.reward:8.4f} {errors.reward:+7.2%}"
-            f" {best.kl:10.4f} {reached.kl:8.4f} {errors.kl:+7.2%} {time.perf_counter() - start:9.0f}",
-            flush=True,
-        )
+    world = World(LENGTH)
+    print(f"{len(world.prompts)} prompts, {len(world.answers)} answers each, {ITERATIONS} iterations")
+    print("   β   best reward   reached    error     its KL   reached    error   CPU s", flush=True)
+    paths = {}
+    with ProcessPoolExecutor(len(BETAS), mp_context=get_context("spawn")) as pool:
+        for beta, (path, seconds) in zip(BETAS, pool.map(reach, BETAS), strict=True):
+            best, reached, errors = world.figures(world.best(beta)), path[-1], world.errors(path[-1], beta)
+            print(
+                f"{beta:4.1f}   {best.reward:11.4f} {reached.reward:9.4f} {errors.reward:+8.2%}"
+                f"   {best.kl:8.4f} {reached.kl:9.4f} {errors.kl:+8.2%}   {seconds:5.0f}",
+                flush=True,
+            )
+            paths[beta] = path
     PICTURE.write_bytes(picture(world, paths))
-    print(f"drawn: {PICTURE.name}")
+
+
+def reach(beta: float) -> tuple[list[Figures], float]:
+    """The path of PPO under β, and the seconds of CPU that it took."""
+    torch.set_num_threads(1)
+    start = time.process_time()
+    path = train(World(LENGTH), settings(beta, ITERATIONS)).path
+    return path, time.process_time() - start
 
 
 @drawn
 def picture(world: World, paths: Mapping[float, list[Figures]]) -> Figure:
-    """Expected reward against KL, by iteration; the curve is what no policy can be above."""
+    """Expected reward against KL by iteration, and the curve of the best policies, above which there is none."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axes = figure.subplots()
-    betas = torch.logspace(2, -1, 200).tolist()
-    frontier = [world.figures(world.best(beta)) for beta in betas]
-    axes.plot([at.kl for at in frontier], [at.reward for at in frontier], color=REFERENCE, label="closed form, any β")
+    frontier = [world.figures(world.best(beta)) for beta in torch.logspace(2, -0.5, 200).tolist()]
+    axes.plot(*_across(frontier), color=REFERENCE, linewidth=3, label="closed form, every β")
     for (beta, path), colour in zip(paths.items(), MODELS, strict=False):
-        best = world.figures(world.best(beta))
+        axes.plot(*_across(path), color=colour, linewidth=0.9, label=f"PPO, β = {beta:g}")
         axes.plot(
-            [at.kl for at in path], [at.reward for at in path], color=colour, linewidth=0.9, label=f"PPO, β = {beta:g}"
+            *_across([world.figures(world.best(beta))]), "*", color=colour, markersize=15, markeredgecolor="white"
         )
-        axes.plot(best.kl, best.reward, "*", color=colour, markersize=13, markeredgecolor="white", zorder=3)
-        axes.plot(path[-1].kl, path[-1].reward, ".", color="#202020", zorder=4)
+        axes.plot(*_across(path[-1:]), "o", color="#202020", markersize=3.5, zorder=4)
+    axes.plot([], [], "*", color=REFERENCE, markersize=12, markeredgecolor="white", label="closed form, this β")
+    axes.plot([], [], "o", color="#202020", markersize=3.5, label="PPO at its end")
+    axes.set_title("PPO ends where the closed form says")
+    axes.set_xlabel("KL to the reference, nats per answer")
+    axes.set_ylabel("expected reward")
+    axes.legend(loc="lower right")
     return figure
+
+
+def _across(path: list[Figures]) -> tuple[list[float], list[float]]:
+    return [at.kl for at in path], [at.reward for at in path]
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ from rlhf.tracking import NullTracker
 from stages.ppo import Models, iterate
 
 PAD, EOS, BOS = 0, 1, 2
-LETTERS = "ab"
+LETTERS = "abc"
 VOCAB = 3 + len(LETTERS)
 # Unequal lengths, so that there is padding. Not of one letter alone: attention over equal tokens is the same for any
 # number of them, so with BOS in front "a" and "aa" are told apart, and without it no Llama could.
-PROMPTS = ("ab", "bba")
+PROMPTS = ("ab", "cba")
 MISSING_EOS_PENALTY = 1.0
-HIDDEN = 32
+HIDDEN = 16
 
 
 class Figures(NamedTuple):
@@ -161,8 +161,7 @@ def train(world: World, ppo: PPOConfig, seed: int = 0) -> Trained:
     data = DataConfig(demonstrations=nothing, preferences=nothing, prompts=nothing)
     config = RunConfig(name="small-world", seed=seed, data=data, ppo=ppo)
     models, context = open_models(world, ppo), alone()
-    texts = [PROMPTS[number % len(PROMPTS)] for number in range(ppo.batch_size)]
-    prompts = [Prompt((Message("user", text),), "helpful", "small world") for text in texts]
+    prompts = [Prompt((Message("user", text),), "helpful", "small world") for text in PROMPTS]
     policy = cast(LlamaForCausalLM, models.policy.module.causal)
     path = [world.figures(world.reference_QN)]
     state = {"iteration": 0, "beta": ppo.beta}

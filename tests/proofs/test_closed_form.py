@@ -16,68 +16,67 @@ from rlhf import experience
 # Relative to the best reward and its KL. What is left is noise of the samples and rare answers on their way.
 SHORT, LONG = 0.05, 0.02
 BETA = 0.5
-SHORT_SETTINGS = settings(BETA, length=2, iterations=120, batch_size=256, lr=5e-3)
+SHORT_SETTINGS = settings(BETA, iterations=120)
 
 
 @pytest.fixture(scope="module")
-def small() -> World:
-    return World(length=2)
+def world() -> World:
+    return World(LENGTH)
 
 
 @pytest.fixture(scope="module")
-def reached(small: World) -> Figures:
-    return train(small, SHORT_SETTINGS).path[-1]
+def reached(world: World) -> Figures:
+    return train(world, SHORT_SETTINGS).path[-1]
 
 
 def furthest(errors: Figures) -> float:
     return max(map(abs, errors))
 
 
-def test_the_closed_form_is_an_optimum(small):
+def test_the_closed_form_is_an_optimum(world):
     """Neither a policy near it nor the reference has a higher E[r] - β KL."""
 
     def objective(logprobs_QN):
-        reward, kl = small.figures(logprobs_QN)
+        reward, kl = world.figures(logprobs_QN)
         return reward - BETA * kl
 
-    best_QN = small.best(BETA)
+    best_QN = world.best(BETA)
     generator = torch.Generator().manual_seed(1)
     for scale in (0.01, 0.1, 1.0):
         noise_QN = scale * torch.randn(best_QN.shape, generator=generator, dtype=torch.float64)
         assert objective(torch.log_softmax(best_QN + noise_QN, 1)) < objective(best_QN)
-    assert objective(small.reference_QN) < objective(best_QN)
+    assert objective(world.reference_QN) < objective(best_QN)
 
 
-def test_every_answer_is_known(small):
+def test_every_answer_is_known(world):
     """Their probabilities sum to 1, under any policy."""
-    torch.testing.assert_close(small.reference_QN.exp().sum(1), torch.ones(len(small.prompts), dtype=torch.float64))
+    torch.testing.assert_close(world.reference_QN.exp().sum(1), torch.ones(len(world.prompts), dtype=torch.float64))
 
 
-def test_ppo_ends_at_the_closed_form(small, reached):
-    assert furthest(small.errors(reached, BETA)) < SHORT
+def test_ppo_ends_at_the_closed_form(world, reached):
+    assert furthest(world.errors(reached, BETA)) < SHORT
 
 
 @pytest.mark.parametrize("beta", [BETA / 2, 2 * BETA])
-def test_the_optimum_of_another_beta_is_not_where_it_ends(small, reached, beta):
-    assert min(map(abs, small.errors(reached, beta))) > SHORT
+def test_the_optimum_of_another_beta_is_not_where_it_ends(world, reached, beta):
+    assert min(map(abs, world.errors(reached, beta))) > SHORT
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("beta", BETAS)
-def test_ppo_ends_at_the_closed_form_of_longer_answers(beta):
-    world = World(LENGTH)
-    reached = train(world, settings(beta, LENGTH, ITERATIONS)).path[-1]
+def test_a_longer_way_ends_nearer_for_every_beta(world, beta):
+    reached = train(world, settings(beta, ITERATIONS)).path[-1]
     assert furthest(world.errors(reached, beta)) < LONG
 
 
 # --- faults: the test can fail ----------------------------------------------------------------------------------------
 
 
-def test_with_the_sign_of_the_kl_turned_it_ends_elsewhere(small, monkeypatch):
+def test_with_the_sign_of_the_kl_turned_it_ends_elsewhere(world, monkeypatch):
     k1 = experience.k1
     monkeypatch.setattr(experience, "k1", lambda logprobs, ref_logprobs: -k1(logprobs, ref_logprobs))
-    assert furthest(small.errors(train(small, SHORT_SETTINGS).path[-1], BETA)) > SHORT
+    assert furthest(world.errors(train(world, SHORT_SETTINGS).path[-1], BETA)) > SHORT
 
 
 def doubled_beta(score_B, kl_BR, beta, mask_BR):
@@ -99,15 +98,15 @@ token_rewards = experience.token_rewards
 
 @pytest.mark.proof
 @pytest.mark.parametrize("fault", [doubled_beta, kl_at_the_last_token_alone, score_at_every_token])
-def test_with_wrong_rewards_it_ends_elsewhere(small, monkeypatch, fault):
+def test_with_wrong_rewards_it_ends_elsewhere(world, monkeypatch, fault):
     monkeypatch.setattr(experience, "token_rewards", fault)
-    assert furthest(small.errors(train(small, SHORT_SETTINGS).path[-1], BETA)) > SHORT
+    assert furthest(world.errors(train(world, SHORT_SETTINGS).path[-1], BETA)) > SHORT
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize(
     "setting", [{"missing_eos_penalty": 0.0}, {"whiten_rewards": True}], ids=["penalty", "whitening"]
 )
-def test_with_settings_of_another_objective_it_ends_elsewhere(small, setting):
-    reached = train(small, SHORT_SETTINGS.model_copy(update=setting)).path[-1]
-    assert furthest(small.errors(reached, BETA)) > SHORT
+def test_with_settings_of_another_objective_it_ends_elsewhere(world, setting):
+    reached = train(world, SHORT_SETTINGS.model_copy(update=setting)).path[-1]
+    assert furthest(world.errors(reached, BETA)) > SHORT
