@@ -31,6 +31,7 @@ from rlhf.metrics import Clock
 from rlhf.models import (
     ScalarModel,
     add_lora,
+    check_packing,
     load_causal,
     load_scalar,
     load_tokenizer,
@@ -223,14 +224,17 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
         policy = add_lora(policy, config.model.lora, "causal", config.seed)
         sampled = add_lora(sampled, config.model.lora, "causal", config.seed)
     tokenizer = load_tokenizer(sft)
+    sampler = InProcessSampler(
+        sampled.to(context.device), tokenizer.eos_token_id, tokenizer.pad_token_id, hardware.precision
+    )
+    if ppo.packing:
+        check_packing(sampler.model)  # the one model here that is not sharded
     return Models(
         policy=engine(PolicyModel(policy, ppo.packing), ppo.optim),
         reference=engine(PolicyModel(reference, ppo.packing)),
         critic=engine(critic, ppo.critic_optim),
         rewards={name: engine(module) for name, module in rewards.items()},
-        sampler=InProcessSampler(
-            sampled.to(context.device), tokenizer.eos_token_id, tokenizer.pad_token_id, hardware.precision
-        ),
+        sampler=sampler,
         tokenizer=tokenizer,
     )
 

@@ -12,6 +12,7 @@ from rlhf.models.gguf import import_gguf
 from rlhf.models.lora import add_lora
 from rlhf.models.pretrained import (
     check_length,
+    check_packing,
     find_model,
     hidden_states,
     lm_head,
@@ -27,6 +28,7 @@ __all__ = [
     "ScalarModel",
     "add_lora",
     "check_length",
+    "check_packing",
     "find_model",
     "hidden_states",
     "import_gguf",

@@ -273,6 +273,17 @@ def hidden_states(model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing:
     return hidden_BTH
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """UserError (4) for families whose attention does not see from the positions where a packed row ends."""
+    device = next(model.parameters()).device
+    tokens_BT = torch.tensor([[3, 4, 5], [6, 7, 8]], device=device)
+    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    padded, packed = (hidden_states(model, tokens_BT, mask_BT, packing).float() for packing in (False, True))
+    if (packed - padded).norm() > 0.05 * padded.norm():  # bf16 stays within 0.01
+        raise UserError("packed rows see one another in models of this family; set ppo.packing to false", 4)
+
+
 def lm_head(model: nn.Module) -> nn.Module:
     """The output projection. UserError (4) for families that change its logits afterwards."""
     whole = without_adapter_wrapper(model)

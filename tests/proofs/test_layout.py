@@ -355,24 +355,24 @@ def assert_within_tolerance(found: dict[str, float]) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", QUICK, ids=str)
 def test_a_layout_changes_nothing(quick: dict[Layout, dict[str, float]], layout: Layout) -> None:
     assert_within_tolerance(quick[layout])
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(600)
 def test_a_mean_of_means_is_far_outside(quick: dict[Layout, dict[str, float]]) -> None:
     """The control: these tolerances see the mistake that they are there for."""
     assert all(quick[FAULTY][name] > 100 * limit for name, limit in TOLERANCE.items())
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(3 * 3600)
+@pytest.mark.timeout(0)
 def test_no_layout_of_the_whole_matrix_changes_anything(tmp_path: Path) -> None:
     found = compare_all([*MATRIX, FAULTY], iterations=5, folder=tmp_path)
     print(table(found))
+    assert len(found) == len(MATRIX) + 1
+    assert found[FAULTY]["gradients"] > 100 * TOLERANCE["gradients"]
     for layout in MATRIX:
         assert_within_tolerance(found[layout])
 

@@ -21,6 +21,7 @@ from rlhf.data import pad
 from rlhf.errors import UserError
 from rlhf.models import (
     check_length,
+    check_packing,
     find_model,
     hidden_states,
     lm_head,
@@ -132,6 +133,17 @@ def test_packed_rows_do_not_see_one_another(causal_folder, tokenizer):
     hidden_states(model, tokens, mask, packing=True)[1].sum().backward()
     reached = model.get_input_embeddings().weight.grad.abs().sum(1).nonzero()[:, 0]
     assert reached.tolist() == [8, 9, 10]
+
+
+def test_a_family_whose_packed_rows_see_one_another_is_refused(causal_folder, monkeypatch):
+    model: Any = load_causal(causal_folder)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    check_packing(model)
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda position_ids, **rest: forward(**rest))
+    with pytest.raises(UserError, match=r"ppo\.packing"):
+        check_packing(model)
 
 
 @pytest.mark.parametrize("packing", [False, True])
