@@ -58,6 +58,22 @@ def test_a_table_that_no_longer_fits_is_found() -> None:
         assert missing_tests([dataclasses.replace(bug, tests=(test,))]) == [test]
 
 
+def rows_of_the_page(heading: str) -> list[list[str]]:
+    """The table with this first row in docs/correctness.md."""
+    page = (ROOT / "docs/correctness.md").read_text(encoding="utf-8").splitlines()
+    start = page.index(heading) + 2
+    end = next(number for number in range(start, len(page)) if not page[number].startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page[start:end]]
+
+
+def test_the_page_names_bugs_that_are_planted_and_all_harmless_changes() -> None:
+    planted = {bug.name for bug in BUGS if not bug.harmless}
+    named = {name for _, _, names in rows_of_the_page("| bug | seen in | planted as |") for name in names.split("; ")}
+    assert named - planted == set()
+    harmless = rows_of_the_page("| change | why it changes nothing |")
+    assert harmless == [[f"`{bug.file}`: {bug.name}", bug.harmless] for bug in BUGS if bug.harmless]
+
+
 # --- the runner -----------------------------------------------------------------------------------------------------
 
 PROGRAM = """
