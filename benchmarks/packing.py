@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from rlhf.passes import passes_of_minibatch
 from rlhf.policy import PolicyModel
 
 ROWS, PROMPT, RESPONSE, ROUNDS = 64, 128, 128, 5
-SHAPES = {  # the model of the quickstart, and one that is sixteen times larger
+SHAPES: dict[str, dict[str, Any]] = {  # the model of the quickstart, and one that is sixteen times larger
     "1M": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
     "16M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
 }
-LIMITS = (
+LIMITS: tuple[dict[str, Any], ...] = (
     {"micro_batch_size": 8},
     {"micro_batch_tokens": 512},
     {"micro_batch_tokens": 1024},
