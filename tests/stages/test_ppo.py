@@ -308,11 +308,23 @@ def drifting_sampler(patch):
     patch.setattr(ppo, "_sync", drift)
 
 
+def sharpening_policy(patch):
+    """Entropy falls after the first iteration, whatever the updates do."""
+    update = ppo.update
+
+    def sharpen(policy, *others):
+        figures = update(policy, *others)
+        policy.module.causal.lm_head.weight.data *= 4
+        return figures
+
+    patch.setattr(ppo, "update", sharpen)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "sabotage"),
     [
         ("kl", ["--ppo.optim", "{lr: 0.3}"], None),
-        ("entropy", ["--ppo.optim", "{lr: 0.3}", "--ppo.alarms.entropy_share_min", "0.9"], None),
+        ("entropy", ["--ppo.alarms.entropy_share_min", "0.9"], sharpening_policy),
         ("eos_share", ["--ppo.sampling.max_new_tokens", "1"], None),
         ("sampler_gap", [], drifting_sampler),
     ],
