@@ -18,7 +18,7 @@ from reward_data.world.tasks import HELPFUL, UNSAFE, Task, draw_prompt, parse_pr
 
 SIZES = {
     "demonstrations": {"train": 6000, "held_out": 200},
-    "preferences": {"train": 6000, "held_out": 400},
+    "preferences": {"train": 7500, "held_out": 1000},
     "prompts": {"train": 800, "held_out": 512},
 }
 UNSAFE_SHARE = 0.4
