@@ -108,21 +108,27 @@ class Reporter(TrainerCallback):
         evals: int,
         measure: Callable[[], dict[str, float]],
     ) -> None:
-        """`names`: the Trainer's name of a figure → ours. `shown`: the one of ours for the progress bar."""
+        """`names`: the Trainer's name of a figure → ours. `shown`: the one of ours for the progress bar.
+
+        The bar shows the last held-out figures beside it.
+        """
         self.context, self.names, self.shown, self.evals, self.measure = context, names, shown, evals, measure
+        self.measured: dict[str, float] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         figures = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in (logs or {})}
         if not figures:
             return
         self.context.tracker.metrics(figures, step=state.global_step)
-        shown = {self.shown.split("/")[-1]: figures[self.shown]} if self.shown in figures else {}
-        self.context.progress.update(state.global_step, state.max_steps, **shown)
+        shown = {name: figures[name] for name in [self.shown] if name in figures} | self.measured
+        short = {name.split("/")[-1].replace("_", " "): value for name, value in shown.items()}
+        self.context.progress.update(state.global_step, state.max_steps, **short)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = math.ceil(state.max_steps / self.evals)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            self.context.tracker.metrics(self.measure(), step=state.global_step)
+            self.measured = self.measure()
+            self.context.tracker.metrics(self.measured, step=state.global_step)
 
 
 class Sealer(TrainerCallback):

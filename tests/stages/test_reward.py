@@ -14,7 +14,7 @@ from reward_data import Message, Preference
 from rlhf.chat import encode_answer, encode_dialogue
 from rlhf.data import MARGINS, load_demonstrations, load_preferences, mix_preferences
 from rlhf.models import load_scalar
-from rlhf.runtime import Progress, StageContext
+from rlhf.runtime import Progress, StageContext, read_progress
 from rlhf.tracking import NullTracker, read_metrics
 from stages import reward
 
@@ -35,6 +35,13 @@ def plain_scores(folder, sequences):
     """Logits of plain transformers less `reward_offset`, one sequence after the other."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     return [float(model(torch.tensor([ids])).logits) - model.config.reward_offset for ids in sequences]
+
+
+def test_the_last_figure_shown_is_the_accuracy_on_held_out_pairs(trained, figures):
+    _, _, folder = trained
+    state = read_progress(folder.parent)
+    assert state is not None
+    assert state.figures["held out accuracy"] == pytest.approx(figures(folder)["accuracy"]["value"])
 
 
 # --- what is saved --------------------------------------------------------------------------------------------------
