@@ -122,6 +122,7 @@ def ppo(series: Series, best_iteration: int) -> Figure:
         _marks(axes, series.get(dots, ()), HELD_OUT, "held out")
         axes.axvline(best_iteration, color=REFERENCE, linestyle=":", zorder=0, label="kept")
         _label(axes, title, "iteration", unit)
+        axes.locator_params(axis="x", integer=True)
     for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
     _add_legend(figure)
