@@ -72,7 +72,7 @@ def load_dice(job: Job) -> None:
         return answers_BR[[row_of[prompt_id] for prompt_id in ids_G.tolist()], t]
 
     inprocess.keyed_uniform = token_of
-    inprocess.pick_token = lambda logprobs_GV, token_G: token_G
+    inprocess.pick_token = lambda probs_GV, token_G: token_G
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Sampling in the training process from a full copy of the policy, refreshed once per iteration."""
+"""Sampling in the training process from a full copy of the policy, refreshed once per iteration.
+
+Continuous batching: a row that has ended leaves, and a waiting prompt takes its slot.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,18 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from rlhf.batches import PromptBatch, Rollout
 from rlhf.config import SamplingConfig
+from rlhf.sampling.cache import SlotCache
+from rlhf.sampling.causal import CausalDecoder, Decoder
 from rlhf.sampling.keyed import keyed_uniform, pick_token
+from rlhf.sampling.llama import LlamaDecoder, is_plain_llama
 
-# Leaving out finished rows copies the cache; it pays once this share of the rows is done.
-COMPACT_SHARE = 0.25
-
-
-class _Responses:
-    """The answers as they grow."""
-
-    def __init__(self, B: int, R: int, pad_id: int, device: torch.device) -> None:
-        self.tokens_BR = torch.full((B, R), pad_id, dtype=torch.int64, device=device)
-        self.logprobs_BR = torch.zeros((B, R), dtype=torch.float32, device=device)
-        self.length_B = torch.zeros(B, dtype=torch.int64, device=device)
-
-    def write(self, index: Tensor, t: int, tokens: Tensor, logprobs: Tensor) -> None:
-        self.tokens_BR[index, t] = tokens
-        self.logprobs_BR[index, t] = logprobs
-        self.length_B[index] = t + 1
+# Prompts wait until this share of the slots is free: reading few of them at a time costs a pass over the weights each.
+ADMIT_SHARE = 0.125
+# Prompt tokens read in one forward pass, padding inside: enough for the full rate of a matrix product.
+PREFILL_TOKENS = 2048
 
 
 class InProcessSampler:
@@ -36,8 +29,7 @@ class InProcessSampler:
     def __init__(self, model: nn.Module, eos_id: int, pad_id: int, precision: str = "float32") -> None:
         self.model = model.eval().requires_grad_(False)
         self.eos_id, self.pad_id = eos_id, pad_id
-        self.bf16 = precision == "bf16"
-        if self.bf16:
+        if precision == "bf16":
             for parameter in model.parameters():  # not the buffers: rounded rotary frequencies misplace every token
                 parameter.data = parameter.data.to(torch.bfloat16)
 
@@ -62,59 +54,93 @@ class InProcessSampler:
     ) -> Rollout:
         """Answers for every prompt, `settings.batch_size` rows at a time. R is `settings.max_new_tokens`.
 
-        The number drawn for a token depends on (seed, iteration, prompt id, position) alone.
+        The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `on_rows` is told how
+        many rows are done.
         """
-        B = len(prompts.ids_B)
-        out = _Responses(B, settings.max_new_tokens, self.pad_id, prompts.tokens_BP.device)
-        # Long prompts together, so that little of a group is padding.
-        order_B = prompts.mask_BP.sum(1).argsort(descending=True, stable=True)
-        for start in range(0, B, settings.batch_size):
-            index = order_B[start : start + settings.batch_size]
-            self._sample_group(prompts, index, settings, seed, iteration, out)
-            on_rows(min(start + settings.batch_size, B))
-        mask_BR = torch.arange(settings.max_new_tokens, device=out.length_B.device) < out.length_B[:, None]
+        run = _Run(decoder_of(self.model), self.eos_id, self.pad_id, prompts, settings, (seed, iteration))
+        while run.unfinished:
+            if run.has_room:
+                run.admit()
+            else:
+                run.step()
+            on_rows(len(prompts.ids_B) - run.unfinished)
+        mask_BR = torch.arange(settings.max_new_tokens, device=run.length_B.device) < run.length_B[:, None]
         return Rollout(
-            tokens_BT=torch.cat([prompts.tokens_BP, out.tokens_BR], 1),
+            tokens_BT=torch.cat([prompts.tokens_BP, run.tokens_BR], 1),
             mask_BT=torch.cat([prompts.mask_BP, mask_BR], 1),
             response_mask_BR=mask_BR,
-            behaviour_logprobs_BR=out.logprobs_BR,
-            finished_B=((out.tokens_BR == self.eos_id) & mask_BR).any(1),
+            behaviour_logprobs_BR=run.logprobs_BR,
+            finished_B=((run.tokens_BR == self.eos_id) & mask_BR).any(1),
         )
 
-    def _sample_group(
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """The tuned forward pass where it computes what the model computes, else the model's own."""
+    return LlamaDecoder(model) if is_plain_llama(model) else CausalDecoder(model)
+
+
+class _Run:
+    """One call of `sample`: the answers as they grow, the prompts that wait, and the rows (S) in the cache."""
+
+    def __init__(
         self,
+        decoder: Decoder,
+        eos_id: int,
+        pad_id: int,
         prompts: PromptBatch,
-        index: Tensor,
         settings: SamplingConfig,
-        seed: int,
-        iteration: int,
-        out: _Responses,
+        key: tuple[int, int],
     ) -> None:
-        """Fills the rows `index` of `out` token by token. G: the rows still in the group; finished ones leave it."""
-        width = int(prompts.mask_BP[index].sum(1).max())
-        tokens = prompts.tokens_BP[index, -width:]
-        mask = prompts.mask_BP[index, -width:].long()
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        done_G = torch.zeros_like(index, dtype=torch.bool)
-        cache = DynamicCache()
-        for t in range(settings.max_new_tokens):
-            logits_GV = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            logprobs_GV = torch.log_softmax(logits_GV.float() / settings.temperature, -1)
-            token_G = pick_token(logprobs_GV, keyed_uniform(seed, iteration, prompts.ids_B[index], t))
-            out.write(index[~done_G], t, token_G[~done_G], logprobs_GV.gather(1, token_G[:, None])[~done_G, 0])
-            done_G = done_G | (token_G == self.eos_id)
-            if done_G.all():
-                return
-            tokens, position = token_G[:, None], position[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-            if done_G.float().mean() >= COMPACT_SHARE:
-                keep = (~done_G).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                index, tokens, mask, position, done_G = (x[keep] for x in (index, tokens, mask, position, done_G))
+        B, R, device = len(prompts.ids_B), settings.max_new_tokens, prompts.tokens_BP.device
+        self.decoder, self.prompts, self.key = decoder, prompts, key
+        self.eos_id, self.temperature, self.R = eos_id, settings.temperature, R
+        self.tokens_BR = torch.full((B, R), pad_id, dtype=torch.int64, device=device)
+        self.logprobs_BR = torch.zeros((B, R), dtype=torch.float32, device=device)
+        self.length_B = torch.zeros(B, dtype=torch.int64, device=device)
+        # Long prompts first and like lengths together, so that little of a forward pass is padding.
+        self.prompt_length_B = prompts.mask_BP.sum(1)
+        self.waiting = self.prompt_length_B.argsort(descending=True, stable=True)
+        self.cache = SlotCache(min(B, settings.batch_size), device)
+        self.index_S = self.waiting[:0]  # the row of the batch that sits in each slot
+        self.token_S = self.index_S  # its last token, not yet read by the model
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.waiting) + self.cache.rows
+
+    @property
+    def has_room(self) -> bool:
+        free = self.cache.slots - self.cache.rows
+        return free >= min(len(self.waiting), max(1, round(ADMIT_SHARE * self.cache.slots))) > 0
+
+    def admit(self) -> None:
+        """The next prompts take free slots; each draws its first token."""
+        width = int(self.prompt_length_B[self.waiting[0]])
+        count = min(self.cache.slots - self.cache.rows, max(1, PREFILL_TOKENS // width))
+        index_G, self.waiting = self.waiting[:count], self.waiting[count:]
+        tokens_GW, mask_GW = (x[index_G, -width:] for x in (self.prompts.tokens_BP, self.prompts.mask_BP))
+        token_G = self._draw(self.decoder.prefill(tokens_GW, mask_GW, self.cache), index_G)
+        self.index_S, self.token_S = torch.cat([self.index_S, index_G]), torch.cat([self.token_S, token_G])
+        self._release()
+
+    def step(self) -> None:
+        """One more token for every row."""
+        self.token_S = self._draw(self.decoder.step(self.token_S, self.cache), self.index_S)
+        self._release()
+
+    def _draw(self, logits_GV: Tensor, index_G: Tensor) -> Tensor:
+        """The next token of each row, written down with its logprob."""
+        t_G = self.length_B[index_G]
+        probs_GV = torch.softmax(logits_GV.float() / self.temperature, -1)
+        token_G = pick_token(probs_GV, keyed_uniform(*self.key, self.prompts.ids_B[index_G], t_G))
+        self.tokens_BR[index_G, t_G] = token_G
+        self.logprobs_BR[index_G, t_G] = probs_GV.gather(1, token_G[:, None])[:, 0].log()
+        self.length_B[index_G] = t_G + 1
+        return token_G
+
+    def _release(self) -> None:
+        """Rows that have ended, or are as long as they may be, leave their slots."""
+        alive_S = (self.token_S != self.eos_id) & (self.length_B[self.index_S] < self.R)
+        if not alive_S.all():
+            from_S = self.cache.keep(alive_S)
+            self.index_S, self.token_S = self.index_S[from_S], self.token_S[from_S]

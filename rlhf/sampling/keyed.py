@@ -14,6 +14,8 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
+BLOCK = 128  # tokens of the vocabulary that are added up together
+
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -26,17 +28,35 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def keyed_uniform(seed: int, iteration: int, ids_B: Tensor, position: int) -> Tensor:
-    """float32 in [0, 1), one per row: 24 bits of a hash of the four keys."""
+def keyed_uniform(seed: int, iteration: int, ids_B: Tensor, position: int | Tensor) -> Tensor:
+    """float32 in [0, 1), one per row: 24 bits of a hash of the four keys. `position`: one for all rows, or one each."""
     x_B = _mix(torch.full_like(ids_B, seed))
     for key in (iteration, ids_B, position):
         x_B = _mix(x_B ^ key)
     return _shift_right(x_B, 40).to(torch.float32) * 2.0**-24
 
 
-def pick_token(logprobs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution: the first token whose cumulative probability exceeds the uniform number."""
-    cumulative_BV = logprobs_BV.exp().cumsum(-1)
-    target_B1 = (uniform_B * cumulative_BV[:, -1]).unsqueeze(-1)  # rounding: the last sum is not exactly 1
-    index_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
-    return index_B.clamp(max=logprobs_BV.shape[-1] - 1)
+def pick_token(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution: the first token whose cumulative probability exceeds the uniform number.
+
+    Summed over blocks of the vocabulary first and then inside one block, which reads `probs_BV` once. What rounding
+    leaves falls to the last possible token: one of probability 0 is never picked.
+    """
+    V = probs_BV.shape[1]
+    whole = V - V % BLOCK
+    parts = [probs_BV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
+    parts += [probs_BV[:, whole:].sum(-1, keepdim=True)] if V % BLOCK else []
+    cumulative_BN = torch.cat(parts, 1).cumsum(-1)
+    target_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
+    block_B1 = _first_above(cumulative_BN, target_B1)
+    before_B1 = cumulative_BN.gather(1, (block_B1 - 1).clamp(min=0)).where(block_B1 > 0, 0)
+    index_BK = block_B1 * BLOCK + torch.arange(BLOCK, device=probs_BV.device)
+    inside_BK = probs_BV.gather(1, index_BK.clamp(max=V - 1)).where(index_BK < V, 0).cumsum(-1)
+    index_B1 = block_B1 * BLOCK + _first_above(inside_BK, target_B1 - before_B1)
+    return index_B1[:, 0].clamp(max=V - 1)
+
+
+def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """The first place whose sum exceeds the target, or the last sum where rounding has put the target past it."""
+    below_last_B1 = cumulative_BN[:, -1:] * (1 - 2.0**-23)
+    return torch.searchsorted(cumulative_BN, target_B1.minimum(below_last_B1), right=True)

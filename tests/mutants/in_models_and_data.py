@@ -59,7 +59,7 @@ ZERO = bugs_in(
 
 POSITIONS = bugs_in(
     "rlhf/models/pretrained.py",
-    ["rlhf/test_sampling.py::test_positions_count_real_tokens"],
+    ["rlhf/sampling/test_decoders.py::test_the_training_model_reads_the_same_logprobs"],
     (
         "positions count padding",
         "position_BT = mask_BT.long().cumsum(1) - mask_BT.long()",
@@ -129,24 +129,23 @@ SCALAR = bugs_in(
 KEYED = bugs_in(
     "rlhf/sampling/keyed.py",
     [
-        "rlhf/test_sampling.py::test_keyed_numbers_are_those_of_whole_number_arithmetic",
-        "rlhf/test_sampling.py::test_tokens_follow_the_softmax",
-        "rlhf/test_sampling.py::test_a_picked_token_is_where_the_cumulative_distribution_passes_the_number",
-        "rlhf/test_sampling.py::test_what_rounding_leaves_falls_to_no_impossible_token",
+        "rlhf/sampling/test_keyed.py::test_keyed_numbers_are_those_of_whole_number_arithmetic",
+        "rlhf/sampling/test_keyed.py::test_tokens_follow_the_softmax",
+        "rlhf/sampling/test_keyed.py::test_a_picked_token_is_where_the_cumulative_distribution_passes_the_number",
+        "rlhf/sampling/test_keyed.py::test_what_rounding_leaves_falls_to_no_impossible_token",
+        "rlhf/sampling/test_keyed.py::test_every_place_in_a_large_vocabulary_is_found",
     ],
-    (
-        "sampling is greedy",
-        "index_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)",
-        "index_B = logprobs_BV.argmax(-1)",
-    ),
+    ("sampling is greedy", "return index_B1[:, 0].clamp(max=V - 1)", "return probs_BV.argmax(-1)"),
     (
         "unlikely tokens are never sampled (top-p)",
-        "logprobs_BV.exp().cumsum(-1)",
-        "torch.where(logprobs_BV > -3, logprobs_BV.exp(), 0.0).cumsum(-1)",
+        "    V = probs_BV.shape[1]\n",
+        "    V, probs_BV = probs_BV.shape[1], probs_BV.where(probs_BV > 0.05, 0.0)\n",
     ),
-    ("logits are flattened", "logprobs_BV.exp().cumsum(-1)", "(logprobs_BV / 2).exp().cumsum(-1)"),
+    ("logits are flattened", "    V = probs_BV.shape[1]\n", "    V, probs_BV = probs_BV.shape[1], probs_BV.sqrt()\n"),
     ("tokens of probability 0 are sampled at 0", "right=True", "right=False"),
-    ("the last token gets what rounding leaves", "(uniform_B * cumulative_BV[:, -1])", "uniform_B"),
+    ("the last token gets what rounding leaves", "target_B1.minimum(below_last_B1)", "target_B1"),
+    ("tokens before the block are not counted", "target_B1 - before_B1", "target_B1"),
+    ("the last block is left out", "if V % BLOCK else []", "if V < BLOCK else []"),
     (
         "every position draws the same number",
         "for key in (iteration, ids_B, position)",
@@ -172,10 +171,52 @@ KEYED = bugs_in(
     ("a number may be 1", "* 2.0**-24", "/ (2.0**24 - 1)"),
 )
 
-SAMPLER = bugs_in(
-    "rlhf/sampling/inprocess.py",
-    ["rlhf/test_sampling.py"],
-    ("the sampler ignores the temperature", " / settings.temperature", ""),
+SAMPLER = (
+    bugs_in(
+        "rlhf/sampling/inprocess.py",
+        ["rlhf/sampling/test_decoders.py", "rlhf/sampling/test_inprocess.py"],
+        ("the sampler ignores the temperature", " / self.temperature", ""),
+        (
+            "all tokens of an answer draw the same number",
+            "self.prompts.ids_B[index_G], t_G)",
+            "self.prompts.ids_B[index_G], 0)",
+        ),
+        ("a number belongs to a row, not to a prompt", "self.prompts.ids_B[index_G], t_G)", "index_G, t_G)"),
+        ("rows stay when they have ended", "(self.token_S != self.eos_id) & ", ""),
+    )
+    + bugs_in(
+        "rlhf/sampling/cache.py",
+        ["rlhf/sampling/test_cache.py"],
+        (
+            "a row sees a column of its predecessor",
+            "self.start_S[: self.rows, None]",
+            "self.start_S[: self.rows, None] - 1",
+        ),
+        ("a row that moves keeps its old mask", "self.start_S[: self.rows] = self.start_S[from_S]", "pass"),
+        ("positions are one too far", "self.end - 1 - self.start_S", "self.end - self.start_S"),
+        (
+            "a row that moves leaves its last token",
+            "x[slot, :, start : self.end] = x[source, :, start : self.end]",
+            "x[slot, :, start : self.end - 1] = x[source, :, start : self.end - 1]",
+        ),
+    )
+    + bugs_in(
+        "rlhf/sampling/llama.py",
+        ["rlhf/sampling/test_decoders.py"],
+        ("prompts see what follows", "is_causal=True", "is_causal=False"),
+        ("positions turn the wrong way", "[-sin_NF, sin_NF]", "[sin_NF, -sin_NF]"),
+        (
+            "key heads go to the wrong query heads",
+            "x.repeat_interleave(self.A // self.K, 1)",
+            "x.repeat(1, self.A // self.K, 1, 1)",
+        ),
+        ("the first logits are of another row", "length_G.cumsum(0) - 1", "length_G.cumsum(0) - length_G"),
+        (
+            "a scaled rotation is taken for a plain one",
+            'and (config.rope_parameters or {}).get("rope_type") == "default"',
+            "",
+        ),
+    )
 )
 
 CHAT = bugs_in(

@@ -1,0 +1,148 @@
+"""The keys and values of the rows that are being sampled, written in place.
+
+S slots, L columns in sight. The rows are the first `rows` slots, and all of them end in the same column: a step writes
+one column for everybody, and what a row does not own lies to its left. So a mask is one comparison per row, relative
+positions are column differences, and a newcomer of any length joins by ending where the others end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Columns added when a cache is full. Making room copies the cache: once in so many steps that is little.
+SPARE_COLUMNS = 128
+
+
+@dataclass
+class Span:
+    """Where the forward pass under way writes, and the first column that it sees."""
+
+    rows: slice
+    first: int
+    at: int
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer: [slots, heads, columns, head size], allocated at the first write."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Zeros, because a masked column still takes part with weight 0, and 0 · NaN is NaN.
+        self.keys, self.values = (
+            x.new_zeros(self.cache.slots, x.shape[1], self.cache.columns, x.shape[3])
+            for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Writes [rows, heads, columns, head size] and returns views of all that these rows see."""
+        span = self.cache.span
+        self.write(span.rows, span.at, key_states, value_states)
+        seen = slice(span.first, span.at + key_states.shape[2])
+        return self.keys[span.rows, :, seen], self.values[span.rows, :, seen]
+
+    def write(self, rows: slice, at: int, key_states: Tensor, value_states: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        columns = slice(at, at + key_states.shape[2])
+        self.keys[rows, :, columns] = key_states
+        self.values[rows, :, columns] = value_states
+
+    def get_seq_length(self) -> int:
+        return self.cache.span.at - self.cache.span.first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlotCache(Cache):
+    """A cache of transformers in which rows come and go. `admit` or `step`, then the forward pass."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.slots, self.columns = slots, 0
+        self.rows = 0
+        self.end = 0  # the column of the next token
+        self.start_S = torch.zeros(slots, dtype=torch.int64, device=device)  # the first column of each row
+        self.span = Span(slice(0, 0), 0, 0)
+
+    def layer(self, number: int) -> SlotLayer:
+        while len(self.layers) <= number:
+            self.layers.append(SlotLayer(self))
+        return self.layers[number]  # type: ignore[return-value]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        return self.layer(layer_idx).update(key_states, value_states)
+
+    def admit(self, length_G: Tensor) -> None:
+        """The next slots become rows whose first `length_G` tokens the coming forward pass writes, right-aligned."""
+        width = int(length_G.max())
+        if not self.rows:
+            self.end = min(width, self.columns)
+        if self.end < width:
+            self._move(width - self.used)
+        newcomers = slice(self.rows, self.rows + len(length_G))
+        self.start_S[newcomers] = self.end - length_G
+        self.rows = newcomers.stop
+        self.span = Span(newcomers, self.end - width, self.end - width)
+
+    def step(self) -> None:
+        """The coming forward pass writes one token per row."""
+        if self.end == self.columns:
+            self._move(0)
+        self.span = Span(slice(0, self.rows), self.end - self.used, self.end)
+        self.end += 1
+
+    def keep(self, alive_S: Tensor) -> Tensor:
+        """The other rows leave, and the last ones take their slots. Returns, for each row, the slot it came from."""
+        alive, self.rows = alive_S.nonzero()[:, 0], int(alive_S.sum())
+        free = (~alive_S[: self.rows]).nonzero()[:, 0]
+        moved = alive[alive >= self.rows]
+        for slot, source, start in zip(free.tolist(), moved.tolist(), self.start_S[moved].tolist(), strict=True):
+            for number in range(len(self.layers)):
+                for x in (self.layer(number).keys, self.layer(number).values):
+                    x[slot, :, start : self.end] = x[source, :, start : self.end]
+        from_S = torch.arange(self.rows, device=alive.device)
+        from_S[free] = moved
+        self.start_S[: self.rows] = self.start_S[from_S]
+        return from_S
+
+    @property
+    def used(self) -> int:
+        """Columns from the first that any row owns to the end."""
+        return self.end - int(self.start_S[: self.rows].min()) if self.rows else 0
+
+    def position_S(self) -> Tensor:
+        """The position of the last token of each row."""
+        return self.end - 1 - self.start_S[: self.rows]
+
+    def mask_SL(self) -> Tensor:
+        """True at the columns in sight that belong to the row."""
+        column_L = torch.arange(self.span.first, self.end, device=self.start_S.device)
+        return column_L >= self.start_S[: self.rows, None]
+
+    def _move(self, to: int) -> None:
+        """What is used goes to column `to` of a buffer with room to spare."""
+        used, start = self.used, self.end - self.used
+        self.columns = to + used + SPARE_COLUMNS
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                x = getattr(layer, name)
+                moved = x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
+                moved[: self.rows, :, to : to + used] = x[: self.rows, :, start : self.end]
+                setattr(layer, name, moved)
+        self.start_S += to - start
+        self.end = to + used

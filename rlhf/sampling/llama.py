@@ -1,0 +1,154 @@
+"""Forward passes of a plain Llama over a cache whose rows come and go, with as few operations as torch allows.
+
+The same mathematics as transformers' LlamaForCausalLM (softmax and norms in float32), in another order of work:
+prompts are packed without padding, query, key and value are one matrix product, and the query heads that share a key
+head are rows of one product with it, so keys and values are not repeated.
+
+N tokens, H hidden size, S rows in the cache, L columns in sight, A query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from rlhf.sampling.cache import SlotCache
+from rlhf.sampling.linear import Linear
+
+
+def is_plain_llama(model: nn.Module) -> bool:
+    """Whether `LlamaDecoder` computes what this model computes. Adapters, biases and other rotations are not plain."""
+    if type(model) is not LlamaForCausalLM:
+        return False
+    config = model.config
+    linears = [
+        m for m in model.modules() if hasattr(m, "weight") and m.weight.ndim == 2 and type(m) is not nn.Embedding
+    ]
+    return (
+        config.hidden_act == "silu"
+        and not config.attention_bias
+        and not config.mlp_bias
+        and (config.rope_parameters or {}).get("rope_type") == "default"
+        and all(type(m) is nn.Linear for m in linears)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    )
+
+
+@dataclass
+class _Layer:
+    qkv: Linear
+    out: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    norm_H: Tensor
+    mlp_norm_H: Tensor
+
+
+class LlamaDecoder:
+    """A `Decoder` with copies of the model's weights in a layout of its own: make one per run, and let it go after."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, config = model, model.config
+        self.A, self.K = config.num_attention_heads, config.num_key_value_heads
+        self.D = model.model.layers[0].self_attn.head_dim
+        self.eps = config.rms_norm_eps
+        self.layers = [_pack(layer) for layer in model.model.layers]
+        self.head = Linear(model.lm_head.weight)
+
+    def prefill(self, tokens_GW: Tensor, mask_GW: Tensor, cache: SlotCache) -> Tensor:
+        length_G = mask_GW.sum(1)
+        cache.admit(length_G)
+        position_N = (mask_GW.cumsum(1) - 1)[mask_GW]
+        runs = _runs(length_G.tolist(), cache.span.rows.start)
+
+        def attend(number: int, q_NAD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+            layer, place, out_NAD = cache.layer(number), 0, torch.empty_like(q_NAD)
+            for rows, count, length in runs:
+                part = slice(place, place + count * length)
+                q, k, v = (x[part].unflatten(0, (count, length)).transpose(1, 2) for x in (q_NAD, k_NKD, v_NKD))
+                layer.write(rows, cache.end - length, k, v)
+                k, v = (x.repeat_interleave(self.A // self.K, 1) for x in (k, v))
+                mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                out_NAD[part] = mixed.transpose(1, 2).flatten(0, 1)
+                place = part.stop
+            return out_NAD
+
+        hidden_NH = self._forward(tokens_GW[mask_GW], position_N, attend)
+        return self._logits(hidden_NH[length_G.cumsum(0) - 1])
+
+    def step(self, token_S: Tensor, cache: SlotCache) -> Tensor:
+        cache.step()
+        mask_SL = cache.mask_SL()
+        bias_S11L = torch.zeros(mask_SL.shape, dtype=self.model.dtype, device=mask_SL.device)
+        bias_S11L = bias_S11L.masked_fill_(~mask_SL, float("-inf"))[:, None, None]
+
+        def attend(number: int, q_SAD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+            k_SKLD, v_SKLD = cache.layer(number).update(k_SKD[:, :, None], v_SKD[:, :, None])
+            q_SKQD = q_SAD.unflatten(1, (self.K, -1))
+            return F.scaled_dot_product_attention(q_SKQD, k_SKLD, v_SKLD, attn_mask=bias_S11L).flatten(1, 2)
+
+        return self._logits(self._forward(token_S, cache.position_S(), attend))
+
+    def _forward(
+        self, token_N: Tensor, position_N: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        x_NH = F.embedding(token_N, self.model.model.embed_tokens.weight)
+        turn = self._rotation(position_N, x_NH.dtype)
+        for number, layer in enumerate(self.layers):
+            qkv_NCD = layer.qkv(self._norm(x_NH, layer.norm_H)).unflatten(1, (-1, self.D))
+            qk_NCD, v_NKD = qkv_NCD.split([self.A + self.K, self.K], 1)
+            q_NAD, k_NKD = _rotate(qk_NCD, *turn).split([self.A, self.K], 1)
+            x_NH = layer.out.combined(attend(number, q_NAD, k_NKD, v_NKD).flatten(1), x_NH, "add")
+            y_NH = self._norm(x_NH, layer.mlp_norm_H)
+            x_NH = layer.down.combined(layer.up.combined(y_NH, layer.gate(y_NH, "swish"), "mul"), x_NH, "add")
+        return x_NH
+
+    def _logits(self, hidden_NH: Tensor) -> Tensor:
+        return self.head(self._norm(hidden_NH, self.model.model.norm.weight))
+
+    def _norm(self, x_NH: Tensor, weight_H: Tensor) -> Tensor:
+        return F.rms_norm(x_NH, weight_H.shape, weight_H, self.eps)
+
+    def _rotation(self, position_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos_N1D and sin_N1D; the sine of the first half is negative."""
+        angle_NF = position_N[:, None].float() * self.model.model.rotary_emb.inv_freq.float()
+        cos_NF, sin_NF = angle_NF.cos(), angle_NF.sin()
+        return torch.cat([cos_NF, cos_NF], 1)[:, None].to(dtype), torch.cat([-sin_NF, sin_NF], 1)[:, None].to(dtype)
+
+
+def _rotate(x_NCD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021) in transformers' order: the halves of a head are the two coordinates."""
+    halves_swapped = x_NCD.roll(x_NCD.shape[-1] // 2, -1)
+    return (x_NCD * cos_N1D).addcmul_(halves_swapped, sin_N1D)
+
+
+def _pack(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        qkv=Linear(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])),
+        out=Linear(attention.o_proj.weight),
+        gate=Linear(mlp.gate_proj.weight),
+        up=Linear(mlp.up_proj.weight),
+        down=Linear(mlp.down_proj.weight),
+        norm_H=layer.input_layernorm.weight,
+        mlp_norm_H=layer.post_attention_layernorm.weight,
+    )
+
+
+def _runs(lengths: list[int], first_slot: int) -> list[tuple[slice, int, int]]:
+    """Neighbours of one length, as (slots, how many, length): each run is one attention without padding."""
+    runs: list[tuple[slice, int, int]] = []
+    for slot, length in enumerate(lengths, first_slot):
+        if runs and runs[-1][2] == length:
+            rows, count, _ = runs.pop()
+            runs.append((slice(rows.start, slot + 1), count + 1, length))
+        else:
+            runs.append((slice(slot, slot + 1), 1, length))
+    return runs
