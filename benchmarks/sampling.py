@@ -1,0 +1,223 @@
+"""Our sampler against transformers' `generate`: useful tokens per second, and the share of what the machine could do.
+
+    python -m benchmarks.sampling --model FOLDER --out sampling.json
+
+Both sides run the same weights on the same prompts at one temperature, take turns, and use the same threads. A useful
+token is one that belongs to an answer, its end included; what `generate` computes for rows that have ended is not.
+`generate` gets its prompts sorted by length, `rows` at a time, so little of its batches is padding.
+
+fixed: as many prompts as rows, every answer of one length, as if no token could end it.
+natural: twice as many prompts as rows; an answer ends where the model ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import reward_data
+from benchmarks.limits import best_of, least_seconds, measure, work_of
+from rlhf.batches import PromptBatch, rows
+from rlhf.config import SamplingConfig
+from rlhf.data import pad, prompt_batch, short_prompts
+from rlhf.models import load_causal, load_tokenizer
+from rlhf.sampling import InProcessSampler
+
+NEVER = 1 << 30  # an EOS that no token is
+PROMPTS_PER_ROW = {"fixed": 1, "natural": 2}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one line of the table compares."""
+
+    precision: str
+    rows: int
+    lengths: str
+    max_new_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with prompts; `sampler` and `generate` share its weights."""
+
+    model: Any
+    sampler: InProcessSampler
+    prompts: PromptBatch
+    eos_id: int
+    pad_id: int
+
+
+Side = Callable[[Subject, Setting, PromptBatch, int], list[int]]
+
+
+def ours(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
+    """The lengths of the answers."""
+    subject.sampler.eos_id = _eos(subject, setting)
+    settings = SamplingConfig(
+        temperature=setting.temperature, max_new_tokens=setting.max_new_tokens, batch_size=setting.rows
+    )
+    return subject.sampler.sample(prompts, settings, seed, 0).response_mask_BR.sum(1).tolist()
+
+
+def generate(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
+    """The lengths of the answers."""
+    torch.manual_seed(seed)
+    lengths: list[int] = []
+    order_B = prompts.mask_BP.sum(1).argsort(descending=True)
+    for part in order_B.split(setting.rows):
+        width = int(prompts.mask_BP[part].sum(1).max())
+        tokens_GT = subject.model.generate(
+            prompts.tokens_BP[part, -width:],
+            attention_mask=prompts.mask_BP[part, -width:].long(),
+            do_sample=True,
+            temperature=setting.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=setting.max_new_tokens,
+            eos_token_id=_eos(subject, setting),
+            pad_token_id=subject.pad_id,
+        )
+        ends_GT = (tokens_GT[:, width:] == _eos(subject, setting)).long()
+        lengths += (ends_GT.cumsum(1) - ends_GT == 0).sum(1).tolist()
+    return lengths
+
+
+SIDES: dict[str, Side] = {"generate": generate, "ours": ours}
+
+
+def _eos(subject: Subject, setting: Setting) -> int:
+    return subject.eos_id if setting.lengths == "natural" else NEVER
+
+
+def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
+    """Every side `repeats` times in turn, after a short turn each that is not counted; so is the machine measured."""
+    count = setting.rows * PROMPTS_PER_ROW[setting.lengths]
+    prompts = rows(subject.prompts, torch.arange(count) % len(subject.prompts.ids_B))
+    prompts = replace(prompts, ids_B=torch.arange(count))
+    prompt_lengths = prompts.mask_BP.sum(1).tolist()
+    rates: dict[str, list[float]] = {name: [] for name in SIDES}
+    runs, machines, config = [], [], subject.model.config
+    brief = replace(setting, max_new_tokens=2)
+    for seed in range(-1, repeats):
+        machines.append(measure(DTYPES[setting.precision], config.hidden_size, config.intermediate_size))
+        for name, side in SIDES.items():
+            start = time.perf_counter()
+            lengths = side(subject, setting if seed >= 0 else brief, prompts, seed)
+            seconds = time.perf_counter() - start
+            if seed < 0:
+                continue
+            rates[name].append(sum(lengths) / seconds)
+            if name == "ours":
+                runs.append((lengths, seconds))
+    machine, work = best_of(machines), work_of(subject.model)
+    shares = [least_seconds(machine, work, prompt_lengths, lengths, setting.rows) / s for lengths, s in runs]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return asdict(setting) | {
+        "prompts": count,
+        "prompt_tokens": sum(prompt_lengths) / count,
+        "answer_tokens": sum(sum(lengths) for lengths, _ in runs) / (count * repeats),
+        "tokens_per_second": rates,
+        "median": medians,
+        "times_generate": medians["ours"] / medians["generate"],
+        "machine": asdict(machine),
+        "share_of_limit": statistics.median(shares),
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    head = "precision | rows | lengths | tokens per prompt | per answer | `generate`, tokens/s | ours, tokens/s | times"
+    lines = [f"| {head} | share of the limit |", "|" + "---|" * 9]
+    for r in results:
+        lines.append(
+            f"| {r['precision']} | {r['rows']} | {r['lengths']} | {r['prompt_tokens']:.0f} | {r['answer_tokens']:.0f} "
+            f"| {r['median']['generate']:.0f} | {r['median']['ours']:.0f} | {r['times_generate']:.2f} "
+            f"| {r['share_of_limit']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def tiny() -> tuple[Any, PromptBatch, int, int]:
+    """A random model and prompts, for a run of seconds."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
+    tokens_BP, mask_BP = pad([list(range(3, 3 + length)) for length in range(4, 12)], 0, left=True)
+    batch = PromptBatch(tokens_BP, mask_BP, torch.zeros(8, dtype=torch.bool), torch.arange(8))
+    return LlamaForCausalLM(config).eval(), batch, 2, 0
+
+
+def given(model: str, prompts: str, max_prompt_length: int) -> tuple[Any, PromptBatch, int, int]:
+    tokenizer = load_tokenizer(model)
+    short = short_prompts(tokenizer, reward_data.load("prompts", prompts, bad_rows="skip").rows, max_prompt_length)
+    chosen = [short[i] for i in torch.randperm(len(short), generator=torch.Generator().manual_seed(0)).tolist()]
+    batch = prompt_batch(tokenizer, chosen[:512], range(min(512, len(chosen))), max_prompt_length)
+    return load_causal(model), batch, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    args = _parser().parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    results = []
+    for precision in args.precision:
+        torch.manual_seed(0)
+        model, prompts, eos_id, pad_id = (
+            tiny() if args.quick else given(args.model, args.prompts, args.max_prompt_length)
+        )
+        sampler = InProcessSampler(model, eos_id, pad_id, precision)
+        subject = Subject(model, sampler, prompts, eos_id, pad_id)
+        for count in args.rows:
+            for lengths in args.lengths:
+                limit = args.fixed_tokens if lengths == "fixed" else args.natural_tokens
+                setting = Setting(precision, count, lengths, limit, args.temperature)
+                results.append(compare(subject, setting, args.repeats))
+                print(table(results[-1:]).splitlines()[-1], flush=True)
+    record = {"torch": torch.__version__, "processor": platform.processor(), "arguments": vars(args)}
+    if args.out:
+        Path(args.out).write_text(json.dumps(record | {"results": results}, indent=1))
+    print(f"\nthreads {args.threads}, median of {args.repeats}\n\n{table(results)}")
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a model folder or hub name")
+    source.add_argument("--quick", action="store_true", help="a random model of a few thousand parameters")
+    parser.add_argument("--prompts", default="shipped", help="a file that `reward_data` reads as prompts")
+    parser.add_argument("--out", help="write every figure to this JSON file")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--lengths", nargs="+", choices=list(PROMPTS_PER_ROW), default=list(PROMPTS_PER_ROW))
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--fixed_tokens", type=int, default=48)
+    parser.add_argument("--natural_tokens", type=int, default=128, help="where an answer that does not end is cut")
+    parser.add_argument("--max_prompt_length", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
