@@ -1,0 +1,150 @@
+"""What a machine can do at best, and the arithmetic that a model asks of it: the two sides of every share of the limit.
+
+Counted, as by Kaplan et al. 2020 (§2.1) and Chowdhery et al. 2022 (App. B): two FLOPs per weight and token in each matrix
+product of a dense model, its LM head where a token is predicted, and four per feature of every (query, key) pair that
+causal attention sees. Not counted: norms, softmax, embedding rows, the optimizer, and whatever is done on padding or
+for a second time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SIDES = (256, 512, 1024, 2048, 4096, 8192)
+LONG_ENOUGH_S = 0.005  # a product that takes this long is bound by arithmetic
+READ_BYTES = 1 << 28  # more than a worker's share of any cache
+
+
+@dataclass(frozen=True)
+class Machine:
+    flops: float  # of a matrix product, per second
+    bandwidth: float  # bytes read from memory, per second
+
+    def seconds(self, flops: float, bytes: float) -> float:
+        """The least time for so much arithmetic over so many bytes (roofline, Williams et al. 2009)."""
+        return max(flops / self.flops, bytes / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model in numbers. Weights of matrix products: `trunk` for every token, `head` where a token is predicted."""
+
+    trunk: int
+    head: int
+    trunk_learns: int  # of `trunk`, those that get a gradient
+    head_learns: int
+    all_learn: int  # every weight that the optimizer steps, tables and norms too
+    attention: int  # layers · query heads · head size
+    weight_bytes: int  # of trunk and head
+    cache_bytes: int  # keys and values of one token
+
+
+def measure(device: torch.device, precision: str) -> Machine:
+    """What this process gets of its device now, at the precision of the run: the best of a few tries, in ~0.3 s.
+
+    Draws from no random generator of the run.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Machine(_matrix_rate(device, dtype), _bandwidth(device))
+
+
+def together(machines: Iterable[Machine]) -> Machine:
+    """Workers that measured side by side, as one machine."""
+    machines = list(machines)
+    return Machine(sum(m.flops for m in machines), sum(m.bandwidth for m in machines))
+
+
+def size_of(module: nn.Module) -> ModelSize:
+    """Of a dense transformers model or of one of ours around it; a shard knows its whole shape."""
+    model = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
+    head = model.get_output_embeddings() if model is not None else None
+    head_weight = getattr(head, "weight", None)
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)} | {id(head_weight)}
+    trunk = [p for p in module.parameters() if len(_shape(p)) == 2 and id(p) not in tables]
+    heads = [p for p in module.parameters() if p is head_weight]
+    attention, cached = _attention(model.config.get_text_config()) if model is not None else (0, 0)
+    return ModelSize(
+        trunk=_count(trunk),
+        head=_count(heads),
+        trunk_learns=_count(p for p in trunk if p.requires_grad),
+        head_learns=_count(p for p in heads if p.requires_grad),
+        all_learn=_count(p for p in module.parameters() if p.requires_grad),
+        attention=attention,
+        weight_bytes=sum(_count([p]) * p.element_size() for p in (*trunk, *heads)),
+        cache_bytes=cached * next(module.parameters()).element_size(),
+    )
+
+
+def forward_flops(size: ModelSize, length_B: Tensor, predicted: int) -> float:
+    """Of one pass over rows of these lengths; `predicted`: tokens at which the LM head runs."""
+    products = 2 * (size.trunk * int(length_B.sum()) + size.head * predicted)
+    return float(products + 4 * size.attention * _pairs(length_B))
+
+
+def backward_flops(size: ModelSize, length_B: Tensor, predicted: int) -> float:
+    """As many as forward for the gradient of what goes through a product, twice as many in attention, whose both sides
+    have one, and those of the weights that learn: for a model that learns whole, forward and backward are 6 per weight."""
+    learns = 2 * (size.trunk_learns * int(length_B.sum()) + size.head_learns * predicted)
+    return forward_flops(size, length_B, predicted) + float(learns + 4 * size.attention * _pairs(length_B))
+
+
+def best_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    """The shortest of several times."""
+    times = []
+    for _ in range(1 + repeats):  # the first is for warming up
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    generator, rate = torch.Generator(device).manual_seed(0), 0.0
+    for side in SIDES:
+        a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+        seconds = best_seconds(lambda a=a, b=b: a @ b, device)
+        rate = max(rate, 2 * side**3 / seconds)
+        if seconds > LONG_ENOUGH_S:
+            break
+    return rate
+
+
+def _bandwidth(device: torch.device) -> float:
+    numbers = torch.ones(READ_BYTES // 4, device=device)
+    return READ_BYTES / best_seconds(numbers.sum, device)
+
+
+def _attention(config: Any) -> tuple[int, int]:
+    """(layers · query heads · head size, numbers in the keys and values of one token)."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return config.num_hidden_layers * heads * size, 2 * config.num_hidden_layers * kept * size
+
+
+def _pairs(length_B: Tensor) -> int:
+    """(query, key) pairs of causal attention: a token sees itself and those before it."""
+    return int((length_B * (length_B + 1) // 2).sum())
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
