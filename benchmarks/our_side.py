@@ -15,6 +15,7 @@ from rlhf import ranks
 from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig
 from rlhf.data import load_prompts, short_prompts
+from rlhf.ledger import Clock
 from rlhf.runtime import Progress, StageContext
 from rlhf.sampling import inprocess
 from rlhf.tracking import NullTracker
@@ -31,13 +32,14 @@ def main(job: Job, result: Path) -> None:
     if job.answers:
         load_dice(job)
     state = {"iteration": 0, "beta": config.ppo.beta}
-    seconds, figures = [], []
+    seconds, figures, clock = [], [], Clock(context.device)
     for _ in range(job.iterations):
         ranks.barrier()
         state["iteration"] += 1
         start = time.perf_counter()
-        figures.append(iterate(config, context, models, prompts, state))
+        figures.append(iterate(config, context, models, prompts, state, clock))
         seconds.append(time.perf_counter() - start)
+        figures[-1] |= clock.close()
     memory = sum(ranks.gather_objects(peak_memory()))
     if context.is_writer:
         lengths = [one["ppo/length"] for one in figures]

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reward_data.records import Message, Prompt
 from rlhf.config import DataConfig, HardwareConfig, PPOConfig, RoleConfig, RunConfig
 from rlhf.engine import LocalEngine
+from rlhf.ledger import Clock
 from rlhf.models import ScalarModel
 from rlhf.policy import PolicyModel
 from rlhf.runtime import Progress, StageContext
@@ -164,10 +165,10 @@ def train(world: World, ppo: PPOConfig, seed: int = 0) -> Trained:
     prompts = [Prompt((Message("user", text),), "helpful", "small world") for text in PROMPTS]
     policy = cast(LlamaForCausalLM, models.policy.module.causal)
     path = [world.figures(world.reference_QN)]
-    state = {"iteration": 0, "beta": ppo.beta}
+    state, clock = {"iteration": 0, "beta": ppo.beta}, Clock(context.device)
     while state["iteration"] < ppo.iterations:
         state["iteration"] += 1
-        iterate(config, context, models, prompts, state)
+        iterate(config, context, models, prompts, state, clock)
         path.append(world.figures(world.logprobs(policy)))
     return Trained(path, policy, cast(ScalarModel, models.critic.module))
 

@@ -1,12 +1,8 @@
-"""Metrics that stay exact: a mean carries its sum and its count until one reduction over all ranks. And a clock."""
+"""Metrics that stay exact: a mean carries its sum and its count until one reduction over all ranks."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -72,23 +68,3 @@ def _of_all_ranks(mine: dict[str, Mean]) -> list[dict[str, Mean]]:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
-
-
-class Clock:
-    """Seconds per phase of one iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.started = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-
-    def figures(self) -> dict[str, float]:
-        total = time.perf_counter() - self.started
-        rest = total - sum(self.seconds.values())
-        phases = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
-        return phases | {"perf/seconds_other": rest, "perf/seconds_iteration": total}

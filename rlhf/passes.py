@@ -28,6 +28,25 @@ def passes_of_minibatch(
     return list(index[order_NW[:, rank]].split(_pass_sizes(lengths_M2[order_NW], config)))
 
 
+def tokens_of_shares(rollout: Rollout, world: int, config: PPOConfig) -> int:
+    """Tokens that a model computes, padding inside, where each rank reads its share of the whole `rollout`."""
+    shares_WN2 = _lengths(rollout).view(world, -1, 2)
+    return _computed(torch.stack([share_N2[_longest_first(share_N2)] for share_N2 in shares_WN2], 1), config)
+
+
+def tokens_of_minibatch(batch: Rollout | Experience, index: Tensor, world: int, config: PPOConfig) -> int:
+    """The same for the passes of all ranks over the rows `index`."""
+    lengths_M2 = _lengths(batch)[index]
+    return _computed(lengths_M2[_longest_first(lengths_M2).view(-1, world)], config)
+
+
+def _computed(lengths_NW2: Tensor, config: PPOConfig) -> int:
+    if config.packing:
+        return int(lengths_NW2.sum())
+    passes = lengths_NW2.split(_pass_sizes(lengths_NW2, config))
+    return sum(len(pass_NW2) * int(pass_NW2.amax(0).sum()) for pass_NW2 in passes)
+
+
 def _pass_sizes(lengths_NW2: Tensor, config: PPOConfig) -> list[int]:
     """How many of N rows go into each pass, the same on all W ranks: under ZeRO-3 they wait for one another.
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from rlhf import alarms, checkpoint, checks, lineage, ranks
+from rlhf import alarms, checkpoint, checks, ledger, lineage, ranks
 from rlhf.algorithms.kl import adaptive_beta
 from rlhf.algorithms.rewards import piecewise_reward
 from rlhf.artifacts import Artifact
@@ -27,7 +27,7 @@ from rlhf.evaluation.intervals import paired_difference
 from rlhf.evaluation.policy_report import policy_report
 from rlhf.evaluation.samples import before_and_after, sampled
 from rlhf.experience import make_experience
-from rlhf.metrics import Clock
+from rlhf.ledger import Clock
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -61,6 +61,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     """Trains the policy and returns the artifact of the iteration with the best held-out reward."""
     ppo = config.ppo
     data = lineage.stage_data(config, context.stage)
+    machine = ledger.all_machines(context.device, config.hardware.precision)
     models = open_models(config, context)
     prompts, held_out = (
         short_prompts(models.tokenizer, rows_, ppo.max_prompt_length)
@@ -87,68 +88,64 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         state["best"] = judge.reward(for_choice, 0)
         _keep_best(context, models, 0)
 
+    clock = Clock(context.device)
     while state["iteration"] < ppo.iterations and state["since_best"] < ppo.patience:
         state["iteration"] += 1
-        figures = iterate(config, context, models, prompts, state)
-        context.tracker.metrics(figures, step=state["iteration"])
-        watch(config, context, figures, state)
+        figures = iterate(config, context, models, prompts, state, clock)
+        with clock("logging"):
+            context.tracker.metrics(figures, step=state["iteration"])
+            watch(config, context, figures, state)
         if state["iteration"] % ppo.eval_every == 0 or state["iteration"] == ppo.iterations:
-            _sync(models)
-            reward = judge.reward(for_choice, state["iteration"])
-            state["since_best"] += 1
-            if reward > state["best"]:
-                state |= {"best": reward, "best_iteration": state["iteration"], "since_best": 0}
-                _keep_best(context, models, state["iteration"])
-        shown = {"reward": figures["ppo/reward"], "kl": figures["ppo/kl"]}
-        context.progress.update(state["iteration"], ppo.iterations, **shown)
+            with clock("evaluation"):
+                _sync(models)
+                reward = judge.reward(for_choice, state["iteration"])
+                state["since_best"] += 1
+                if reward > state["best"]:
+                    state |= {"best": reward, "best_iteration": state["iteration"], "since_best": 0}
+                    _keep_best(context, models, state["iteration"])
+        with clock("logging"):
+            shown = {"reward": figures["ppo/reward"], "kl": figures["ppo/kl"]}
+            context.progress.update(state["iteration"], ppo.iterations, **shown)
         if state["iteration"] % ppo.checkpoint_every == 0:
-            checkpoint.save(context.checkpoint_folder, state["iteration"], _engines(models), state)
+            with clock("checkpoint"):
+                checkpoint.save(context.checkpoint_folder, state["iteration"], _engines(models), state)
+        context.tracker.metrics(ledger.close(clock, figures, machine), step=state["iteration"])
     return finish(config, context, models, judge, for_report, state, lineage.parents(data, context.inputs))
 
 
 def iterate(
-    config: RunConfig, context: StageContext, models: Models, prompts: Sequence[Any], state: dict[str, Any]
+    config: RunConfig,
+    context: StageContext,
+    models: Models,
+    prompts: Sequence[Any],
+    state: dict[str, Any],
+    clock: Clock,
 ) -> dict[str, float]:
     """One iteration: sample → score → experience → update."""
-    ppo, clock, iteration = config.ppo, Clock(), state["iteration"]
+    ppo, iteration, rank, world = config.ppo, state["iteration"], context.rank, context.world_size
     with clock("sync"):
         bytes_moved = _sync(models)
     with clock("sampling"):
         batch = draw_prompts(models.tokenizer, prompts, config, iteration)
-        mine = rows(batch, ranks.share(ppo.batch_size, context.rank, context.world_size))
+        mine = rows(batch, ranks.share(ppo.batch_size, rank, world))
         rollout = models.sampler.sample(_to(mine, context.device), ppo.sampling, config.seed, iteration)
     with clock("scoring"):
         scores = _read(rollout, models, config)
         rollout, scores = ranks.gather_rows(_to(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
     experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
-    if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
-        table = sampled(models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
-        context.tracker.table("samples", table)
+    with clock("logging"):
+        figures |= _work(rollout, models, config, iteration, world)
+        if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
+            table = sampled(models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
+            context.tracker.table("samples", table)
     with clock("update"):
-        figures |= update(
-            models.policy,
-            models.critic,
-            experience,
-            ppo,
-            config.seed,
-            iteration,
-            context.rank,
-            context.world_size,
-        )
-    figures["ppo/beta"] = state["beta"]
+        figures |= update(models.policy, models.critic, experience, ppo, config.seed, iteration, rank, world)
+    figures["ppo/beta"], figures["perf/sync_bytes"] = state["beta"], float(bytes_moved)
     if ppo.kl_target is not None:
         state["beta"] = adaptive_beta(
             state["beta"], figures["ppo/kl"], ppo.kl_target.target, ppo.kl_target.horizon, ppo.batch_size
         )
-    tokens = float(rollout.response_mask_BR.sum())
-    return (
-        figures
-        | clock.figures()
-        | {
-            "perf/sampled_tokens_per_second": tokens / max(clock.seconds["sampling"], 1e-9),
-            "perf/sync_bytes": float(bytes_moved),
-        }
-    )
+    return figures
 
 
 def verify(config: RunConfig, context: StageContext, models: Models, prompts: Sequence[Any], fresh: bool) -> None:
@@ -338,6 +335,13 @@ def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:
     ppo = config.ppo
     helpful, safety = models.rewards[ppo.helpfulness_model], models.rewards[ppo.safety_model]
     return read_rollout(rollout, models.policy, models.reference, models.critic, helpful, safety, ppo)
+
+
+def _work(rollout: Rollout, models: Models, config: RunConfig, iteration: int, world: int) -> dict[str, float]:
+    """What the iteration asks of the models."""
+    learners = [models.policy.module, models.critic.module]
+    readers = [*learners, models.reference.module, *(engine.module for engine in models.rewards.values())]
+    return ledger.work(rollout, models.sampler, readers, learners, config, iteration, world)
 
 
 def _sync(models: Models) -> int:

@@ -12,6 +12,8 @@ from rlhf.sampling.cache import SlotCache
 class Decoder(Protocol):
     """What a sampler asks of a model. G: newcomers, W: their longest prompt, S: rows in the cache, V: vocabulary."""
 
+    packs: bool  # reads prompts without the padding between them
+
     def prefill(self, tokens_GW: Tensor, mask_GW: Tensor, cache: SlotCache) -> Tensor:
         """Lets left-padded prompts join the cache; returns the logits_GV after their last tokens."""
         ...
@@ -23,6 +25,8 @@ class Decoder(Protocol):
 
 class CausalDecoder:
     """By the model's own forward pass, adapters and all."""
+
+    packs = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

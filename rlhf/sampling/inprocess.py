@@ -29,6 +29,7 @@ class InProcessSampler:
     def __init__(self, model: nn.Module, eos_id: int, pad_id: int, precision: str = "float32") -> None:
         self.model = model.eval().requires_grad_(False)
         self.eos_id, self.pad_id = eos_id, pad_id
+        self.positions = (0, 0)  # that the model computed in the last `sample`: in prompts, in steps of one token
         if precision == "bf16":
             for parameter in model.parameters():  # not the buffers: rounded rotary frequencies misplace every token
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -64,6 +65,7 @@ class InProcessSampler:
             else:
                 run.step()
             on_rows(len(prompts.ids_B) - run.unfinished)
+        self.positions = (run.prompt_positions, run.step_positions)
         mask_BR = torch.arange(settings.max_new_tokens, device=run.length_B.device) < run.length_B[:, None]
         return Rollout(
             tokens_BT=torch.cat([prompts.tokens_BP, run.tokens_BR], 1),
@@ -103,6 +105,7 @@ class _Run:
         self.cache = SlotCache(min(B, settings.batch_size), device)
         self.index_S = self.waiting[:0]  # the row of the batch that sits in each slot
         self.token_S = self.index_S  # its last token, not yet read by the model
+        self.prompt_positions = self.step_positions = 0  # that the model computed so far
 
     @property
     def unfinished(self) -> int:
@@ -120,11 +123,13 @@ class _Run:
         index_G, self.waiting = self.waiting[:count], self.waiting[count:]
         tokens_GW, mask_GW = (x[index_G, -width:] for x in (self.prompts.tokens_BP, self.prompts.mask_BP))
         token_G = self._draw(self.decoder.prefill(tokens_GW, mask_GW, self.cache), index_G)
+        self.prompt_positions += int(mask_GW.sum()) if self.decoder.packs else mask_GW.numel()
         self.index_S, self.token_S = torch.cat([self.index_S, index_G]), torch.cat([self.token_S, token_G])
         self._release()
 
     def step(self) -> None:
         """One more token for every row."""
+        self.step_positions += len(self.token_S)
         self.token_S = self._draw(self.decoder.step(self.token_S, self.cache), self.index_S)
         self._release()
 

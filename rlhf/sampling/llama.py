@@ -54,6 +54,8 @@ class _Layer:
 class LlamaDecoder:
     """A `Decoder` with copies of the model's weights in a layout of its own: make one per run, and let it go after."""
 
+    packs = True
+
     def __init__(self, model: Any) -> None:
         self.model, config = model, model.config
         self.A, self.K = config.num_attention_heads, config.num_key_value_heads

@@ -119,6 +119,7 @@ def prompts() -> list[Prompt]:
 
 def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
     from rlhf.engine import full_state
+    from rlhf.ledger import Clock
     from stages import ppo
 
     config, found = settings(layout), Trajectory()
@@ -140,14 +141,14 @@ def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
 
     for name, engine in learners.items():
         watch_steps(name, engine, found)
-    found.start, state = weights(), {"iteration": 0, "beta": 0.1}
+    found.start, state, clock = weights(), {"iteration": 0, "beta": 0.1}, Clock(context.device)
     with pytest.MonkeyPatch.context() as patch:
         watch_answers(patch, found)
         if layout.mean_of_means:
             plant_mean_of_means(patch, learners, passes=layout.ranks * layout.accumulation)
         for iteration in range(1, iterations + 1):
             state["iteration"] = iteration
-            found.figures.append(ppo.iterate(config, context, models, prompts(), state))
+            found.figures.append(ppo.iterate(config, context, models, prompts(), state, clock))
     found.weights = weights()
     return found
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rlhf import ranks
 from rlhf.batches import Experience, Rollout, rows, trim
 from rlhf.config import PPOConfig
-from rlhf.passes import passes_of_minibatch, passes_of_shares
+from rlhf.passes import passes_of_minibatch, passes_of_shares, tokens_of_minibatch, tokens_of_shares
 
 P, R = 9, 7
 
@@ -43,6 +43,8 @@ def test_a_minibatch_is_read_once_in_equally_many_passes_within_the_budget(lengt
     assert sorted(torch.cat([part for rank in passes for part in rank]).tolist()) == sorted(index.tolist())
     assert len({len(rank) for rank in passes}) == 1
     assert all(len(part) == 1 or read_tokens(batch, part, packing) <= budget for rank in passes for part in rank)
+    computed = sum(read_tokens(batch, part, packing) for rank in passes for part in rank)
+    assert tokens_of_minibatch(batch, index, world, config) == computed
 
 
 def test_the_budget_is_used_up_by_hand():
@@ -92,3 +94,6 @@ def test_ranks_that_know_only_their_own_rows_agree_on_the_passes(lengths, budget
     for share, parts in zip(shares, passes, strict=True):
         assert sorted(torch.cat(parts).tolist()) == [0, 1]
         assert all(len(part) == 1 or read_tokens(share, part, packing) <= budget for part in parts)
+    both = zip(shares, passes, strict=True)
+    computed = sum(read_tokens(share, part, packing) for share, parts in both for part in parts)
+    assert tokens_of_shares(rollout(lengths), 2, config) == computed

@@ -18,6 +18,7 @@ from rlhf import checkpoint, checks
 from rlhf.data import load_prompts
 from rlhf.engine import LocalEngine
 from rlhf.errors import UserError
+from rlhf.ledger import COMPUTING, PHASES
 from rlhf.models import load_causal, load_scalar, load_tokenizer, scalar
 from rlhf.runtime import read_progress
 from rlhf.sampling import InProcessSampler
@@ -102,6 +103,21 @@ def test_evaluation_before_the_first_and_after_every_iteration(run):
     assert [step for step, _ in figures["eval/reward"]] == [0, 1, 2]
     assert dict(figures["eval/kl"])[0] == pytest.approx(0, abs=1e-4)
     assert abs(dict(figures["eval/kl"])[2]) > 1e-3  # it has moved
+
+
+def test_every_second_and_every_token_of_an_iteration_is_accounted_for(run):
+    config = run("ppo")
+    told = {name: dict(points) for name, points in read_metrics(config.folder / "ppo").items()}
+    for step in (1, 2):
+        seconds = {phase: told[f"perf/seconds_{phase}"][step] for phase in PHASES}
+        assert sum(seconds.values()) == pytest.approx(told["perf/seconds_iteration"][step], abs=1e-9)
+        assert all(seconds[phase] > 0 for phase in PHASES)  # evaluation and checkpoint in every iteration
+        assert seconds["other"] < 0.5 * sum(seconds.values())
+        for phase in COMPUTING:
+            of_answers = config.ppo.epochs if phase == "update" else 1
+            assert told[f"perf/tokens_{phase}_useful"][step] == of_answers * told["ppo/length"][step] * 16
+            assert 0 < told[f"perf/useful_share_{phase}"][step] < 1
+            assert 0 < told[f"perf/limit_share_{phase}"][step] < 1
 
 
 def test_the_coefficient_of_the_kl_follows_its_target(run):
