@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import plots
+from launch import ledger, plots
 from rlhf import alarms
 from rlhf.artifacts import load, write_atomic, write_json
 from rlhf.config import RunConfig
@@ -54,6 +54,7 @@ def build(folder: Path, config: RunConfig, extra: Mapping[str, Any]) -> dict[str
             **{key: value for key, value in metrics["ppo"].items() if key != "samples"},
             "held_out": {policy: _nested(metrics["ppo"]["held_out"][policy]) for policy in POLICIES},
             "gain": _nested(metrics["ppo"]["gain"]),
+            "ledger": ledger.account(read_metrics(folder / "ppo")),
         },
         **extra,
     }
@@ -149,7 +150,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             for stage, path in report["artifacts"].items()
         ],
     )
-    return [accuracy, answers, stages]
+    return [accuracy, answers, *_ledger(report["ppo"]), stages]
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -209,6 +210,15 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
         f"PPO, {alarms.line(entry)} (in {entry['iterations']} of {report['ppo']['iterations']} iterations)"
         for entry in report["ppo"].get("alarms", [])
     ]
+
+
+def _ledger(ppo: Mapping[str, Any]) -> list[Table]:
+    """Where the time and the tokens of PPO went; nothing where no iteration was recorded."""
+    if not (account := ppo.get("ledger")):
+        return []
+    machine = account["machine"]
+    at_best = f"{machine['flops'] / 1e9:.0f} GFLOP/s, {machine['bandwidth'] / 1e9:.0f} GB/s"
+    return [Table(f"PPO: a mean iteration; the machine's limit: {at_best}", ledger.COLUMNS, ledger.rows(account))]
 
 
 def _accuracy(model: Mapping[str, Any], group: str) -> Mapping[str, Any] | None:

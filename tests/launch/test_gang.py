@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launch import cli, gang, pipeline
 from launch.settings import load
+from rlhf.ledger import PHASES
 from rlhf.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,9 @@ def test_the_report_has_every_figure(finished: Any) -> None:
         for name in ("helpfulness", "safety"):
             assert_estimate(figures["reward"][name] if "reward" in figures else figures[f"reward.{name}"])
     assert isinstance(report["ppo"]["kl"], float)
+    ledger = report["ppo"]["ledger"]
+    assert ledger["iterations"] == 2 and 0 < ledger["phases"]["update"]["limit_share"] < 1
+    assert all(count >= 0 for count in ledger["phases"]["sampling"]["tokens"].values())
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert report["seconds"].keys() == report["artifacts"].keys() == set(STAGES)
     assert all((Path(path) / "manifest.json").is_file() for path in report["artifacts"].values())
@@ -153,8 +157,14 @@ def test_metrics_stand_under_the_prefix_of_what_they_measure(finished: Any) -> N
 def test_every_metric_has_its_definition(finished: Any) -> None:
     defined = set(re.findall(r"`([a-z]+/[\w<>]+)`", (ROOT / "docs/metrics.md").read_text()))
     told = {name for stage in STAGES for name in read_metrics(finished.folder / stage)}
-    assert {re.sub("helpfulness$|safety$", "<name>", name) for name in told if "eval/reward_" in name} <= defined
-    assert {name for name in told if "eval/reward_" not in name} <= defined
+    assert {in_general(name) for name in told} <= defined
+
+
+def in_general(name: str) -> str:
+    """perf/tokens_update_padded → perf/tokens_<phase>_<kind>, eval/reward_safety → eval/reward_<name>."""
+    name = re.sub("(?<=eval/reward_)(helpfulness|safety)$", "<name>", name)
+    name = re.sub(rf"(?<=_)({'|'.join(PHASES)})(?=_|$)", "<phase>", name)
+    return re.sub(r"(?<=tokens_<phase>_)\w+", "<kind>", name)
 
 
 def test_a_run_names_settings_data_code_and_the_artifacts_that_it_used(finished: Any) -> None:

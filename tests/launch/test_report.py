@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import plots, report
+from launch import ledger, plots, report
 from rlhf import artifacts
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -90,6 +90,20 @@ MANIFESTS = {
 }
 
 
+def perf(step: int) -> dict[str, float]:
+    """An iteration of 10 s; every tenth takes 5 s more for a checkpoint."""
+    seconds = {"sync": 0.5, "sampling": 4.0, "scoring": 1.0, "update": 3.0, "logging": 0.5, "other": 1.0}
+    seconds |= {"evaluation": 0.0, "checkpoint": 5.0 * (step % 10 == 0)}
+    figures = {f"perf/seconds_{phase}": value for phase, value in seconds.items()}
+    figures |= {"perf/seconds_iteration": sum(seconds.values()), "perf/machine_flops": 2e12}
+    figures |= {"perf/machine_bandwidth": 1e11, "perf/memory_update": 1e9 + step, "perf/memory_sampling": 5e8}
+    for phase in ("sampling", "scoring", "update"):
+        tokens = {"useful": 600.0, "prompt": 300.0, "padded": 100.0, "dropped": 200.0 * (phase == "sampling")}
+        figures |= {f"perf/tokens_{phase}_{kind}": count for kind, count in tokens.items()}
+        figures |= {f"perf/limit_share_{phase}": 0.5, f"perf/flop_utilisation_{phase}": 0.25}
+    return figures
+
+
 def series(stage: str) -> list[dict[str, float]]:
     """A plausible metrics.jsonl."""
     noise = random.Random(len(stage))
@@ -107,6 +121,7 @@ def series(stage: str) -> list[dict[str, float]]:
                     "ppo/entropy": 1.6 - 0.6 * rise,
                 }
             )
+            lines.append({"step": step, **perf(step)})
         for step in range(0, 41, 10):
             rise = 1 - math.exp(-step / 15)
             evaluation = {"eval/reward": 1.4 * rise, "eval/kl": 5 * rise, "eval/gold": 0.55 + 0.3 * rise}
@@ -227,8 +242,41 @@ def test_a_run_without_alarms_has_no_warning(folder, built):
 
 
 def test_a_stage_that_was_skipped_before_its_time_was_taken_has_a_dash(built):
-    stages = report.tables(built)[2]
+    stages = report.tables(built)[-1]
     assert [row[:2] for row in stages.rows][-1] == ("ppo", "–")
+
+
+def test_the_ledger_is_a_mean_iteration_by_hand(built):
+    ledger = built["ppo"]["ledger"]
+    assert (ledger["iterations"], ledger["seconds"]) == (40, 10.5)
+    assert ledger["machine"] == {"flops": 2e12, "bandwidth": 1e11}
+    phases = ledger["phases"]
+    assert sum(phase["seconds"] for phase in phases.values()) == ledger["seconds"]
+    assert phases["checkpoint"] == {"seconds": 0.5, "share": 0.5 / 10.5}
+    assert phases["sampling"] == {
+        "seconds": 4.0,
+        "share": 4.0 / 10.5,
+        "memory": 5e8,
+        "tokens": {"useful": 600.0, "prompt": 300.0, "padded": 100.0, "dropped": 200.0},
+        "useful_share": 0.5,
+        "tokens_per_second": 900.0 / 4.0,
+        "flop_utilisation": 0.25,
+        "limit_share": 0.5,
+    }
+    assert phases["update"]["memory"] == 1e9 + 40
+
+
+def test_the_ledger_is_a_table_of_the_markdown(folder, built):
+    text = (folder / "report.md").read_text()
+    assert "## PPO: a mean iteration; the machine's limit: 2000 GFLOP/s, 100 GB/s" in text
+    assert "| sampling | 4 | 38.1 % | 225 | 50 % | 25 % | 8 % | 17 % | 50.0 % | 0.50 |" in text
+    assert "| checkpoint | 0.5 | 4.8 % |  |  |  |  |  |  |  |" in text
+
+
+def test_an_iteration_whose_time_was_not_taken_to_the_end_is_left_out():
+    points = {name: [(1, value), (2, value)] for name, value in perf(1).items()}
+    points["perf/seconds_iteration"] = [(1, 10.0)]
+    assert ledger.account(points) == ledger.account({name: [(1, value)] for name, value in perf(1).items()})
 
 
 def test_headline_names_the_figures_to_compare_runs_by(built):
@@ -250,6 +298,7 @@ def test_a_run_without_gold_or_metrics_files_is_reported_too(tmp_path):
         path.unlink()
     built = report.build(tmp_path, CONFIG, {**EXTRA, "mlflow": {"tracking_uri": None, "run_id": None}})
     assert "gold" not in built["ppo"]["held_out"]["ppo"]
+    assert built["ppo"]["ledger"] == {} and "limit" not in (tmp_path / "report.md").read_text()
     assert "not recorded" in (tmp_path / "report.md").read_text()
 
 
@@ -279,6 +328,8 @@ def in_general(key: str) -> str:
     """reward.safety.by_rating.better.low -> reward.<name>.by_rating.<rating>."""
     key = re.sub(r"\.(value|low|high|n)$", "", key)
     key = re.sub(r"^(seconds|artifacts)\..*", r"\1.<stage>", key)
+    key = re.sub(r"ledger\.phases\.\w+", "ledger.phases.<phase>", key)
+    key = re.sub(r"tokens\.\w+", "tokens.<kind>", key)
     key = re.sub(r"\breward\.(helpfulness|safety)", "reward.<name>", key)
     key = re.sub(r"held_out\.(base|sft|ppo)", "held_out.<policy>", key)
     return re.sub(r"by_(rating|tag)\.\w+", r"by_\1.<\1>", key)

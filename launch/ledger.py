@@ -1,0 +1,72 @@
+"""The ledger of a PPO stage: the perf/ figures of all its iterations as one account, for the report.
+
+docs/metrics.md defines the figures; the stage takes them in rlhf/ledger.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+KINDS = ("useful", "prompt", "padded", "dropped")
+COLUMNS = ("phase", "seconds", "of time", "tokens/s", *KINDS, "of limit", "GB")
+
+Series = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def account(series: Series) -> dict[str, Any]:
+    """Means per iteration, over the iterations whose time was taken to the end; speeds and shares weigh by seconds.
+
+    `series`: (step, value) by metric. Empty where none was recorded.
+    """
+    of_step = {name: dict(points) for name, points in series.items() if name.startswith("perf/")}
+    steps = sorted(of_step.get("perf/seconds_iteration", {}))
+    if not steps:
+        return {}
+
+    def values(name: str) -> list[float]:
+        return [of_step[f"perf/{name}"].get(step, 0.0) for step in steps] if f"perf/{name}" in of_step else []
+
+    whole = sum(values("seconds_iteration"))
+    names = [name.removeprefix("perf/seconds_") for name in of_step if name.startswith("perf/seconds_")]
+    phases = {phase: _phase(values, phase, whole, len(steps)) for phase in names if phase != "iteration"}
+    machine = {name: _mean(values(f"machine_{name}")) for name in ("flops", "bandwidth")}
+    return {"iterations": len(steps), "seconds": whole / len(steps), "machine": machine, "phases": phases}
+
+
+def rows(ledger: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line per phase, and one for the whole iteration; under `COLUMNS`."""
+    lines = [_line(phase, figures) for phase, figures in ledger["phases"].items()]
+    return [*lines, ("iteration", f"{ledger['seconds']:.3g}", "100 %", *[""] * (len(COLUMNS) - 3))]
+
+
+def _phase(values: Any, phase: str, whole: float, count: int) -> dict[str, Any]:
+    seconds = values(f"seconds_{phase}")
+    total = sum(seconds)
+    figures: dict[str, Any] = {"seconds": total / count, "share": total / whole}
+    if memory := values(f"memory_{phase}"):
+        figures["memory"] = max(memory)
+    tokens = {kind: sum(values(f"tokens_{phase}_{kind}")) for kind in KINDS}
+    if sum(tokens.values()) and total:
+        figures["tokens"] = {kind: number / count for kind, number in tokens.items()}
+        figures["useful_share"] = tokens["useful"] / sum(tokens.values())
+        figures["tokens_per_second"] = (tokens["useful"] + tokens["prompt"]) / total
+        for name in ("flop_utilisation", "limit_share"):
+            weighted = zip(values(f"{name}_{phase}"), seconds, strict=True)
+            figures[name] = sum(share * taken for share, taken in weighted) / total
+    return figures
+
+
+def _line(phase: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    start = (phase, f"{figures['seconds']:.3g}", f"{figures['share']:.1%}".replace("%", " %"))
+    memory = f"{figures['memory'] / 1e9:.2f}" if "memory" in figures else ""
+    if "tokens" not in figures:
+        return (*start, *[""] * (2 + len(KINDS)), memory)
+    tokens = figures["tokens"]
+    shares = (f"{tokens[kind] / sum(tokens.values()):.0%}".replace("%", " %") for kind in KINDS)
+    limit = f"{figures['limit_share']:.1%}".replace("%", " %")
+    return (*start, f"{figures['tokens_per_second']:.0f}", *shares, limit, memory)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
