@@ -26,10 +26,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reward_data
-from benchmarks.limits import best_of, least_seconds, measure, work_of
+from benchmarks.limits import best_of, least_seconds, measure
 from rlhf.batches import PromptBatch, rows
 from rlhf.config import SamplingConfig
 from rlhf.data import pad, prompt_batch, short_prompts
+from rlhf.limits import size_of
 from rlhf.models import load_causal, load_tokenizer
 from rlhf.sampling import InProcessSampler
 
@@ -122,8 +123,8 @@ def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
             rates[name].append(sum(lengths) / seconds)
             if name == "ours":
                 runs.append((lengths, seconds))
-    machine, work = best_of(machines), work_of(subject.model)
-    shares = [least_seconds(machine, work, prompt_lengths, lengths, setting.rows) / s for lengths, s in runs]
+    machine, size = best_of(machines), size_of(subject.model)
+    shares = [least_seconds(machine, size, prompt_lengths, lengths, setting.rows) / s for lengths, s in runs]
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return asdict(setting) | {
         "prompts": count,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import sampling
-from benchmarks.limits import Machine, Work, least_seconds
+from benchmarks.limits import least_seconds
+from rlhf.limits import Machine, ModelSize
 
 ARGUMENTS = [
     "--quick",
@@ -55,10 +56,10 @@ def test_both_sides_count_the_tokens_up_to_the_end_and_no_others(threads):
 
 
 def test_the_least_time_by_hand():
-    machine, work = Machine(flops=100.0, bandwidth=10.0), Work(trunk=5, head=2, weight_bytes=28, cache_bytes=4)
+    machine, size = Machine(flops=100.0, bandwidth=10.0), ModelSize(5, 2, 0, 0, 0, 0, weight_bytes=28, cache_bytes=4)
     reading = 2 * (5 * (3 + 4) + 2 * 2) / 100
     seen = (3 + 1) + (4 + 1) + (4 + 2)  # the second answer has one token more to read its past for
-    narrow = least_seconds(machine, work, [3, 4], [2, 3], rows=1)
+    narrow = least_seconds(machine, size, [3, 4], [2, 3], rows=1)
     assert narrow == pytest.approx(reading + 3 * 28 / 10 + seen * 4 / 10)  # three steps stream the weights
     fast_memory = Machine(flops=100.0, bandwidth=1e9)
-    assert least_seconds(fast_memory, work, [3, 4], [2, 3], rows=2) == pytest.approx(reading + 2 * 7 * 3 / 100)
+    assert least_seconds(fast_memory, size, [3, 4], [2, 3], rows=2) == pytest.approx(reading + 2 * 7 * 3 / 100)
