@@ -6,7 +6,7 @@ from tests.mutants.bug import bugs_in
 
 STEP = bugs_in(
     "rlhf/engine.py",
-    ["rlhf/test_update.py::test_two_steps_are_those_of_a_plain_loop"],
+    ["rlhf/test_update.py::test_two_steps_are_those_of_a_plain_loop", "rlhf/test_engine.py::test_adam_by_hand"],
     ("losses are sums", "(loss_sum / max(count, 1)).backward()", "loss_sum.backward()"),
     ("Adam has the eps of torch", ", eps=optim.eps)", ")"),
     ("Adam has the betas of torch", "betas=(optim.beta1, optim.beta2), ", ""),
@@ -118,6 +118,7 @@ SCALAR = bugs_in(
         "a missing head is made up",
         'raise UserError(f"{folder} says that it is a reward model, and has no score.weight", 4)',
         "return torch.zeros(1, 32)",
+        "a folder without it is refused already where all its weights are read",
     ),
     (
         "a new head is random",

@@ -107,6 +107,21 @@ def test_decay_pulls_on_matrices_alone():
         torch.testing.assert_close(tensor, before[name] * (0.95 if tensor.dim() == 2 else 1.0))
 
 
+def test_adam_by_hand():
+    """Kingma & Ba 2015 (arXiv 1412.6980), alg. 1, two steps with the gradients 3 and 4."""
+    net = nn.Linear(1, 1, bias=False)
+    start = float(net.weight.detach())
+    engine = local(net, OptimConfig(lr=0.1, beta1=0.5, beta2=0.75, eps=0.5, weight_decay=0.0, max_grad_norm=99.0))
+    for x in (3.0, 4.0):
+        engine.backward(engine(torch.tensor([[x]])).sum(), 1, last=True)
+        engine.step()
+    first = 3.0 / (3.0 + 0.5)  # both moments are those of the one gradient
+    mean = (0.5 * 0.5 * 3 + 0.5 * 4) / (1 - 0.5**2)
+    square = (0.75 * 0.25 * 9 + 0.25 * 16) / (1 - 0.75**2)
+    expected = start - 0.1 * (first + mean / (square**0.5 + 0.5))
+    assert float(net.weight.detach()) == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_norm_is_told_before_clipping_and_the_gradient_is_clipped():
     net = nn.Linear(2, 1, bias=False)
     engine = local(net, OptimConfig(lr=0.1, beta1=0.9, max_grad_norm=1.0))

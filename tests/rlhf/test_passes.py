@@ -31,20 +31,29 @@ def read_tokens(batch, index, packing):
     return int(part.mask_BT.sum()) if packing else part.tokens_BT.numel()
 
 
-ROWS = st.lists(st.tuples(st.integers(1, P), st.integers(1, R)), min_size=1, max_size=4)
+ROW = st.tuples(st.integers(1, P), st.integers(1, R))
 
 
-@given(ROWS, st.integers(1, 3), st.integers(1, 60), st.booleans())
-def test_a_minibatch_is_read_once_in_equally_many_passes_within_the_budget(lengths, world, budget, packing):
+@given(st.lists(st.tuples(ROW, ROW, ROW), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 60), st.booleans())
+def test_a_minibatch_is_read_once_in_equally_many_passes_within_the_budget(triples, world, budget, packing):
     config = PPOConfig(micro_batch_tokens=budget, packing=packing)
-    batch = experience(lengths * world)
-    index = torch.randperm(len(lengths) * world)
+    lengths = [row for triple in triples for row in triple[:world]]
+    batch = experience(lengths)
+    index = torch.randperm(len(lengths))
     passes = [passes_of_minibatch(batch, index, rank, world, config) for rank in range(world)]
     assert sorted(torch.cat([part for rank in passes for part in rank]).tolist()) == sorted(index.tolist())
     assert len({len(rank) for rank in passes}) == 1
     assert all(len(part) == 1 or read_tokens(batch, part, packing) <= budget for rank in passes for part in rank)
     computed = sum(read_tokens(batch, part, packing) for rank in passes for part in rank)
     assert tokens_of_minibatch(batch, index, world, config) == computed
+
+
+def test_the_rank_that_has_most_decides_by_hand():
+    """Rank 0 has (9, 1) and (8, 1), 10 columns together; rank 1 has (8, 2) and (2, 7), 15 columns."""
+    batch = experience([(9, 1), (8, 2), (8, 1), (2, 7)])
+    for budget, expected in ((30, [[0, 2]]), (29, [[0], [2]])):
+        passes = passes_of_minibatch(batch, torch.arange(4), 0, 2, PPOConfig(micro_batch_tokens=budget))
+        assert [part.tolist() for part in passes] == expected
 
 
 def test_the_budget_is_used_up_by_hand():

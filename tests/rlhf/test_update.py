@@ -46,27 +46,39 @@ def assert_same_weights(one, other, atol=0.0):
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def drifted(iteration):
+    """The iteration with ratios that begin at e^±.15, between the two clips, and importance weights that are not 1."""
+    given = iteration.experience
+    third = torch.arange(given.response_mask_BR.numel()).view(given.response_mask_BR.shape) % 3
+    return dataclasses.replace(
+        given,
+        old_logprobs_BR=given.old_logprobs_BR + torch.where(third == 0, 0.15, -0.15),
+        importance_BR=given.importance_BR * (0.5 + third),
+    )
+
+
 def row_losses(llama, critic, experience, i):
     """Loss sums of row i without padding, written as in the papers."""
     P = experience.tokens_BT.shape[1] - experience.response_mask_BR.shape[1]
     tokens = experience.tokens_BT[i][experience.mask_BT[i]]
     first, length = int(experience.mask_BT[i, :P].sum()), int(experience.response_mask_BR[i].sum())
-    old, advantages, old_values, returns = (
+    old, advantages, importance, old_values, returns = (
         getattr(experience, name)[i, :length]
-        for name in ("old_logprobs_BR", "advantages_BR", "old_values_BR", "returns_BR")
+        for name in ("old_logprobs_BR", "advantages_BR", "importance_BR", "old_values_BR", "returns_BR")
     )
     logits = llama(tokens[None]).logits[0, first - 1 : -1] / 0.7
     logprobs = torch.log_softmax(logits, -1)[range(length), tokens[first:]]
     ratio = (logprobs - old).exp()
-    policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).sum()
+    policy = importance * torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
     values = critic(tokens[None], torch.ones_like(tokens[None]))[0, first - 1 : -1]
     near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
-    return policy, 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).sum()
+    return policy.sum(), 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).sum()
 
 
-def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, iteration):
+def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, drifted):
     llama, critic = make_llama(0), make_scalar(2)
-    count = iteration.experience.response_mask_BR.sum()
+    count = drifted.response_mask_BR.sum()
     optimizers = [
         torch.optim.AdamW(
             [
@@ -81,7 +93,7 @@ def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, i
     ]
     norms = []
     for _ in range(2):
-        losses = [row_losses(llama, critic, iteration.experience, i) for i in range(8)]
+        losses = [row_losses(llama, critic, drifted, i) for i in range(8)]
         for model, optimizer, total in zip(
             (llama, critic), optimizers, map(sum, zip(*losses, strict=True)), strict=True
         ):
@@ -89,7 +101,7 @@ def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, i
             (total / count).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
             optimizer.step()
-    policy, trained_critic, figures = updated(epochs=2, clip=CLIP, value_clip=VALUE_CLIP)
+    policy, trained_critic, figures = updated(drifted, epochs=2, clip=CLIP, value_clip=VALUE_CLIP)
     assert_same_weights(policy, llama, atol=1e-4)
     assert_same_weights(trained_critic, critic, atol=1e-4)
     assert figures["ppo/grad_norm"] == pytest.approx((norms[0] + norms[2]) / 2, rel=1e-4)
@@ -98,6 +110,22 @@ def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, i
         float((a - b).abs().max()) for a, b in zip(policy.parameters(), make_llama(0).parameters(), strict=True)
     )
     assert moved > 1e-2
+
+
+def test_each_minibatch_is_divided_by_its_own_tokens(updated, make_llama, make_scalar, drifted, ppo_config):
+    llama, critic, norms = make_llama(0), make_scalar(2), []
+    for index in minibatches(8, ppo_config.model_copy(update={"minibatch_size": 2, "epochs": 1}), 0, 1):
+        count = drifted.response_mask_BR[index].sum()
+        losses = [row_losses(llama, critic, drifted, i) for i in index.tolist()]
+        for model, total in zip((llama, critic), map(sum, zip(*losses, strict=True)), strict=True):
+            gradient = torch.autograd.grad(total / count, list(model.parameters()), allow_unused=True)
+            norms.append(float(torch.cat([g.flatten() for g in gradient if g is not None]).norm()))
+    still = OptimConfig(lr=0.0)
+    _, _, figures = updated(
+        drifted, epochs=1, minibatch_size=2, clip=CLIP, value_clip=VALUE_CLIP, optim=still, critic_optim=still
+    )
+    assert figures["ppo/grad_norm"] == pytest.approx(sum(norms[::2]) / 4, rel=1e-4)
+    assert figures["ppo/critic_grad_norm"] == pytest.approx(sum(norms[1::2]) / 4, rel=1e-4)
 
 
 def test_the_first_step_starts_at_the_policy_that_sampled(updated, iteration):
