@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ TRUNK = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
 
 @pytest.fixture
 def llama(make_llama):
-    return make_llama(0).requires_grad_(True)
+    return copy.deepcopy(make_llama(0)).requires_grad_(True)  # with a config of its own, which a test changes
 
 
 def counted(llama) -> tuple[int, int]:
