@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 KINDS = ("useful", "prompt", "padded", "dropped")
-COLUMNS = ("phase", "seconds", "of time", "tokens/s", *KINDS, "of limit", "GB")
+COLUMNS = ("phase", "seconds", "time %", "tokens/s", "useful %", "waste %", "limit %", "GB")  # fit a terminal of 80
 
 Series = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -37,7 +37,7 @@ def account(series: Series) -> dict[str, Any]:
 def rows(ledger: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A line per phase, and one for the whole iteration; under `COLUMNS`."""
     lines = [_line(phase, figures) for phase, figures in ledger["phases"].items()]
-    return [*lines, ("iteration", f"{ledger['seconds']:.3g}", "100 %", *[""] * (len(COLUMNS) - 3))]
+    return [*lines, ("iteration", f"{ledger['seconds']:.3g}", "100.0", *[""] * (len(COLUMNS) - 3))]
 
 
 def _phase(values: Any, phase: str, whole: float, count: int) -> dict[str, Any]:
@@ -58,14 +58,14 @@ def _phase(values: Any, phase: str, whole: float, count: int) -> dict[str, Any]:
 
 
 def _line(phase: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
-    start = (phase, f"{figures['seconds']:.3g}", f"{figures['share']:.1%}".replace("%", " %"))
+    start = (phase, f"{figures['seconds']:.3g}", f"{100 * figures['share']:.1f}")
     memory = f"{figures['memory'] / 1e9:.2f}" if "memory" in figures else ""
     if "tokens" not in figures:
-        return (*start, *[""] * (2 + len(KINDS)), memory)
+        return (*start, *[""] * (len(COLUMNS) - 4), memory)
     tokens = figures["tokens"]
-    shares = (f"{tokens[kind] / sum(tokens.values()):.0%}".replace("%", " %") for kind in KINDS)
-    limit = f"{figures['limit_share']:.1%}".replace("%", " %")
-    return (*start, f"{figures['tokens_per_second']:.0f}", *shares, limit, memory)
+    wasted = (tokens["padded"] + tokens["dropped"]) / sum(tokens.values())
+    shares = (f"{100 * share:.0f}" for share in (figures["useful_share"], wasted, figures["limit_share"]))
+    return (*start, f"{figures['tokens_per_second']:.0f}", *shares, memory)
 
 
 def _mean(values: Sequence[float]) -> float:
