@@ -298,23 +298,23 @@ def start_gang(ranks: int, folder: Path) -> None:
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     root = Path(__file__).parents[2]
     paths = {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
     members = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
             env=os.environ | common | paths | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=root,
-            stdout=subprocess.PIPE,
+            stdout=log.open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
-        for rank in range(ranks)
+        for rank, log in enumerate(logs)
     ]
     try:
-        shown = [member.communicate()[0] for member in members]
+        codes = [member.wait() for member in members]
     finally:
         for member in members:
             member.kill()  # those whose neighbour died, or that took too long
-    assert [member.returncode for member in members] == [0] * ranks, "\n".join(shown)
+    assert codes == [0] * ranks, "\n".join(log.read_text() for log in logs)
 
 
 def main(folder: Path) -> None:
