@@ -41,10 +41,8 @@ def tokens_of_minibatch(batch: Rollout | Experience, index: Tensor, world: int, 
 
 
 def _computed(lengths_NW2: Tensor, config: PPOConfig) -> int:
-    if config.packing:
-        return int(lengths_NW2.sum())
     passes = lengths_NW2.split(_pass_sizes(lengths_NW2, config))
-    return sum(len(pass_NW2) * int(pass_NW2.amax(0).sum()) for pass_NW2 in passes)
+    return sum(int(_tokens_W(pass_NW2, config.packing).sum()) for pass_NW2 in passes)
 
 
 def _pass_sizes(lengths_NW2: Tensor, config: PPOConfig) -> list[int]:
@@ -58,18 +56,16 @@ def _pass_sizes(lengths_NW2: Tensor, config: PPOConfig) -> list[int]:
         return [len(rows) for rows in torch.arange(N).split(config.micro_batch_size)]
     starts = [0]
     for end in range(1, N + 1):
-        if end - starts[-1] > 1 and _tokens(lengths_NW2[starts[-1] : end], config.packing) > limit:
+        if end - starts[-1] > 1 and _tokens_W(lengths_NW2[starts[-1] : end], config.packing).max() > limit:
             starts.append(end - 1)
     return [end - start for start, end in zip(starts, [*starts[1:], N], strict=True)]
 
 
-def _tokens(lengths_NW2: Tensor, packing: bool) -> int:
-    """Tokens of a pass of N rows, padding inside where there is any, on the rank that has most."""
+def _tokens_W(lengths_NW2: Tensor, packing: bool) -> Tensor:
+    """Tokens of a pass of N rows on each rank, padding inside where there is any."""
     if packing:
-        return int(lengths_NW2.sum((0, 2)).max())
-    return len(lengths_NW2) * int(
-        lengths_NW2.amax(0).sum(-1).max()
-    )  # all seams in one column: the widths of sides add up
+        return lengths_NW2.sum((0, 2))
+    return len(lengths_NW2) * lengths_NW2.amax(0).sum(-1)  # all seams in one column: the widths of sides add up
 
 
 def _lengths(batch: Rollout | Experience) -> Tensor:
