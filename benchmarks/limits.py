@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rlhf.limits import Machine, ModelSize, best_seconds
+from rlhf.limits import Machine, ModelSize, best_seconds, least_steps, tokens_seen
 from rlhf.sampling.linear import Linear
 
 PRODUCT_ROWS = 512  # enough that a product is bound by arithmetic
@@ -38,11 +38,10 @@ def least_seconds(
     """Arithmetic of reading the prompts, then per step the slower of arithmetic and streaming the weights, then keys
     and values read once per token. Steps: as few as `rows` slots allow. Everything else would take no time.
     """
-    steps_of_rows = [length - 1 for length in answer_lengths]  # the first token comes with the prompt
-    tokens = sum(steps_of_rows)
-    steps = max(-(-tokens // rows), max(steps_of_rows, default=0))
+    stepped_B = torch.tensor(answer_lengths) - 1  # the first token comes with the prompt
+    tokens = int(stepped_B.sum())
     reading = 2 * (size.trunk * sum(prompt_lengths) + size.head * len(prompt_lengths)) / machine.flops
     arithmetic = 2 * (size.trunk + size.head) * tokens / machine.flops
-    streaming = steps * size.weight_bytes / machine.bandwidth
-    seen = sum(n * p + n * (n + 1) // 2 for p, n in zip(prompt_lengths, steps_of_rows, strict=True))
+    streaming = least_steps(stepped_B, rows) * size.weight_bytes / machine.bandwidth
+    seen = tokens_seen(torch.tensor(prompt_lengths), stepped_B)
     return reading + max(arithmetic, streaming) + seen * size.cache_bytes / machine.bandwidth

@@ -25,7 +25,18 @@ from torch import Tensor, nn
 from rlhf import ranks
 from rlhf.batches import Rollout
 from rlhf.config import RunConfig
-from rlhf.limits import Machine, ModelSize, backward_flops, forward_flops, measure, size_of, together, wait
+from rlhf.limits import (
+    Machine,
+    ModelSize,
+    backward_flops,
+    forward_flops,
+    least_steps,
+    measure,
+    size_of,
+    together,
+    tokens_seen,
+    wait,
+)
 from rlhf.passes import tokens_of_minibatch, tokens_of_shares
 from rlhf.update import minibatches
 
@@ -143,9 +154,8 @@ def sampling_work(
     in_prompts, in_steps = positions
     tokens = Tokens(answers, prompts - B, in_prompts - prompts, in_steps - (answers - B))
     stepped_B = answer_B - 1
-    of_ranks = [(int(share.sum()), int(share.max())) for share in stepped_B.view(world, -1)]
-    steps = sum(1 + max(-(-total // slots), longest) for total, longest in of_ranks)
-    seen = int((stepped_B * prompt_B + stepped_B * (stepped_B + 1) // 2).sum())
+    steps = sum(1 + least_steps(share, slots) for share in stepped_B.view(world, -1))
+    seen = tokens_seen(prompt_B, stepped_B)
     flops = forward_flops(size, prompt_B + stepped_B, answers)
     return Work(tokens, flops, float(steps * size.weight_bytes + seen * size.cache_bytes))
 

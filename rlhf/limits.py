@@ -95,6 +95,16 @@ def backward_flops(size: ModelSize, length_B: Tensor, predicted: int) -> float:
     return forward_flops(size, length_B, predicted) + float(learns + 4 * size.attention * _pairs(length_B))
 
 
+def least_steps(stepped_B: Tensor, slots: int) -> int:
+    """Steps that draw so many tokens per row, with at most `slots` rows in each."""
+    return max(-(-int(stepped_B.sum()) // slots), int(stepped_B.max()))
+
+
+def tokens_seen(prompt_B: Tensor, stepped_B: Tensor) -> int:
+    """Keys that these steps see, once per token that they read."""
+    return int((stepped_B * prompt_B).sum()) + _pairs(stepped_B)
+
+
 def best_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
     """The shortest of several times."""
     times = []
