@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class LocalEngine:
     def __init__(
         self, module: nn.Module, optim: OptimConfig | None, total_steps: int, hardware: HardwareConfig
     ) -> None:
-        self.module = module.requires_grad_(False) if optim is None else module
+        self.module = module if optim else frozen(module, hardware)
         self.device = next(module.parameters()).device
         self.precision = hardware.precision
         self.max_grad_norm = optim.max_grad_norm if optim else math.inf
@@ -78,6 +79,10 @@ class LocalEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.module(*args, **kwargs)
+
+    def steady(self) -> AbstractContextManager[None]:
+        """Around passes between which no weight changes: each is then cast to bf16 once, and not in every pass."""
+        return keep_casts(self.device)
 
     def backward(self, loss_sum: Tensor, count: float, last: bool) -> None:
         """Adds the gradient of loss_sum / count; `count` is over all ranks and micro-batches of the step."""
@@ -125,7 +130,7 @@ class ZeroEngine:
     ) -> None:
         deepspeed = import_deepspeed()
         if optim is None:
-            module.requires_grad_(False)
+            frozen(module, hardware)
         optimizer = build_optimizer(module, optim) if optim else None
         schedule = build_schedule(optimizer, optim, total_steps) if optimizer and optim else None
         config = zero_config(hardware, optim.max_grad_norm if optim else 0.0)
@@ -141,6 +146,11 @@ class ZeroEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
+
+    def steady(self) -> AbstractContextManager[None]:
+        """As `LocalEngine`, where weights are whole; casts of shards would keep the whole model on every rank."""
+        whole = self.engine.zero_optimization_stage() < 3
+        return keep_casts(self.device) if whole else contextlib.nullcontext()
 
     def backward(self, loss_sum: Tensor, count: float, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -168,6 +178,27 @@ class ZeroEngine:
 
 
 Engine = LocalEngine | ZeroEngine
+
+
+def keep_casts(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast forgets its copies of weights where the outermost context ends; inside this one it keeps them."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def frozen(module: nn.Module, hardware: HardwareConfig) -> nn.Module:
+    """`module` without gradients. With bf16, weights of matrix products are kept as autocast would cast them in every
+    pass: half the memory, and the same results. Embeddings, norms and our float32 heads stay as they are."""
+    module.requires_grad_(False)
+    if hardware.precision == "bf16":
+        tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+        products = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)} - tables
+        for parameter in module.parameters():
+            dtype = torch.bfloat16 if id(parameter) in products else parameter.dtype
+            for holder in (parameter, getattr(parameter, "ds_tensor", None)):  # the weight, its shard
+                if holder is not None:
+                    # A copy of the others too: one that is still mapped to the file keeps the whole file in memory.
+                    holder.data = holder.data.to(dtype, copy=True)
+    return module
 
 
 def _buckets(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:

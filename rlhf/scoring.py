@@ -30,19 +30,20 @@ def read_rollout(
     temperature = config.sampling.temperature
     passes = passes_of_shares(rollout, config)
     parts = []
-    for part in _parts(rollout, passes):
-        tokens_BT, mask_BT = part.tokens_BT.to(policy.device), part.mask_BT.to(policy.device)
-        R = part.response_mask_BR.shape[1]
-        helpful_B = reward_of(helpful, tokens_BT, mask_BT)
-        parts.append(
-            Scores(
-                logprobs_BR=policy(tokens_BT, mask_BT, R, temperature)[0],
-                ref_logprobs_BR=reference(tokens_BT, mask_BT, R, temperature)[0],
-                values_BR=critic(tokens_BT, mask_BT)[:, -R - 1 : -1],
-                helpful_B=helpful_B,
-                safety_B=helpful_B if safety is helpful else reward_of(safety, tokens_BT, mask_BT),
+    with policy.steady(), critic.steady():
+        for part in _parts(rollout, passes):
+            tokens_BT, mask_BT = part.tokens_BT.to(policy.device), part.mask_BT.to(policy.device)
+            R = part.response_mask_BR.shape[1]
+            helpful_B = reward_of(helpful, tokens_BT, mask_BT)
+            parts.append(
+                Scores(
+                    logprobs_BR=policy(tokens_BT, mask_BT, R, temperature)[0],
+                    ref_logprobs_BR=reference(tokens_BT, mask_BT, R, temperature)[0],
+                    values_BR=critic(tokens_BT, mask_BT)[:, -R - 1 : -1],
+                    helpful_B=helpful_B,
+                    safety_B=helpful_B if safety is helpful else reward_of(safety, tokens_BT, mask_BT),
+                )
             )
-        )
     R = rollout.response_mask_BR.shape[1]
     columns = {name: [_widened(getattr(part, name), R) for part in parts] for name in vars(parts[0])}
     return Scores(**{name: _in_row_order(column, passes) for name, column in columns.items()})

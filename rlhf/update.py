@@ -42,12 +42,10 @@ def update(
     for index in minibatches(len(experience.tokens_BT), config, seed, iteration):
         count = float(experience.response_mask_BR[index].sum())
         passes = passes_of_minibatch(experience, index, rank, world, config)
-        for number, mine in enumerate(passes, 1):
-            part = _to(trim(rows(experience, mine)), policy.device)
-            last = number == len(passes)
-            policy.backward(_policy_loss(policy, part, config, means), count, last)
-            critic.backward(_value_loss(critic, part, config, means), count, last)
-        norms.append((policy.step(), critic.step()))
+        # One after the other, so that gradients of one model exist at a time.
+        for_policy = _learn(policy, _policy_loss, experience, passes, count, config, means)
+        for_critic = _learn(critic, _value_loss, experience, passes, count, config, means)
+        norms.append((for_policy, for_critic))
         on_minibatch()
     policy_norms, critic_norms = zip(*norms, strict=True)
     return means.reduce() | {
@@ -61,6 +59,23 @@ def read_again(policy: Engine, part: Experience | Rollout, config: PPOConfig) ->
     """(logprobs_BR, entropy_BR) of the answers' tokens by the policy that learns."""
     R = part.response_mask_BR.shape[1]
     return policy(part.tokens_BT, part.mask_BT, R, config.sampling.temperature)
+
+
+def _learn(
+    engine: Engine,
+    loss_sum: Callable[[Engine, Experience, PPOConfig, Means], Tensor],
+    experience: Experience,
+    passes: list[Tensor],
+    count: float,
+    config: PPOConfig,
+    means: Means,
+) -> float:
+    """One optimizer step over all passes. Returns the gradient norm before clipping."""
+    with engine.steady():
+        for number, mine in enumerate(passes, 1):
+            part = _to(trim(rows(experience, mine)), engine.device)
+            engine.backward(loss_sum(engine, part, config, means), count, last=number == len(passes))
+    return engine.step()
 
 
 def _policy_loss(policy: Engine, part: Experience, config: PPOConfig, means: Means) -> Tensor:

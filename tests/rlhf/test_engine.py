@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from rlhf import engine as module
+from rlhf.batches import rows
 from rlhf.config import HardwareConfig, OptimConfig
 from rlhf.engine import LocalEngine, full_parameters, full_state, learning_rate_share, open_engine
 from rlhf.policy import PolicyModel
@@ -167,11 +169,42 @@ def test_a_frozen_engine_has_nothing_to_train():
 def test_bf16_runs_in_autocast_on_float32_weights(make_llama, iteration):
     rollout = iteration.rollout
     arguments = rollout.tokens_BT, rollout.mask_BT, 9, 0.7
-    exact, rounded = local(PolicyModel(make_llama(0))), local(PolicyModel(make_llama(0)), precision="bf16")
+    exact, rounded = (
+        local(PolicyModel(make_llama(0))),
+        local(PolicyModel(make_llama(0)), OptimConfig(lr=1e-3), precision="bf16"),
+    )
     gap = (rounded(*arguments)[0] - exact(*arguments)[0])[rollout.response_mask_BR].abs().max()
     assert 1e-4 < gap < 0.2
     assert rounded(*arguments)[0].dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in rounded.module.parameters())
+
+
+def test_frozen_weights_in_bf16_give_what_autocast_gives(make_llama, make_scalar, iteration):
+    tokens_BT, mask_BT = iteration.rollout.tokens_BT, iteration.rollout.mask_BT
+    for make, arguments in ((lambda: PolicyModel(make_llama(0)), (9, 0.7)), (lambda: make_scalar(2), ())):
+        learner, frozen = local(make(), OptimConfig(lr=1e-3), precision="bf16"), local(make(), precision="bf16")
+        kept = sum(p.numel() * p.element_size() for p in frozen.module.parameters())
+        assert kept < sum(p.numel() * p.element_size() for p in learner.module.parameters())
+        for ours, autocasts in zip(
+            frozen(tokens_BT, mask_BT, *arguments), learner(tokens_BT, mask_BT, *arguments), strict=True
+        ):
+            torch.testing.assert_close(ours, autocasts.detach(), rtol=0, atol=0)
+
+
+def test_steps_are_the_same_where_casts_are_kept(make_llama, iteration):
+    def learned(around):
+        engine = local(PolicyModel(make_llama(0)), OptimConfig(lr=1e-2), precision="bf16")
+        for _ in range(2):  # a cast that outlived its step would be of old weights
+            with around(engine):
+                for part in (slice(0, 3), slice(3, 6)):
+                    rollout = rows(iteration.rollout, part)
+                    loss = engine(rollout.tokens_BT, rollout.mask_BT, 9, 0.7)[0].sum()
+                    engine.backward(loss, 10, last=part.start == 3)
+            engine.step()
+        return weights(engine.module)
+
+    steady, casting = learned(LocalEngine.steady), learned(lambda engine: nullcontext())
+    assert_same(steady, casting, rtol=0, atol=1e-6)
 
 
 # --- whole weights --------------------------------------------------------------------------------------------------
