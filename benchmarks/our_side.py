@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +15,17 @@ import torch.distributed as dist
 from benchmarks.side import Job, peak_memory
 from rlhf import ranks
 from rlhf.artifacts import Artifact
+from rlhf.batches import PromptBatch
 from rlhf.config import RunConfig
-from rlhf.data import load_prompts, short_prompts
+from rlhf.data import pad
 from rlhf.ledger import Clock
 from rlhf.runtime import Progress, StageContext
 from rlhf.sampling import inprocess
 from rlhf.tracking import NullTracker
-from stages.ppo import iterate, open_models
+from stages import ppo
+from stages.ppo import open_models
+
+NEVER = -1  # an EOS that no token is
 
 
 def main(job: Job, result: Path) -> None:
@@ -28,16 +34,18 @@ def main(job: Job, result: Path) -> None:
         dist.init_process_group("gloo")
     config, context = RunConfig.model_validate(job.config), stage_context(job, result.parent)
     models = open_models(config, context)
-    prompts = short_prompts(models.tokenizer, load_prompts(config).train, config.ppo.max_prompt_length)
+    if job.eos is None:
+        models.sampler.eos_id = NEVER
     if job.answers:
         load_dice(job)
+    ppo.draw_prompts = partial(prompts_of, job)
     state = {"iteration": 0, "beta": config.ppo.beta}
     seconds, figures, clock = [], [], Clock(context.device)
     for _ in range(job.iterations):
         ranks.barrier()
         state["iteration"] += 1
         start = time.perf_counter()
-        figures.append(iterate(config, context, models, prompts, state, clock))
+        figures.append(ppo.iterate(config, context, models, job.prompts, state, clock))
         seconds.append(time.perf_counter() - start)
         figures[-1] |= clock.close()
     memory = sum(ranks.gather_objects(peak_memory()))
@@ -65,13 +73,19 @@ def stage_context(job: Job, folder: Path) -> StageContext:
     )
 
 
+def prompts_of(job: Job, tokenizer: Any, prompts: Any, config: RunConfig, iteration: int) -> PromptBatch:
+    """The job's prompts of an iteration, in place of those that the stage would draw."""
+    ids_B = torch.arange((iteration - 1) * config.ppo.batch_size, iteration * config.ppo.batch_size)
+    tokens_BP, mask_BP = pad([job.prompts[number] for number in ids_B.tolist()], job.pad, left=True)
+    return PromptBatch(tokens_BP, mask_BP, torch.zeros(len(ids_B), dtype=torch.bool), ids_B)
+
+
 def load_dice(job: Job) -> None:
     """Makes the sampler give the job's answers; it still computes their logprobs."""
-    row_of = {prompt_id: row for row, prompt_id in enumerate(job.prompt_ids[: len(job.answers)])}
     answers_BR = torch.tensor(job.answers)
 
-    def token_of(seed: int, iteration: int, ids_G: torch.Tensor, t: int) -> torch.Tensor:
-        return answers_BR[[row_of[prompt_id] for prompt_id in ids_G.tolist()], t]
+    def token_of(seed: int, iteration: int, ids_G: torch.Tensor, t_G: torch.Tensor) -> torch.Tensor:
+        return answers_BR[ids_G, t_G]
 
     inprocess.keyed_uniform = token_of
     inprocess.pick_token = lambda probs_GV, token_G: token_G

@@ -37,6 +37,7 @@ from rlhf.config import (
 )
 from rlhf.data import load_prompts, short_prompts
 from rlhf.errors import UserError
+from rlhf.ledger import PHASES
 from rlhf.models import import_gguf, load_scalar, load_tokenizer
 from rlhf.models.tiny import make_tiny
 from stages.ppo import draw_prompts
@@ -77,6 +78,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="rows per forward and backward pass (default 4)")
     parser.add_argument("--max-prompt-length", type=int, default=64, help="longer prompts are left out (default 64)")
     parser.add_argument("--response-length", type=int, default=64, help="tokens at most (default 64)")
+    parser.add_argument(
+        "--lengths",
+        choices=("natural", "fixed"),
+        default="natural",
+        help="fixed: every prompt and every answer is as long as it may be, so that nothing is padded",
+    )
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--threads", type=int, help="per process (default: all cores, shared out)")
@@ -104,9 +111,17 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             shown = ", ".join(f"{s:.1f}" for s in parts[-1]["seconds"])
             print(f"round {number}, {name:4}: {shown} s (the first warms up)", flush=True)
     sides = {name: summary(parts, config.ppo.batch_size) for name, parts in rounds.items()}
+    shares = phase_shares(rounds["ours"])
     print("\n" + table(sides))
+    print("\nours, share of the time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "venv")}
-    return {"settings": settings, "torch": torch.__version__, "same_losses": check, "sides": sides}
+    return {
+        "settings": settings,
+        "torch": torch.__version__,
+        "same_losses": check,
+        "sides": sides,
+        "phase_shares": shares,
+    }
 
 
 # --- what both sides are given --------------------------------------------------------------------------------------
@@ -168,7 +183,7 @@ def smollm2() -> Path:
 
 
 def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> Job:
-    """The timed job. Its prompts are those that our draw takes, in that order."""
+    """The timed job."""
     tokenizer = load_tokenizer(config.model.path)
     prompts = short_prompts(tokenizer, load_prompts(config).train, config.ppo.max_prompt_length)
     iterations = 1 + arguments.iterations
@@ -179,23 +194,27 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> 
     with torch.no_grad():
         reward.head.weight.normal_(0, 0.02)
     reward.save(folder / "reward", tokenizer)
+    natural = [
+        tokens[mask].tolist() for batch in batches for tokens, mask in zip(batch.tokens_BP, batch.mask_BP, strict=True)
+    ]
+    fixed = arguments.lengths == "fixed"
     return Job(
         model=config.model.path,
         reward=str(folder / "reward"),
         config=config.model_dump(mode="json"),
-        prompts=[
-            tokens[mask].tolist()
-            for batch in batches
-            for tokens, mask in zip(batch.tokens_BP, batch.mask_BP, strict=True)
-        ],
-        prompt_ids=[number for batch in batches for number in batch.ids_B.tolist()],
+        prompts=[widened(tokens, config.ppo.max_prompt_length) for tokens in natural] if fixed else natural,
         answers=[],
         pad=tokenizer.pad_token_id,
-        eos=tokenizer.eos_token_id,
+        eos=None if fixed else tokenizer.eos_token_id,
         processes=arguments.processes,
         threads=arguments.threads,
         iterations=iterations,
     )
+
+
+def widened(tokens: list[int], length: int) -> list[int]:
+    """The same words again and again, up to `length`."""
+    return list(itertools.islice(itertools.cycle(tokens), length))
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -234,8 +253,8 @@ def same_losses(job: Job, pythons: dict[str, Path], folder: Path) -> dict[str, d
     """
     config = RunConfig.model_validate(job.config)
     ppo, R = config.ppo, config.ppo.sampling.max_new_tokens
-    words = [token for tokens in job.prompts for token in tokens if token not in (job.eos, job.pad)]
-    endless = itertools.cycle(words)
+    special = (load_tokenizer(job.model).eos_token_id, job.pad)
+    endless = itertools.cycle(token for tokens in job.prompts for token in tokens if token not in special)
     answers = [list(itertools.islice(endless, R)) for _ in range(ppo.batch_size)]
     hardware = config.hardware.model_copy(update={"precision": "float32", "workers": 1})
     alike = config.model_copy(update={"hardware": hardware, "ppo": ppo.model_copy(update={"epochs": 2})})
@@ -267,6 +286,13 @@ def summary(parts: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
         "mean_length": statistics.fmean(value for part in parts for value in part["lengths"][1:]),
         "peak_memory": max(part["peak_memory"] for part in parts),
     }
+
+
+def phase_shares(parts: list[dict[str, Any]]) -> dict[str, float]:
+    """What each phase of our ledger took of all timed iterations."""
+    timed = [figures for part in parts for figures in part["figures"][1:]]
+    seconds = {name: sum(figures[f"perf/seconds_{name}"] for figures in timed) for name in PHASES}
+    return {name: value / sum(seconds.values()) for name, value in seconds.items()}
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:

@@ -15,11 +15,10 @@ class Job:
     model: str  # folder of policy and reference
     reward: str  # folder of reward model and critic
     config: dict[str, Any]  # our RunConfig
-    prompts: list[list[int]]  # tokens, in the order in which our draw takes them, one iteration more than needed
-    prompt_ids: list[int]  # their row numbers in our prompt set
+    prompts: list[list[int]]  # tokens, one iteration more than needed
     answers: list[list[int]]  # of the first iteration's prompts, for one process; empty: they are sampled
     pad: int
-    eos: int
+    eos: int | None  # None: no answer ends before it is as long as it may be
     processes: int
     threads: int
     iterations: int

@@ -68,7 +68,7 @@ def make_trainer(job: Job, folder: str) -> Any:
         local_rollout_forward_batch_size=local_rows,
         response_length=ppo["sampling"]["max_new_tokens"],
         temperature=ppo["sampling"]["temperature"],
-        stop_token="eos",
+        stop_token=None if job.eos is None else "eos",
         kl_coef=ppo["beta"],
         gamma=ppo["gamma"],
         lam=ppo["lam"],

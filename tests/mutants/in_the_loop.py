@@ -100,16 +100,16 @@ UPDATE = bugs_in(
     ),
     ("losses are divided by the tokens of all minibatches", "response_mask_BR[index].sum()", "response_mask_BR.sum()"),
     (
-        "the policy's loss is a mean of means",
-        "policy.backward(_policy_loss(policy, part, config, means), count,",
-        "policy.backward(_policy_loss(policy, part, config, means), float(part.response_mask_BR.sum()) * len(passes),",
+        "losses are means of means",
+        "engine.backward(loss_sum(engine, part, config, means), count,",
+        "engine.backward(loss_sum(engine, part, config, means), float(part.response_mask_BR.sum()) * len(passes),",
     ),
     (
-        "the critic's loss is a mean of means",
-        "critic.backward(_value_loss(critic, part, config, means), count,",
-        "critic.backward(_value_loss(critic, part, config, means), float(part.response_mask_BR.sum()) * len(passes),",
+        "the critic learns from the last pass alone",
+        "_learn(critic, _value_loss, experience, passes,",
+        "_learn(critic, _value_loss, experience, passes[-1:],",
     ),
-    ("the critic never steps", "(policy.step(), critic.step())", "(policy.step(), 0.0)"),
+    ("nobody steps", "return engine.step()", "return 0.0"),
     (
         "columns without tokens are read too",
         "trim(rows(experience, mine))",
