@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 Batch = TypeVar("Batch")
@@ -69,6 +70,13 @@ class Experience:
 def rows(batch: Batch, index) -> Batch:
     """The rows of a batch that `index` (slice, list or tensor) names."""
     return type(batch)(**{f.name: getattr(batch, f.name)[index] for f in fields(batch)})  # type: ignore[arg-type]
+
+
+def first_with_prompt(tokens_BP: Tensor, mask_BP: Tensor) -> Tensor:
+    """first_B: the number of the first row with the same prompt; a row's own where none before it has that prompt."""
+    row_B = torch.arange(len(tokens_BP), device=tokens_BP.device)
+    _, prompt_B = tokens_BP.masked_fill(~mask_BP, -1).unique(dim=0, return_inverse=True)
+    return row_B.clone().scatter_reduce(0, prompt_B, row_B, "amin", include_self=False)[prompt_B]
 
 
 def trim(batch: Batch) -> Batch:

@@ -99,6 +99,15 @@ class SlotCache(Cache):
         self.rows = newcomers.stop
         self.span = Span(newcomers, self.end - width, self.end - width)
 
+    def fork(self, slot_F: Tensor) -> None:
+        """The next slots become copies of the rows in `slot_F`, which the last forward pass wrote."""
+        newcomers, columns = slice(self.rows, self.rows + len(slot_F)), slice(self.span.first, self.end)
+        for number in range(len(self.layers)):
+            for x in (self.layer(number).keys, self.layer(number).values):
+                x[newcomers, :, columns] = x[slot_F, :, columns]
+        self.start_S[newcomers] = self.start_S[slot_F]
+        self.rows = newcomers.stop
+
     def step(self) -> None:
         """The coming forward pass writes one token per row."""
         if self.end == self.columns:

@@ -1,6 +1,7 @@
 """Sampling in the training process from a full copy of the policy, refreshed once per iteration.
 
-Continuous batching: a row that has ended leaves, and a waiting prompt takes its slot.
+Continuous batching: a row that has ended leaves, and a waiting prompt takes its slot. Rows with one prompt share the
+reading of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from rlhf.batches import PromptBatch, Rollout
+from rlhf.batches import PromptBatch, Rollout, first_with_prompt
 from rlhf.config import SamplingConfig
 from rlhf.sampling.cache import SlotCache
 from rlhf.sampling.causal import CausalDecoder, Decoder
@@ -99,9 +100,12 @@ class _Run:
         self.tokens_BR = torch.full((B, R), pad_id, dtype=torch.int64, device=device)
         self.logprobs_BR = torch.zeros((B, R), dtype=torch.float32, device=device)
         self.length_B = torch.zeros(B, dtype=torch.int64, device=device)
-        # Long prompts first and like lengths together, so that little of a forward pass is padding.
+        # Long prompts first and like lengths together, so that little of a forward pass is padding; equal prompts are
+        # neighbours, because they are read once.
         self.prompt_length_B = prompts.mask_BP.sum(1)
-        self.waiting = self.prompt_length_B.argsort(descending=True, stable=True)
+        self.prompt_B = first_with_prompt(prompts.tokens_BP, prompts.mask_BP)
+        by_prompt = self.prompt_B.argsort(stable=True)
+        self.waiting = by_prompt[self.prompt_length_B[by_prompt].argsort(descending=True, stable=True)]
         self.cache = SlotCache(min(B, settings.batch_size), device)
         self.index_S = self.waiting[:0]  # the row of the batch that sits in each slot
         self.token_S = self.index_S  # its last token, not yet read by the model
@@ -117,15 +121,29 @@ class _Run:
         return free >= min(len(self.waiting), max(1, round(ADMIT_SHARE * self.cache.slots))) > 0
 
     def admit(self) -> None:
-        """The next prompts take free slots; each draws its first token."""
+        """The next prompts take free slots, each distinct one read once; every row draws its first token."""
         width = int(self.prompt_length_B[self.waiting[0]])
-        count = min(self.cache.slots - self.cache.rows, max(1, PREFILL_TOKENS // width))
+        count = self._newcomers(max(1, PREFILL_TOKENS // width))
         index_G, self.waiting = self.waiting[:count], self.waiting[count:]
-        tokens_GW, mask_GW = (x[index_G, -width:] for x in (self.prompts.tokens_BP, self.prompts.mask_BP))
-        token_G = self._draw(self.decoder.prefill(tokens_GW, mask_GW, self.cache), index_G)
-        self.prompt_positions += int(mask_GW.sum()) if self.decoder.packs else mask_GW.numel()
+        is_copy_G = _is_as_before(self.prompt_B[index_G])
+        source_G = (~is_copy_G).cumsum(0) - 1  # which of the prompts that are read is the row's
+        index_G, source_G = (torch.cat([x[~is_copy_G], x[is_copy_G]]) for x in (index_G, source_G))
+        D, slot = count - int(is_copy_G.sum()), self.cache.rows
+        tokens_DW, mask_DW = (x[index_G[:D], -width:] for x in (self.prompts.tokens_BP, self.prompts.mask_BP))
+        logits_DV = self.decoder.prefill(tokens_DW, mask_DW, self.cache)
+        self.cache.fork(slot + source_G[D:])
+        token_G = self._draw(logits_DV[source_G], index_G)
+        self.prompt_positions += int(mask_DW.sum()) if self.decoder.packs else mask_DW.numel()
         self.index_S, self.token_S = torch.cat([self.index_S, index_G]), torch.cat([self.token_S, token_G])
         self._release()
+
+    def _newcomers(self, prompts: int) -> int:
+        """How many waiting rows enter: of at most so many prompts, and all rows of a prompt, unless it is the first."""
+        free = self.cache.slots - self.cache.rows
+        number_W = (~_is_as_before(self.prompt_B[self.waiting[: free + 1]])).cumsum(0)  # 1 for rows of the first prompt
+        if len(number_W) > free:  # the row after the last free slot: its prompt must wait
+            prompts = min(prompts, max(int(number_W[free]) - 1, 1))
+        return min(int((number_W <= prompts).sum()), free)
 
     def step(self) -> None:
         """One more token for every row."""
@@ -149,3 +167,8 @@ class _Run:
         if not alive_S.all():
             from_S = self.cache.keep(alive_S)
             self.index_S, self.token_S = self.index_S[from_S], self.token_S[from_S]
+
+
+def _is_as_before(prompt_N: Tensor) -> Tensor:
+    """True where a prompt is the same as the one before it."""
+    return torch.cat([torch.zeros_like(prompt_N[:1], dtype=torch.bool), prompt_N[1:] == prompt_N[:-1]])

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.batches import Experience, PreferenceBatch, rows, trim
+from rlhf.batches import Experience, PreferenceBatch, first_with_prompt, rows, trim
+from rlhf.data import pad
 from rlhf.policy import PolicyModel
 
 
@@ -55,3 +56,10 @@ def test_trimming_changes_no_logprob(make_llama, iteration):
     R = small.response_mask_BR.shape[1]
     after, _ = policy(small.tokens_BT, small.mask_BT, R, 0.7)
     assert (after - before[:, :R])[small.response_mask_BR].abs().max() < 1e-5
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=3), min_size=1, max_size=9))
+def test_equal_prompts_are_found_and_no_others(prompts):
+    """Of two tokens, one of which also fills the padding."""
+    got = first_with_prompt(*pad(prompts, 0, left=True)).tolist()
+    assert got == [prompts.index(prompt) for prompt in prompts]

@@ -28,6 +28,11 @@ class Model:
         self.rows += newcomers
         self.write([[-1.0] * (width - len(keys)) + keys for keys in newcomers])
 
+    def fork(self, newcomers: list[int]) -> None:
+        """Copies of rows that have just come, by their slots."""
+        self.cache.fork(torch.tensor(newcomers, dtype=torch.long))
+        self.rows += [self.rows[slot] for slot in newcomers]
+
     def step(self) -> None:
         self.cache.step()
         written = [self.keys(1) for _ in self.rows]
@@ -61,7 +66,9 @@ def test_rows_see_their_own_keys_whoever_comes_and_goes(monkeypatch, spare):
         free = SLOTS - len(model.rows)
         event = choose.choice(["admit", "step", "step", "step", "keep"])
         if event == "admit" and free:
-            model.admit([choose.randint(1, 9) for _ in range(choose.randint(1, free))])
+            read = choose.randint(1, free)
+            model.admit([choose.randint(1, 9) for _ in range(read)])
+            model.fork(choose.choices(range(len(model.rows) - read, len(model.rows)), k=choose.randint(0, free - read)))
         elif event == "step" and model.rows:
             model.step()
         elif event == "keep" and model.rows:

@@ -112,6 +112,17 @@ def test_a_row_has_the_same_answer_alone(model, sample, answers, prompts):
     assert together == [answers(sample(rows(prompts, [i]), model=model))[0] for i in range(8)]
 
 
+@pytest.mark.parametrize("slots", [4, 9])
+def test_rows_that_share_the_reading_of_their_prompt_have_the_same_answers_alone(
+    model, sample, answers, prompts, slots
+):
+    """Three answers for each of three prompts, not next to each other."""
+    given = dataclasses.replace(rows(prompts, [0, 1, 2] * 3), ids_B=torch.arange(9))
+    together = answers(sample(given, model=model, batch_size=slots))
+    assert together == [answers(sample(rows(given, [i]), model=model))[0] for i in range(9)]
+    assert len({tuple(answer) for answer in together}) > 5
+
+
 @pytest.mark.parametrize("kind", ["shared key heads", "absolute positions"])
 def test_bf16_is_as_exact_as_the_models_own_forward_pass_in_bf16(kind, sample, answers, plain_logprobs):
     """Both differ from float32 by rounding; ours may not by more than the model's own passes do, within a half."""

@@ -88,6 +88,18 @@ def test_prompts_read_in_several_passes_give_the_same(sample, expect_same_rollou
     expect_same_rollout(sample(), together)
 
 
+@pytest.mark.parametrize(("slots", "prefill"), [(24, 2048), (24, 8), (7, 2048), (6, 1)])
+def test_a_prompt_is_read_once_for_all_its_answers(make_llama, prompts, ppo_config, monkeypatch, slots, prefill):
+    """Three answers to each of eight prompts; where slots are few, rows come in when all of them are free."""
+    monkeypatch.setattr(inprocess, "PREFILL_TOKENS", prefill)
+    monkeypatch.setattr(inprocess, "ADMIT_SHARE", 0.75)
+    given = dataclasses.replace(rows(prompts, torch.arange(24) // 3), ids_B=torch.arange(24))
+    sampler = InProcessSampler(make_llama(0), 99, PAD)
+    rollout = sampler.sample(given, ppo_config.sampling.model_copy(update={"batch_size": slots}), 0, 1)
+    assert sampler.positions == (int(prompts.mask_BP.sum()), 24 * (R - 1))
+    assert rollout.response_mask_BR.all()
+
+
 def test_a_long_prompt_among_short_ones_changes_no_answer(sample, answers, prompts):
     long = torch.arange(40) % 9 + 3
     tokens_BP = torch.nn.functional.pad(prompts.tokens_BP, (33, 0), value=PAD)
