@@ -198,7 +198,9 @@ class PPOConfig(Settings):
     safety_model: str = "safety"
     """Names in `reward.models`; the same name twice uses one reward model alone."""
     iterations: Count = 200  # [P] 200–400
-    batch_size: Count = 512  # prompts per iteration over all workers [P]
+    batch_size: Count = 512  # answers per iteration over all workers [P]
+    answers_per_prompt: Count = 1  # [O]
+    """All answers of a prompt stay on one worker and in one minibatch, so that they can share the work on it."""
     minibatch_size: Count = 64  # [P]
     epochs: Count = 1  # [P]
     micro_batch_size: Count = 4  # rows at once on a worker, at most
@@ -259,7 +261,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> RunConfig:
         """All misfits in one error, a line each that begins with the dotted name of the setting to change."""
-        misfits = [*self._unknown_reward_models(), *self._uneven_batches()]
+        misfits = [*self._unknown_reward_models(), *self._uneven_batches(), *self._unshared_prompts()]
         if misfits:
             raise ValueError("\n".join(misfits))
         return self
@@ -281,8 +283,22 @@ class RunConfig(Settings):
         ):
             if total % workers:
                 yield f"{name} is {total}, which is not a multiple of {workers} workers ({key})"
+        share, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
+        if left == 0 and share % self.ppo.answers_per_prompt:
+            yield (
+                f"ppo.answers_per_prompt is {self.ppo.answers_per_prompt}, which does not divide the {share} rows that a "
+                "worker has of a minibatch (ppo.minibatch_size, hardware.workers)"
+            )
         if self.ppo.batch_size % self.ppo.minibatch_size:
             yield f"ppo.batch_size is {self.ppo.batch_size}, not a multiple of minibatch_size {self.ppo.minibatch_size}"
+
+    def _unshared_prompts(self) -> Iterator[str]:
+        ppo, attention = self.ppo, self.model.attention
+        if ppo.packing and ppo.answers_per_prompt > 1 and attention == "flash_attention_2":
+            yield (
+                f"model.attention is {attention}, which takes no mask by which packed answers could share their prompt "
+                "(ppo.packing, ppo.answers_per_prompt); use sdpa"
+            )
 
     def with_fitting_micro_batches(self) -> RunConfig:
         """Each stage's micro_batch_size lowered to the nearest that divides a worker's share of the batch."""

@@ -16,10 +16,13 @@ from rlhf.passes import passes_of_minibatch
 
 
 def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Iterator[Tensor]:
-    """Row numbers of each minibatch, the same on every rank, reshuffled every epoch."""
+    """Row numbers of each minibatch, the same on every rank, reshuffled every epoch. Answers of a prompt stay together."""
+    answers = config.answers_per_prompt
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) * 1_009 + epoch)
-        yield from torch.randperm(count, generator=generator).split(config.minibatch_size)
+        prompt_N = torch.randperm(count // answers, generator=generator)
+        row_B = (prompt_N[:, None] * answers + torch.arange(answers)).flatten()
+        yield from row_B.split(config.minibatch_size)
 
 
 def update(

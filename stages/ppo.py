@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -237,18 +237,23 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
 
 
 def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
-    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set.
+    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set, each prompt as
+    often as it gets answers.
 
-    An id counts passes too: a prompt that is drawn twice in an iteration gets two answers.
+    An id counts passes and answers too: a prompt that is drawn twice in an iteration gets other answers.
     """
-    size, count, ids = config.ppo.batch_size, len(prompts), []
+    answers = config.ppo.answers_per_prompt
+    size, count, ids = config.ppo.batch_size // answers, len(prompts), []
     for draw in range((iteration - 1) * size, iteration * size):
         epoch, place = divmod(draw, count)
         if not ids or place == 0:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=generator).tolist()
         ids.append(epoch * count + order[place])
-    return prompt_batch(tokenizer, [prompts[i % count] for i in ids], ids, config.ppo.max_prompt_length)
+    once = prompt_batch(tokenizer, [prompts[i % count] for i in ids], ids, config.ppo.max_prompt_length)
+    answer_B = torch.arange(size * answers)
+    repeated = rows(once, answer_B // answers)
+    return replace(repeated, ids_B=repeated.ids_B * answers + answer_B % answers)
 
 
 class Judge:

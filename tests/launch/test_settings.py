@@ -203,6 +203,14 @@ def test_every_mistake_of_every_layer_is_reported_at_once(project: Path) -> None
         (["--model.path", "[a"], "model.path: is not valid YAML"),
         (["--ppo.safety_model", "harm"], "ppo.safety_model: is 'harm', but reward.models has helpfulness, safety"),
         (["--ppo.batch_size", "100"], "ppo.batch_size: is 100, not a multiple of minibatch_size 64"),
+        (
+            ["--ppo.answers_per_prompt", "3"],
+            "ppo.answers_per_prompt: is 3, which does not divide the 32 rows that a wor",
+        ),
+        (
+            ["--model.attention", "flash_attention_2", "--ppo", "{packing: true, answers_per_prompt: 2}"],
+            "model.attention: is flash_attention_2, which takes no mask",
+        ),
     ],
 )
 def test_a_mistake_is_named(project: Path, override: list[str], expected: str) -> None:

@@ -256,3 +256,12 @@ def test_minibatches_belong_to_seed_and_iteration():
     assert drawn() == drawn()
     assert drawn(seed=1) != drawn()
     assert drawn(iteration=2) != drawn()
+
+
+def test_answers_of_a_prompt_stay_together_and_prompts_are_shuffled():
+    epochs = [[row for index in drawn(answers_per_prompt=2)[start : start + 3] for row in index] for start in (0, 3, 6)]
+    for epoch in epochs:
+        assert [row % 2 for row in epoch] == [0, 1] * 6
+        assert [row // 2 for row in epoch[::2]] == [row // 2 for row in epoch[1::2]]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
