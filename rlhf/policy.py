@@ -27,7 +27,7 @@ class PolicyModel(nn.Module):
         The token at position t is predicted at t - 1. The LM head runs on the N real response tokens alone; padding
         gets 0.
         """
-        hidden_BTH = hidden_states(self.causal, tokens_BT, mask_BT, self.packing)
+        hidden_BTH = hidden_states(self.causal, tokens_BT, mask_BT, self.packing, response_length)
         response_BR = mask_BT[:, -response_length:].bool()
         hidden_NH = hidden_BTH[:, -response_length - 1 : -1][response_BR]
         labels_N = tokens_BT[:, -response_length:][response_BR]

@@ -34,14 +34,14 @@ def read_rollout(
         for part in _parts(rollout, passes):
             tokens_BT, mask_BT = part.tokens_BT.to(policy.device), part.mask_BT.to(policy.device)
             R = part.response_mask_BR.shape[1]
-            helpful_B = reward_of(helpful, tokens_BT, mask_BT)
+            helpful_B = reward_of(helpful, tokens_BT, mask_BT, R)
             parts.append(
                 Scores(
                     logprobs_BR=policy(tokens_BT, mask_BT, R, temperature)[0],
                     ref_logprobs_BR=reference(tokens_BT, mask_BT, R, temperature)[0],
-                    values_BR=critic(tokens_BT, mask_BT)[:, -R - 1 : -1],
+                    values_BR=critic(tokens_BT, mask_BT, R)[:, -R - 1 : -1],
                     helpful_B=helpful_B,
-                    safety_B=helpful_B if safety is helpful else reward_of(safety, tokens_BT, mask_BT),
+                    safety_B=helpful_B if safety is helpful else reward_of(safety, tokens_BT, mask_BT, R),
                 )
             )
     R = rollout.response_mask_BR.shape[1]
@@ -59,8 +59,10 @@ def read_rewards(
     scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
     passes = passes_of_shares(rollout, config)
     for part in _parts(rollout, passes):
+        R = part.response_mask_BR.shape[1]
         for name, engine in rewards.items():
-            scores[name].append(reward_of(engine, part.tokens_BT.to(engine.device), part.mask_BT.to(engine.device)))
+            tokens_BT, mask_BT = part.tokens_BT.to(engine.device), part.mask_BT.to(engine.device)
+            scores[name].append(reward_of(engine, tokens_BT, mask_BT, R))
     return {name: _in_row_order(parts, passes).cpu() for name, parts in scores.items()}
 
 
@@ -78,9 +80,9 @@ def read_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tensor:
     return _in_row_order(kl, passes)
 
 
-def reward_of(engine: Engine, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def reward_of(engine: Engine, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
     """scores_B: the raw logit at the last real token, less the mean of SFT answers."""
-    return last_value(engine(tokens_BT, mask_BT), mask_BT) - cast(ScalarModel, engine.module).offset
+    return last_value(engine(tokens_BT, mask_BT, response_length), mask_BT) - cast(ScalarModel, engine.module).offset
 
 
 def _widened(x: Tensor, R: int) -> Tensor:

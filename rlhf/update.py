@@ -100,7 +100,7 @@ def _policy_loss(policy: Engine, part: Experience, config: PPOConfig, means: Mea
 
 def _value_loss(critic: Engine, part: Experience, config: PPOConfig, means: Means) -> Tensor:
     R = part.response_mask_BR.shape[1]
-    values_BR = critic(part.tokens_BT, part.mask_BT)[:, -R - 1 : -1]
+    values_BR = critic(part.tokens_BT, part.mask_BT, R)[:, -R - 1 : -1]
     loss = value_loss(values_BR, part.old_values_BR, part.returns_BR, part.response_mask_BR, config.value_clip)
     means.add("ppo/value_loss", loss.sum, loss.count)
     means.add("ppo/value_clip_share", loss.clipped_sum, loss.count)

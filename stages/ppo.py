@@ -225,7 +225,7 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
         sampled.to(context.device), tokenizer.eos_token_id, tokenizer.pad_token_id, hardware.precision
     )
     if ppo.packing:
-        check_packing(sampler.model)  # the one model here that is not sharded
+        check_packing(sampler.model, ppo.answers_per_prompt > 1)  # the one model here that is not sharded
     return Models(
         policy=engine(PolicyModel(policy, ppo.packing), ppo.optim),
         reference=engine(PolicyModel(reference, ppo.packing)),

@@ -21,6 +21,7 @@ from transformers.utils import logging as logs
 from rlhf import chat
 from rlhf.errors import UserError
 from rlhf.models import lora
+from rlhf.models.packing import pack
 
 log = logging.getLogger(__name__)
 
@@ -256,32 +257,64 @@ def recompute_activations(module: nn.Module) -> None:
     module.train()  # layers do so in training mode alone; there is no dropout that it could wake
 
 
-def hidden_states(model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False) -> Tensor:
+def hidden_states(
+    model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False, response_length: int = 0
+) -> Tensor:
     """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing.
 
-    `packing`: the model reads the real tokens of all rows as one row of N = Σ lengths tokens. Positions that begin
-    again without an attention mask tell transformers where a row ends, and none sees another. Padding then gets 0.
+    `packing`: the model reads the real tokens of all rows as one row of N tokens, and each prompt, which is what stands
+    before the last `response_length` columns, once. Where no prompt comes twice, positions that begin again without an
+    attention mask tell transformers where a row ends; else a mask says what sees what. Padding then gets 0.
     """
     mask_BT = mask_BT.bool()
     position_BT = mask_BT.long().cumsum(1) - mask_BT.long()
     read = partial(without_adapter_wrapper(model).base_model, use_cache=False)
     if not packing:
         return read(input_ids=tokens_BT, attention_mask=mask_BT.long(), position_ids=position_BT).last_hidden_state
-    hidden_1NH = read(input_ids=tokens_BT[mask_BT][None], position_ids=position_BT[mask_BT][None]).last_hidden_state
+    packed = pack(tokens_BT, mask_BT, response_length, share=can_share_prompts(model))
+    hidden_1NH = read(
+        input_ids=tokens_BT[packed.read_BT][None],
+        position_ids=position_BT[packed.read_BT][None],
+        attention_mask=None if packed.sees_NN is None else _mask_for(model, packed.sees_NN[None, None]),
+    ).last_hidden_state
     hidden_BTH = hidden_1NH.new_zeros(*mask_BT.shape, hidden_1NH.shape[-1])
-    hidden_BTH[mask_BT] = hidden_1NH[0]
+    hidden_BTH[mask_BT] = hidden_1NH[0].index_select(0, packed.place_BT[mask_BT])
     return hidden_BTH
 
 
+def can_share_prompts(model: nn.Module) -> bool:
+    """Whether the model's attention follows a mask of our own: not in flash attention, and not where it has windows."""
+    config = without_adapter_wrapper(model).config.get_text_config()
+    windows = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    return config._attn_implementation in ("sdpa", "eager") and not any(windows)
+
+
+def _mask_for(model: nn.Module, sees_11NN: Tensor) -> Tensor:
+    """As the model's attention wants it: bool for sdpa, what is added to the scores for eager."""
+    whole = without_adapter_wrapper(model)
+    if whole.config.get_text_config()._attn_implementation == "sdpa":
+        return sees_11NN
+    unseen_11NN = torch.zeros(sees_11NN.shape, dtype=whole.dtype, device=sees_11NN.device)
+    return unseen_11NN.masked_fill_(~sees_11NN, torch.finfo(whole.dtype).min)
+
+
 @torch.no_grad()
-def check_packing(model: nn.Module) -> None:
-    """UserError (4) for families whose attention does not see from the positions where a packed row ends."""
+def check_packing(model: nn.Module, sharing: bool = False) -> None:
+    """UserError (4) for families whose attention does not see from the positions where a packed row ends, or, with
+    `sharing`, does not follow the mask by which rows share a prompt."""
     device = next(model.parameters()).device
     tokens_BT = torch.tensor([[3, 4, 5], [6, 7, 8]], device=device)
+    if sharing:
+        tokens_BT[1, :2] = tokens_BT[0, :2]
     mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-    padded, packed = (hidden_states(model, tokens_BT, mask_BT, packing).float() for packing in (False, True))
+    padded, packed = (hidden_states(model, tokens_BT, mask_BT, packing, 1).float() for packing in (False, True))
     if (packed - padded).norm() > 0.05 * padded.norm():  # bf16 stays within 0.01
         raise UserError("packed rows see one another in models of this family; set ppo.packing to false", 4)
+    if sharing and not can_share_prompts(model):
+        raise UserError(
+            "packed answers cannot share their prompt in models whose attention has a window; set ppo.packing to false",
+            4,
+        )
 
 
 def lm_head(model: nn.Module) -> nn.Module:

@@ -59,15 +59,18 @@ class ScalarModel(nn.Module):
         self.offset = offset
         """Mean score of SFT answers, subtracted by `score`; 0 until the model is centred."""
         self.packing = False
-        """Reads rows one behind the other instead of padded; the values are the same."""
+        """Reads rows one behind the other instead of padded, and each prompt once; the values are the same."""
 
     @property
     def config(self) -> PretrainedConfig:
         return self.trunk.config  # type: ignore[return-value]
 
-    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """values_BT, float32, without the offset. Padding may stand on either side."""
-        return self.head(hidden_states(self.trunk, tokens_BT, mask_BT, self.packing))
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
+        """values_BT, float32, without the offset. Padding may stand on either side.
+
+        Packed rows share a prompt where they are told that answers stand in the last `response_length` columns.
+        """
+        return self.head(hidden_states(self.trunk, tokens_BT, mask_BT, self.packing, response_length))
 
     def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """scores_B, float32: the value at the last real token, less the offset."""
