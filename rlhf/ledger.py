@@ -3,8 +3,8 @@
 Every second belongs to one phase. Every position that a model computes is one of four kinds of token:
 
     useful   an answer token is drawn from it, or is read at it
-    prompt   needed, but no part of an answer
-    padded   stands between rows of unequal length
+    prompt   needed, but no part of an answer: once for all rows that have the prompt
+    padded   stands between rows of unequal length, or reads a prompt again
     dropped  computed for a row that had ended already
 
 Figures are named perf/…; docs/metrics.md defines each with its unit.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import ranks
-from rlhf.batches import Rollout
+from rlhf.batches import Rollout, first_with_prompt
 from rlhf.config import RunConfig
 from rlhf.limits import (
     Machine,
@@ -123,11 +123,14 @@ def work(
     """
     ppo, answer_B = config.ppo, rollout.response_mask_BR.sum(1).cpu()
     prompt_B = rollout.mask_BT.sum(1).cpu() - answer_B
+    P = rollout.mask_BT.shape[1] - rollout.response_mask_BR.shape[1]
+    first_B = first_with_prompt(rollout.tokens_BT[:, :P], rollout.mask_BT[:, :P]).cpu()
+    shared_B = torch.where(first_B < torch.arange(len(first_B)), prompt_B, 0)
     positions = [sum(of_ranks) for of_ranks in zip(*ranks.gather_objects(sampler.positions), strict=True)]
     steps = list(minibatches(len(answer_B), ppo, config.seed, iteration))
     read_once = tokens_of_shares(rollout, world, ppo)
     learned_from = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
-    lengths, sizes = (prompt_B, answer_B), [size_of(module) for module in learners]
+    lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in learners]
     done = {
         "sampling": sampling_work(*lengths, positions, size_of(sampler.model), ppo.sampling.batch_size, world),
         "scoring": scoring_work(*lengths, read_once, [size_of(module) for module in readers], world),
@@ -143,37 +146,52 @@ def work(
 
 
 def sampling_work(
-    prompt_B: Tensor, answer_B: Tensor, positions: Sequence[int], size: ModelSize, slots: int, world: int
+    prompt_B: Tensor,
+    answer_B: Tensor,
+    shared_B: Tensor,
+    positions: Sequence[int],
+    size: ModelSize,
+    slots: int,
+    world: int,
 ) -> Work:
-    """`positions`: how many the sampler computed in reading prompts, and in steps that draw one more token.
+    """`positions`: how many the sampler computed in reading prompts, and in steps that draw one more token. `shared_B`:
+    tokens of a row's prompt that were read for another row.
 
-    The first token of an answer is drawn at the last of its prompt, which counts for it. Bytes: weights once per step,
-    in as few steps as `slots` rows at a time allow, and keys and values once per token that follows them.
+    The first tokens of a prompt's answers are drawn at its last, which counts for them. Bytes: weights once per step, in
+    as few steps as `slots` rows at a time allow, and keys and values once per token that follows them.
     """
-    B, prompts, answers = len(answer_B), int(prompt_B.sum()), int(answer_B.sum())
-    in_prompts, in_steps = positions
-    tokens = Tokens(answers, prompts - B, in_prompts - prompts, in_steps - (answers - B))
-    stepped_B = answer_B - 1
+    stepped_B, (in_prompts, in_steps) = answer_B - 1, positions
+    stepped, read, drawn_from = int(stepped_B.sum()), int((prompt_B - shared_B).sum()), int((shared_B < prompt_B).sum())
+    tokens = Tokens(drawn_from + stepped, read - drawn_from, in_prompts - read, in_steps - stepped)
     steps = sum(1 + least_steps(share, slots) for share in stepped_B.view(world, -1))
     seen = tokens_seen(prompt_B, stepped_B)
-    flops = forward_flops(size, prompt_B + stepped_B, answers)
+    flops = forward_flops(size, prompt_B + stepped_B, drawn_from + stepped, shared_B)
     return Work(tokens, flops, float(steps * size.weight_bytes + seen * size.cache_bytes))
 
 
-def scoring_work(prompt_B: Tensor, answer_B: Tensor, computed: int, sizes: Sequence[ModelSize], world: int) -> Work:
+def scoring_work(
+    prompt_B: Tensor, answer_B: Tensor, shared_B: Tensor, computed: int, sizes: Sequence[ModelSize], world: int
+) -> Work:
     """Every model reads every row once, in `computed` positions. Bytes: the weights, once per rank."""
-    prompts, answers = int(prompt_B.sum()), int(answer_B.sum())
-    flops = sum(forward_flops(size, prompt_B + answer_B, answers) for size in sizes)
+    prompts, answers = int((prompt_B - shared_B).sum()), int(answer_B.sum())
+    flops = sum(forward_flops(size, prompt_B + answer_B, answers, shared_B) for size in sizes)
     tokens = Tokens(answers, prompts, computed - prompts - answers, 0)
     return Work(tokens, flops, float(world * sum(size.weight_bytes for size in sizes)))
 
 
 def update_work(
-    prompt_B: Tensor, answer_B: Tensor, computed: int, sizes: Sequence[ModelSize], epochs: int, steps: int
+    prompt_B: Tensor,
+    answer_B: Tensor,
+    shared_B: Tensor,
+    computed: int,
+    sizes: Sequence[ModelSize],
+    epochs: int,
+    steps: int,
 ) -> Work:
     """Every epoch reads every row, forward and backward, together in `computed` positions. Bytes: of the optimizer."""
-    prompts, answers, length_B = int(prompt_B.sum()), int(answer_B.sum()), prompt_B + answer_B
-    flops = sum(forward_flops(s, length_B, answers) + backward_flops(s, length_B, answers) for s in sizes)
+    prompts, answers = int((prompt_B - shared_B).sum()), int(answer_B.sum())
+    asked = (prompt_B + answer_B, answers, shared_B)
+    flops = sum(forward_flops(size, *asked) + backward_flops(size, *asked) for size in sizes)
     tokens = Tokens(epochs * answers, epochs * prompts, computed - epochs * (prompts + answers), 0)
     return Work(tokens, epochs * flops, float(steps * ADAM_BYTES * sum(size.all_learn for size in sizes)))
 
@@ -197,5 +215,5 @@ def rates(figures: Mapping[str, float], times: Mapping[str, float], machine: Mac
             f"perf/limit_share_{phase}": machine.seconds(flops, moved) / seconds,
         }
         if phase == "sampling":
-            found["perf/sampled_tokens_per_second"] = useful / seconds
+            found["perf/sampled_tokens_per_second"] = figures["perf/tokens_scoring_useful"] / seconds
     return found

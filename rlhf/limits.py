@@ -82,17 +82,19 @@ def size_of(module: nn.Module) -> ModelSize:
     )
 
 
-def forward_flops(size: ModelSize, length_B: Tensor, predicted: int) -> float:
-    """Of one pass over rows of these lengths; `predicted`: tokens at which the LM head runs."""
-    products = 2 * (size.trunk * int(length_B.sum()) + size.head * predicted)
-    return float(products + 4 * size.attention * _pairs(length_B))
+def forward_flops(size: ModelSize, length_B: Tensor, predicted: int, shared_B: Tensor | int = 0) -> float:
+    """Of one pass over rows of these lengths; `predicted`: tokens at which the LM head runs; `shared_B`: tokens at the
+    beginning of each row that another row has read."""
+    products = 2 * (size.trunk * int((length_B - shared_B).sum()) + size.head * predicted)
+    return float(products + 4 * size.attention * (_pairs(length_B) - _pairs(torch.as_tensor(shared_B))))
 
 
-def backward_flops(size: ModelSize, length_B: Tensor, predicted: int) -> float:
+def backward_flops(size: ModelSize, length_B: Tensor, predicted: int, shared_B: Tensor | int = 0) -> float:
     """As many as forward for the gradient of what goes through a product, twice as many in attention, whose both sides
     have one, and those of the weights that learn: for a model that learns whole, forward and backward are 6 per weight."""
-    learns = 2 * (size.trunk_learns * int(length_B.sum()) + size.head_learns * predicted)
-    return forward_flops(size, length_B, predicted) + float(learns + 4 * size.attention * _pairs(length_B))
+    learns = 2 * (size.trunk_learns * int((length_B - shared_B).sum()) + size.head_learns * predicted)
+    pairs = _pairs(length_B) - _pairs(torch.as_tensor(shared_B))
+    return forward_flops(size, length_B, predicted, shared_B) + float(learns + 4 * size.attention * pairs)
 
 
 def least_steps(stepped_B: Tensor, slots: int) -> int:

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from rlhf import ranks
-from rlhf.batches import Experience, Rollout
+from rlhf.batches import Experience, Rollout, first_with_prompt
 from rlhf.config import PPOConfig
 
 
 def passes_of_shares(rollout: Rollout, config: PPOConfig) -> list[Tensor]:
     """Row numbers of each pass over this rank's rows. Every rank must call it, with equally many rows."""
-    lengths_N2 = _lengths(rollout)
-    order_N = _longest_first(lengths_N2)
-    of_ranks = ranks.gather_objects(lengths_N2[order_N].tolist())
+    lengths_N3 = _lengths(rollout)
+    order_N = _order(lengths_N3, config)
+    of_ranks = ranks.gather_objects(lengths_N3[order_N].tolist())
     return list(order_N.split(_pass_sizes(torch.tensor(of_ranks).transpose(0, 1), config)))
 
 
@@ -23,56 +23,74 @@ def passes_of_minibatch(
 ) -> list[Tensor]:
     """Row numbers of each of this rank's passes over the rows `index`, which all ranks share. Rows are dealt out by
     length, so that the passes of one moment are equally long everywhere."""
-    lengths_M2 = _lengths(experience)[index]
-    order_NW = _longest_first(lengths_M2).view(-1, world)
-    return list(index[order_NW[:, rank]].split(_pass_sizes(lengths_M2[order_NW], config)))
+    lengths_M3 = _lengths(experience)[index]
+    order_NW = _dealt(_order(lengths_M3, config), world, config)
+    return list(index[order_NW[:, rank]].split(_pass_sizes(lengths_M3[order_NW], config)))
 
 
 def tokens_of_shares(rollout: Rollout, world: int, config: PPOConfig) -> int:
     """Tokens that a model computes, padding inside, where each rank reads its share of the whole `rollout`."""
-    shares_WN2 = _lengths(rollout).view(world, -1, 2)
-    return _computed(torch.stack([share_N2[_longest_first(share_N2)] for share_N2 in shares_WN2], 1), config)
+    shares_WN3 = _lengths(rollout).view(world, -1, 3)
+    return _computed(torch.stack([share_N3[_order(share_N3, config)] for share_N3 in shares_WN3], 1), config)
 
 
 def tokens_of_minibatch(batch: Rollout | Experience, index: Tensor, world: int, config: PPOConfig) -> int:
     """The same for the passes of all ranks over the rows `index`."""
-    lengths_M2 = _lengths(batch)[index]
-    return _computed(lengths_M2[_longest_first(lengths_M2).view(-1, world)], config)
+    lengths_M3 = _lengths(batch)[index]
+    return _computed(lengths_M3[_dealt(_order(lengths_M3, config), world, config)], config)
 
 
-def _computed(lengths_NW2: Tensor, config: PPOConfig) -> int:
-    passes = lengths_NW2.split(_pass_sizes(lengths_NW2, config))
-    return sum(int(_tokens_W(pass_NW2, config.packing).sum()) for pass_NW2 in passes)
+def _computed(lengths_NW3: Tensor, config: PPOConfig) -> int:
+    passes = lengths_NW3.split(_pass_sizes(lengths_NW3, config))
+    return sum(int(_tokens_W(pass_NW3, config.packing).sum()) for pass_NW3 in passes)
 
 
-def _pass_sizes(lengths_NW2: Tensor, config: PPOConfig) -> list[int]:
+def _pass_sizes(lengths_NW3: Tensor, config: PPOConfig) -> list[int]:
     """How many of N rows go into each pass, the same on all W ranks: under ZeRO-3 they wait for one another.
 
     The limit is `micro_batch_size` rows or, where it is set, `micro_batch_tokens` on the rank that has most; a row that
     is longer than that goes alone.
     """
-    N, limit = len(lengths_NW2), config.micro_batch_tokens
+    N, limit = len(lengths_NW3), config.micro_batch_tokens
     if limit is None:
         return [len(rows) for rows in torch.arange(N).split(config.micro_batch_size)]
     starts = [0]
     for end in range(1, N + 1):
-        if end - starts[-1] > 1 and _tokens_W(lengths_NW2[starts[-1] : end], config.packing).max() > limit:
+        if end - starts[-1] > 1 and _tokens_W(lengths_NW3[starts[-1] : end], config.packing).max() > limit:
             starts.append(end - 1)
     return [end - start for start, end in zip(starts, [*starts[1:], N], strict=True)]
 
 
-def _tokens_W(lengths_NW2: Tensor, packing: bool) -> Tensor:
-    """Tokens of a pass of N rows on each rank, padding inside where there is any."""
+def _tokens_W(lengths_NW3: Tensor, packing: bool) -> Tensor:
+    """Tokens of a pass of N rows on each rank, padding inside where there is any. Packed rows of one prompt, which are
+    neighbours, read it once."""
+    prompt_NW, response_NW, first_NW = lengths_NW3.unbind(-1)
     if packing:
-        return lengths_NW2.sum((0, 2))
-    return len(lengths_NW2) * lengths_NW2.amax(0).sum(-1)  # all seams in one column: the widths of sides add up
+        repeats_NW = first_NW[1:] == first_NW[:-1]
+        return (prompt_NW + response_NW).sum(0) - torch.where(repeats_NW, prompt_NW[1:], 0).sum(0)
+    # all seams in one column: the widths of sides add up
+    return len(lengths_NW3) * (prompt_NW.amax(0) + response_NW.amax(0))
 
 
 def _lengths(batch: Rollout | Experience) -> Tensor:
-    """lengths_B2: tokens of prompt and of response."""
-    response_B = batch.response_mask_BR.sum(1)
-    return torch.stack([batch.mask_BT.sum(1) - response_B, response_B], 1)
+    """lengths_B3: tokens of prompt and of response, and the first row with the same prompt."""
+    response_B, P = batch.response_mask_BR.sum(1), batch.mask_BT.shape[1] - batch.response_mask_BR.shape[1]
+    first_B = first_with_prompt(batch.tokens_BT[:, :P], batch.mask_BT[:, :P])
+    return torch.stack([batch.mask_BT.sum(1) - response_B, response_B, first_B], 1)
 
 
-def _longest_first(lengths_B2: Tensor) -> Tensor:
-    return lengths_B2.sum(1).argsort(descending=True, stable=True)
+def _order(lengths_B3: Tensor, config: PPOConfig) -> Tensor:
+    """Longest rows first; packed, where rows of one prompt share it, longest prompts with all of their answers."""
+    prompt_B, response_B, first_B = lengths_B3.unbind(-1)
+    if not config.packing:
+        return (prompt_B + response_B).argsort(descending=True, stable=True)
+    _, group_B = first_B.unique(return_inverse=True)
+    together_B = prompt_B + torch.zeros_like(response_B).scatter_add(0, group_B, response_B)[group_B]
+    neighbours_B = group_B.argsort(stable=True)
+    return neighbours_B[together_B[neighbours_B].argsort(descending=True, stable=True)]
+
+
+def _dealt(order_M: Tensor, world: int, config: PPOConfig) -> Tensor:
+    """order_NW: each rank's rows, dealt out one by one, or, where they share their prompt, all answers of a prompt."""
+    together = config.answers_per_prompt if config.packing else 1
+    return order_M.view(-1, world, together).transpose(1, 2).flatten(0, 1)

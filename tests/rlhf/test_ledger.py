@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from rlhf import ledger
+from rlhf.batches import rows
 from rlhf.config import HardwareConfig, OptimConfig, RunConfig
 from rlhf.engine import LocalEngine
 from rlhf.experience import make_experience
@@ -101,6 +103,7 @@ def positions(monkeypatch) -> Any:
         {"micro_batch_size": 3},
         {"micro_batch_tokens": 25},
         {"micro_batch_tokens": 25, "packing": True},
+        {"micro_batch_tokens": 50, "packing": True, "answers_per_prompt": 4},
     ],
     ids=str,
 )
@@ -110,7 +113,9 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     if not tuned:
         monkeypatch.setattr(inprocess, "is_plain_llama", lambda model: False)
     ppo = ppo_config.model_copy(update={"minibatch_size": 4, "epochs": 2, **settings})
-    ppo = ppo.model_copy(update={"sampling": ppo.sampling.model_copy(update={"batch_size": 5})})
+    of_each, slots = ppo.answers_per_prompt, 5 if ppo.answers_per_prompt == 1 else 8
+    prompts = dataclasses.replace(rows(prompts, torch.arange(8) // of_each), ids_B=torch.arange(8))
+    ppo = ppo.model_copy(update={"sampling": ppo.sampling.model_copy(update={"batch_size": slots})})
     config = run_config(ppo)
     sampler = InProcessSampler(make_llama(0), EOS, PAD)
     policy, critic = PolicyModel(make_llama(0), ppo.packing), make_scalar(2)
@@ -127,14 +132,14 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     assert sum(tokens["sampling"]) == sampled
     assert [sum(tokens["scoring"])] * 2 == scored
     assert [sum(tokens["update"])] * 2 == learned
-    answers, prompt_tokens = int(rollout.response_mask_BR.sum()), int(prompts.mask_BP.sum())
-    assert tokens["sampling"][:2] == [answers, prompt_tokens - 8]
+    answers, prompt_tokens = int(rollout.response_mask_BR.sum()), int(prompts.mask_BP[::of_each].sum())
+    assert tokens["sampling"][:2] == [answers - 8 + 8 // of_each, prompt_tokens - 8 // of_each]
     assert tokens["scoring"][:2] == [answers, prompt_tokens]
     assert tokens["update"][:2] == [2 * answers, 2 * prompt_tokens]
     assert all(count >= 0 for counts in tokens.values() for count in counts)
     assert (tokens["update"][2] > 0) == (not ppo.packing)
     assert (tokens["sampling"][2] > 0) == (not tuned)
-    assert figures["perf/useful_share_sampling"] == answers / sampled
+    assert figures["perf/useful_share_sampling"] == tokens["sampling"][0] / sampled
 
 
 def run_config(ppo) -> RunConfig:
@@ -151,7 +156,7 @@ class Flat:
 
     module = SimpleNamespace(offset=0.0)
 
-    def __call__(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, R: int) -> torch.Tensor:
         return tokens_BT.float()
 
 
@@ -172,11 +177,12 @@ SIZE = ModelSize(
     trunk=10, head=100, trunk_learns=10, head_learns=0, all_learn=7, attention=3, weight_bytes=1000, cache_bytes=5
 )
 PROMPT_B, ANSWER_B = torch.tensor([4, 2, 3, 3]), torch.tensor([1, 5, 3, 2])
+UNSHARED_B, SHARED_B = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 0, 3])  # the last two have one prompt
 
 
 def test_sampling_by_hand():
     """Two ranks of two rows, one slot each. Prompts: 12 tokens and 3 of padding. Steps: 7, and 2 for ended rows."""
-    done = sampling_work(PROMPT_B, ANSWER_B, [15, 9], SIZE, slots=1, world=2)
+    done = sampling_work(PROMPT_B, ANSWER_B, UNSHARED_B, [15, 9], SIZE, slots=1, world=2)
     assert done.tokens == Tokens(useful=11, prompt=8, padded=3, dropped=2)
     assert done.flops == forward_flops(SIZE, torch.tensor([4, 6, 5, 4]), 11)
     weights = (1 + 4) + (1 + 3)  # prompts once, then a pass for each of 0 + 4 and of 2 + 1 tokens
@@ -185,28 +191,45 @@ def test_sampling_by_hand():
 
 
 def test_more_slots_need_fewer_steps_but_not_fewer_than_the_longest_answer():
-    one, two, many = (sampling_work(PROMPT_B, ANSWER_B, [12, 7], SIZE, slots, 1).bytes for slots in (1, 2, 9))
+    one, two, many = (
+        sampling_work(PROMPT_B, ANSWER_B, UNSHARED_B, [12, 7], SIZE, slots, 1).bytes for slots in (1, 2, 9)
+    )
     assert (one - two, two - many) == ((7 - 4) * 1000, 0)
 
 
 def test_scoring_by_hand():
-    done = scoring_work(PROMPT_B, ANSWER_B, 30, [SIZE, SIZE], world=3)
+    done = scoring_work(PROMPT_B, ANSWER_B, UNSHARED_B, 30, [SIZE, SIZE], world=3)
     assert done.tokens == Tokens(useful=11, prompt=12, padded=7, dropped=0)
     assert done.flops == 2 * forward_flops(SIZE, PROMPT_B + ANSWER_B, 11)
     assert done.bytes == 3 * 2 * 1000
 
 
 def test_update_by_hand():
-    done = update_work(PROMPT_B, ANSWER_B, 60, [SIZE], epochs=2, steps=6)
+    done = update_work(PROMPT_B, ANSWER_B, UNSHARED_B, 60, [SIZE], epochs=2, steps=6)
     assert done.tokens == Tokens(useful=22, prompt=24, padded=14, dropped=0)
     rows_B = PROMPT_B + ANSWER_B
     assert done.flops == 2 * (forward_flops(SIZE, rows_B, 11) + backward_flops(SIZE, rows_B, 11))
     assert done.bytes == 6 * 28 * 7
 
 
+def test_a_shared_prompt_counts_once_by_hand():
+    """3 prompt tokens, of which the last is where the first tokens of two answers are drawn; then (query, key) pairs."""
+    done = sampling_work(PROMPT_B, ANSWER_B, SHARED_B, [12, 7], SIZE, slots=9, world=1)
+    assert done.tokens == Tokens(useful=10, prompt=6, padded=3, dropped=0)  # it was read twice all the same
+    pairs = (4 * 5 + 6 * 7 + 5 * 6 + 4 * 5 - 3 * 4) // 2
+    assert done.flops == 2 * (10 * (9 + 7) + 100 * 10) + 4 * 3 * pairs
+    pairs = (5 * 6 + 7 * 8 + 6 * 7 + 5 * 6 - 3 * 4) // 2
+    forward = 2 * (10 * (9 + 11) + 100 * 11) + 4 * 3 * pairs
+    done = scoring_work(PROMPT_B, ANSWER_B, SHARED_B, 20, [SIZE], world=1)
+    assert (done.tokens, done.flops) == (Tokens(useful=11, prompt=9, padded=0, dropped=0), forward)
+    done = update_work(PROMPT_B, ANSWER_B, SHARED_B, 43, [SIZE], epochs=2, steps=6)
+    assert done.tokens == Tokens(useful=22, prompt=18, padded=3, dropped=0)
+    assert done.flops == 2 * (2 * forward + 2 * 10 * (9 + 11) + 4 * 3 * pairs)
+
+
 def test_speeds_and_shares_of_the_limit_by_hand():
     done = {
-        "sampling": Work(Tokens(10, 6, 3, 1), flops=100.0, bytes=400.0),
+        "sampling": Work(Tokens(9, 7, 3, 1), flops=100.0, bytes=400.0),
         "scoring": Work(Tokens(10, 10, 0, 0), flops=600.0, bytes=10.0),
         "update": Work(Tokens(30, 20, 0, 0), flops=800.0, bytes=0.0),
     }

@@ -13,22 +13,27 @@ from rlhf.passes import passes_of_minibatch, passes_of_shares, tokens_of_minibat
 P, R = 9, 7
 
 
-def rollout(lengths):
-    """Rows of (prompt, response) tokens."""
+def rollout(lengths, answers=1):
+    """Rows of (prompt, response) tokens; each of so many rows in turn has the prompt of its neighbours."""
     prompt_BP = torch.stack([torch.arange(P) >= P - p for p, _ in lengths])
     response_BR = torch.stack([torch.arange(R) < r for _, r in lengths])
     mask_BT = torch.cat([prompt_BP, response_BR], 1)
-    return Rollout(mask_BT.long(), mask_BT, response_BR, response_BR.float(), response_BR[:, 0])
+    tokens_BT = (torch.arange(len(lengths)) // answers)[:, None].expand_as(mask_BT)
+    return Rollout(tokens_BT, mask_BT, response_BR, response_BR.float(), response_BR[:, 0])
 
 
-def experience(lengths):
-    given, zeros = rollout(lengths), torch.zeros(len(lengths), R)
+def experience(lengths, answers=1):
+    given, zeros = rollout(lengths, answers), torch.zeros(len(lengths), R)
     return Experience(given.tokens_BT, given.mask_BT, given.response_mask_BR, zeros, zeros, zeros, zeros, zeros)
 
 
 def read_tokens(batch, index, packing):
     part = trim(rows(batch, index))
-    return int(part.mask_BT.sum()) if packing else part.tokens_BT.numel()
+    if not packing:
+        return part.tokens_BT.numel()
+    prompt_B = part.mask_BT.sum(1) - part.response_mask_BR.sum(1)
+    prompts = {(int(tokens[0]), int(length)) for tokens, length in zip(part.tokens_BT, prompt_B, strict=True)}
+    return int(part.response_mask_BR.sum()) + sum(length for _, length in prompts)
 
 
 ROW = st.tuples(st.integers(1, P), st.integers(1, R))
@@ -106,3 +111,62 @@ def test_ranks_that_know_only_their_own_rows_agree_on_the_passes(lengths, budget
     both = zip(shares, passes, strict=True)
     computed = sum(read_tokens(share, part, packing) for share, parts in both for part in parts)
     assert tokens_of_shares(rollout(lengths), 2, config) == computed
+
+
+# --- several answers to a prompt --------------------------------------------------------------------------------------
+
+GROUP = st.tuples(st.integers(1, P), st.lists(st.integers(1, R), min_size=6, max_size=6))
+
+
+@given(
+    st.lists(GROUP, min_size=2, max_size=6).filter(lambda groups: len(groups) % 2 == 0),
+    st.integers(1, 2),
+    st.sampled_from([1, 2, 3, 6]),
+    st.integers(1, 90),
+)
+def test_packed_answers_of_a_prompt_meet_in_a_pass_within_the_budget(groups, world, answers, budget):
+    config = PPOConfig(micro_batch_tokens=budget, packing=True, answers_per_prompt=answers)
+    lengths = [(prompt, response) for prompt, responses in groups for response in responses[:answers]]
+    batch = experience(lengths, answers)
+    index = (torch.randperm(len(groups))[:, None] * answers + torch.arange(answers)).flatten()
+    passes = [passes_of_minibatch(batch, index, rank, world, config) for rank in range(world)]
+    assert sorted(torch.cat([part for rank in passes for part in rank]).tolist()) == sorted(index.tolist())
+    assert len({len(rank) for rank in passes}) == 1
+    assert all(len(part) == 1 or read_tokens(batch, part, True) <= budget for rank in passes for part in rank)
+    for rank in passes:
+        order = (torch.cat(rank) // answers).tolist()
+        assert order == [prompt for prompt in dict.fromkeys(order) for _ in range(answers)]
+    computed = sum(read_tokens(batch, part, True) for rank in passes for part in rank)
+    assert tokens_of_minibatch(batch, index, world, config) == computed
+    shares = [rows(rollout(lengths, answers), ranks.share(len(lengths), rank, world)) for rank in range(world)]
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "gather_objects", lambda value: said.append(value) or [value])
+        for share in shares:
+            passes_of_shares(share, config)
+        patch.setattr(ranks, "gather_objects", lambda value: said)
+        passes = [passes_of_shares(share, config) for share in shares]
+    computed = sum(read_tokens(share, part, True) for share, own in zip(shares, passes, strict=True) for part in own)
+    assert tokens_of_shares(rollout(lengths, answers), world, config) == computed
+
+
+def test_two_answers_to_each_prompt_by_hand():
+    """Tokens of prompts and both answers: 9 + 1 + 1, 2 + 7 + 6 and 4 + 2 + 1, the longest first."""
+    batch = experience([(9, 1), (9, 1), (2, 7), (2, 6), (4, 2), (4, 1)], 2)
+    for budget, expected in (
+        (25, [[2, 3, 0], [1, 4, 5]]),  # 15 + 9 + 1; then the prompt once more, 9 + 1 + 7
+        (26, [[2, 3, 0, 1], [4, 5]]),
+        (33, [[2, 3, 0, 1, 4, 5]]),
+    ):
+        config = PPOConfig(micro_batch_tokens=budget, packing=True, answers_per_prompt=2)
+        passes = passes_of_minibatch(batch, torch.arange(6), 0, 1, config)
+        assert [part.tolist() for part in passes] == expected
+    config = PPOConfig(micro_batch_tokens=99, packing=True, answers_per_prompt=2)
+    dealt = [passes_of_minibatch(batch, torch.tensor([4, 5, 2, 3]), rank, 2, config) for rank in range(2)]
+    assert [[part.tolist() for part in rank] for rank in dealt] == [[[2, 3]], [[4, 5]]]
+
+
+def test_padded_rows_go_by_their_own_length_whatever_their_prompt():
+    batch = experience([(3, 1), (3, 7), (3, 2), (3, 6)], 2)
+    config = PPOConfig(micro_batch_size=2, answers_per_prompt=2)
+    assert [part.tolist() for part in passes_of_minibatch(batch, torch.arange(4), 0, 1, config)] == [[1, 3], [2, 0]]
