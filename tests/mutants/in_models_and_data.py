@@ -72,7 +72,7 @@ PRETRAINED = bugs_in(
     "rlhf/models/pretrained.py",
     ["rlhf/models/test_pretrained.py"],
     ("padding is attended to", "attention_mask=mask_BT.long()", "attention_mask=torch.ones_like(tokens_BT)"),
-    ("packed rows see one another", "position_BT[mask_BT][None]", "torch.arange(int(mask_BT.sum()))[None]"),
+    ("packed rows see one another", "position_BT[packed.read_BT][None]", "torch.arange(int(mask_BT.sum()))[None]"),
     ("dropout stays on", "setattr(part, key, 0.0)", "setattr(part, key, value)"),
     ("pad is EOS", "not in (None, tokenizer.eos_token_id):", "is not None:"),
     ("pad is taken from EOS and BOS", "taken = (tokenizer.eos_token, tokenizer.bos_token)", "taken = ()"),
@@ -87,6 +87,24 @@ PRETRAINED = bugs_in(
         "dict(model.state_dict() if state_dict is None else state_dict)",
         "dict(model.state_dict())",
     ),
+)
+
+PACKING = bugs_in(
+    "rlhf/models/packing.py",
+    ["rlhf/models/test_packing.py"],
+    ("answers of a prompt see one another", "[:, None] == prompt_N", "[:, None] == first_B[row_N]"),
+    ("answers do not see a prompt that they share", "    sees_NN |= first_B[row_N][:, None] == prompt_N\n", ""),
+    ("packed answers see what follows", "    sees_NN &= column_N[:, None] >= column_N\n", ""),
+    ("the state before an answer is not that of its prompt", "place_BT[:, :P] = place_BT[first_B, :P]", "pass"),
+) + bugs_in(
+    "rlhf/models/pretrained.py",
+    ["rlhf/models/test_packing.py"],
+    (
+        "an answer begins at position 0 where its prompt was read for another",
+        "position_BT[packed.read_BT][None]",
+        "(packed.read_BT.long().cumsum(1) - 1)[packed.read_BT][None]",
+    ),
+    ("windows of attention are lost by sharing", " and not any(windows)", ""),
 )
 
 SCALAR = bugs_in(
@@ -183,6 +201,9 @@ SAMPLER = (
             "self.prompts.ids_B[index_G], 0)",
         ),
         ("a number belongs to a row, not to a prompt", "self.prompts.ids_B[index_G], t_G)", "index_G, t_G)"),
+        ("a prompt is read for each of its answers", "_is_as_before(self.prompt_B[index_G])", "_is_as_before(index_G)"),
+        ("answers begin as those of the first prompt", "logits_DV[source_G]", "logits_DV[source_G * 0]"),
+        ("copies are of the rows that came first", "slot + source_G[D:]", "source_G[D:]"),
         ("rows stay when they have ended", "(self.token_S != self.eos_id) & ", ""),
     )
     + bugs_in(
@@ -194,6 +215,8 @@ SAMPLER = (
             "self.start_S[: self.rows, None] - 1",
         ),
         ("a row that moves keeps its old mask", "self.start_S[: self.rows] = self.start_S[from_S]", "pass"),
+        ("a copied row lacks what its source has read", "x[newcomers, :, columns] = x[slot_F, :, columns]", "pass"),
+        ("a copied row has the mask of its predecessor", "self.start_S[newcomers] = self.start_S[slot_F]", "pass"),
         ("positions are one too far", "self.end - 1 - self.start_S", "self.end - self.start_S"),
         (
             "a row that moves leaves its last token",
@@ -314,6 +337,7 @@ BUGS = [
     *ZERO,
     *POSITIONS,
     *PRETRAINED,
+    *PACKING,
     *SCALAR,
     *KEYED,
     *SAMPLER,

@@ -89,7 +89,16 @@ UPDATE = bugs_in(
     ("minibatches are the same in every epoch", "* 1_009 + epoch", "* 1_009"),
     ("minibatches do not know the seed", "(seed * 1_000_003 + iteration)", "iteration"),
     ("minibatches do not know the iteration", "(seed * 1_000_003 + iteration)", "seed"),
-    ("rows are drawn with repetition", "torch.randperm(count, generator", "torch.randint(count, (count,), generator"),
+    (
+        "rows are drawn with repetition",
+        "torch.randperm(count // answers",
+        "torch.randint(count // answers, (count // answers,)",
+    ),
+    (
+        "answers of a prompt are shuffled apart",
+        "row_B = (prompt_N[:, None] * answers + torch.arange(answers)).flatten()",
+        "row_B = torch.randperm(count, generator=generator)",
+    ),
     ("one epoch whatever was asked for", "for epoch in range(config.epochs)", "for epoch in range(1)"),
     ("the last minibatch is left out", ".split(config.minibatch_size)", ".split(config.minibatch_size)[:-1]"),
     ("losses are divided by rows", "float(experience.response_mask_BR[index].sum())", "float(len(index))"),
@@ -146,21 +155,27 @@ PASSES = bugs_in(
     ["rlhf/test_passes.py"],
     ("every rank reads the rows of the first", "index[order_NW[:, rank]]", "index[order_NW[:, 0]]"),
     ("rows are those of the minibatch and not of the iteration", "index[order_NW[:, rank]]", "order_NW[:, rank]"),
-    ("a rank cuts passes by its own rows", "torch.tensor(of_ranks).transpose(0, 1)", "lengths_N2[order_N][:, None]"),
+    ("a rank cuts passes by its own rows", "torch.tensor(of_ranks).transpose(0, 1)", "lengths_N3[order_N][:, None]"),
     (
         "passes are cut by the first rank's rows",
-        "_pass_sizes(lengths_M2[order_NW], config)",
-        "_pass_sizes(lengths_M2[order_NW[:, :1]], config)",
+        "_pass_sizes(lengths_M3[order_NW], config)",
+        "_pass_sizes(lengths_M3[order_NW[:, :1]], config)",
     ),
     ("a pass is one row over its limit", "starts.append(end - 1)", "starts.append(end)"),
     (
         "the limit on tokens is ignored",
-        "limit = len(lengths_NW2), config.micro_batch_tokens",
-        "limit = len(lengths_NW2), None",
+        "limit = len(lengths_NW3), config.micro_batch_tokens",
+        "limit = len(lengths_NW3), None",
     ),
     ("padded passes are counted as packed", "if packing:", "if not packing:"),
     ("the prompt's length is that of the whole row", "batch.mask_BT.sum(1) - response_B", "batch.mask_BT.sum(1)"),
-    ("padding between the sides is forgotten", "lengths_NW2.amax(0).sum(-1)", "lengths_NW2.sum(-1).amax(0)"),
+    (
+        "padding between the sides is forgotten",
+        "(prompt_NW.amax(0) + response_NW.amax(0))",
+        "(prompt_NW + response_NW).amax(0)",
+    ),
+    ("a shared prompt counts for every answer", "torch.where(repeats_NW, prompt_NW[1:], 0)", "0 * prompt_NW[1:]"),
+    ("answers of a prompt go to several ranks", "config.answers_per_prompt if config.packing else 1", "1"),
 )
 
 SCORING = bugs_in(
@@ -184,8 +199,8 @@ POLICY = bugs_in(
     ("the temperature is forgotten", "labels_N[None], temperature)", "labels_N[None])"),
     (
         "the model does not see which slots are padding",
-        "tokens_BT, mask_BT, self.packing)",
-        "tokens_BT, mask_BT | True, self.packing)",
+        "tokens_BT, mask_BT, self.packing, response_length)",
+        "tokens_BT, mask_BT | True, self.packing, response_length)",
     ),
     (
         "padding has logprobs",
@@ -199,6 +214,7 @@ BATCHES = bugs_in(
     ["rlhf/test_batches.py"],
     ("trimming cuts the last token", "slice(left, P + keep)", "slice(left, P + keep - 1)"),
     ("trimming cuts long prompts", "mask_BT[:, :P].sum(1).max()", "mask_BT[:, :P].sum(1).min()"),
+    ("a prompt of padding is taken for one of tokens", ".masked_fill(~mask_BP, -1)", ""),
     ("trimming cuts long answers", "response_mask_BR.sum(1).max()", "response_mask_BR.sum(1).min()"),
 )
 
@@ -228,6 +244,12 @@ RANKS = bugs_in(
     ("rows that went round again are told twice", "for value in part][:total]", "for value in part]"),
 )
 
+DRAW = bugs_in(
+    "stages/ppo.py",
+    ["stages/test_ppo.py::test_a_prompt_has_its_answers_next_to_each_other_and_each_its_own_numbers"],
+    ("answers of a prompt draw the same numbers", "* answers + answer_B % answers", "* answers"),
+)
+
 CHECKPOINT = bugs_in(
     "rlhf/checkpoint.py",
     ["rlhf/test_checkpoint.py"],
@@ -244,4 +266,4 @@ ENGINE = bugs_in(
     ("the cosine rises", "math.cos(math.pi * progress)", "math.cos(math.pi * (1 - progress))"),
 )
 
-BUGS = [*EXPERIENCE, *UPDATE, *PASSES, *SCORING, *POLICY, *BATCHES, *METRICS, *RANKS, *CHECKPOINT, *ENGINE]
+BUGS = [*EXPERIENCE, *UPDATE, *PASSES, *SCORING, *POLICY, *BATCHES, *METRICS, *RANKS, *DRAW, *CHECKPOINT, *ENGINE]

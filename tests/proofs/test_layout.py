@@ -40,6 +40,7 @@ class Layout:
     by_tokens: bool = False  # the limit of a forward pass
     packing: bool = False
     recompute: bool = False  # model.gradient_checkpointing
+    answers: int = 1  # to each prompt; layouts with equally many make one trajectory
     mean_of_means: bool = False  # a planted fault
 
     @property
@@ -49,6 +50,7 @@ class Layout:
     def __str__(self) -> str:
         words = [f"{self.ranks} ranks", self.engine, f"accumulation {self.accumulation}"]
         words += ["tokens" if self.by_tokens else "rows", "packed" if self.packing else "padded"]
+        words += [f"{self.answers} answers per prompt"] * (self.answers > 1)
         return ", ".join(words + ["recompute"] * self.recompute + ["mean of means"] * self.mean_of_means)
 
 
@@ -70,6 +72,8 @@ QUICK = [
     Layout(ranks=2, zero_stage=0, accumulation=2),
     Layout(ranks=2, zero_stage=2, by_tokens=True),
     Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, recompute=True),
+    Layout(accumulation=2, packing=True, recompute=True, answers=4),
+    Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, answers=4),
 ]
 FAULTY = Layout(accumulation=4, mean_of_means=True)
 ENGINES = [(1, None), *product((1, 2, 4), (0, 2, 3))]
@@ -78,6 +82,9 @@ MATRIX = [
     for (ranks, stage), accumulation, by_tokens, packing in product(ENGINES, (1, 2, 4), (False, True), (False, True))
 ]
 MATRIX += [Layout(ranks, stage, 2, True, True, recompute=True) for ranks, stage in ENGINES]
+MATRIX += [
+    Layout(ranks, stage, 2, by_tokens, True, answers=4) for ranks, stage in ENGINES for by_tokens in (False, True)
+]
 
 
 # --- the program of a rank ------------------------------------------------------------------------------------------
@@ -88,6 +95,7 @@ def settings(layout: Layout) -> RunConfig:
     ppo = {
         "iterations": 5,
         "batch_size": BATCH,
+        "answers_per_prompt": layout.answers,
         "minibatch_size": MINIBATCH,
         "epochs": EPOCHS,
         "micro_batch_size": rows,
@@ -276,15 +284,20 @@ def make_models(folder: Path) -> None:
 
 
 def compare_all(layouts: Sequence[Layout], iterations: int, folder: Path) -> dict[Layout, dict[str, float]]:
-    """The differences of every layout from the reference. Plain torch runs here, ZeRO in a gang for each number of
+    """The differences of every layout from its reference. Plain torch runs here, ZeRO in a gang for each number of
     ranks, one after the other."""
     make_models(folder)
-    expected = run(REFERENCE, folder, 0, iterations)
+    references = [dataclasses.replace(REFERENCE, answers=answers) for answers in {layout.answers for layout in layouts}]
+    expected = {reference.answers: run(reference, folder, 0, iterations) for reference in references}
     here = [layout for layout in layouts if layout.zero_stage is None]
-    found = {layout: differences(run(layout, folder, 0, iterations), expected) for layout in here}
+    found = {layout: differences(run(layout, folder, 0, iterations), expected[layout.answers]) for layout in here}
     for ranks in (1, 2, 4):
         if own := [layout for layout in layouts if layout.ranks == ranks and layout not in here]:
-            given = {"expected": vars(expected), "layouts": [vars(layout) for layout in own], "iterations": iterations}
+            given = {
+                "expected": {answers: vars(trajectory) for answers, trajectory in expected.items()},
+                "layouts": [vars(layout) for layout in own],
+                "iterations": iterations,
+            }
             torch.save(given, folder / "given.pt")
             start_gang(ranks, folder)
             found |= dict(zip(own, torch.load(folder / "found.pt"), strict=True))
@@ -322,9 +335,11 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     shard_everything()
     given = torch.load(folder / "given.pt", weights_only=False)
-    expected, layouts, found = Trajectory(**given["expected"]), [Layout(**layout) for layout in given["layouts"]], []
+    expected = {answers: Trajectory(**trajectory) for answers, trajectory in given["expected"].items()}
+    layouts, found = [Layout(**layout) for layout in given["layouts"]], []
     for layout in layouts:
-        found.append(differences(run(layout, folder, int(os.environ["RANK"]), given["iterations"]), expected))
+        trajectory = run(layout, folder, int(os.environ["RANK"]), given["iterations"])
+        found.append(differences(trajectory, expected[layout.answers]))
     if os.environ["RANK"] == "0":
         torch.save(found, folder / "found.pt")
 

@@ -14,12 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from launch import cli
+from reward_data import Message, Prompt
 from rlhf import checkpoint, checks
+from rlhf.batches import rows
+from rlhf.config import RunConfig
 from rlhf.data import load_prompts
 from rlhf.engine import LocalEngine
 from rlhf.errors import UserError
 from rlhf.ledger import COMPUTING, PHASES
 from rlhf.models import load_causal, load_scalar, load_tokenizer, scalar
+from rlhf.models.tiny import train_tokenizer
 from rlhf.runtime import read_progress
 from rlhf.sampling import InProcessSampler
 from rlhf.tracking import read_metrics
@@ -28,6 +32,7 @@ from stages import ppo
 pytestmark = pytest.mark.integration
 
 ALL_BUT_PPO = "reward/safety"
+ROLE: dict[str, Any] = {"train": []}
 
 
 def weights(folder):
@@ -155,6 +160,37 @@ def test_a_prompt_that_is_drawn_twice_in_an_iteration_gets_two_answers(run):
     assert (answers[order[::2]] != answers[order[1::2]]).any(1).all()
 
 
+def test_a_prompt_has_its_answers_next_to_each_other_and_each_its_own_numbers():
+    prompts = [Prompt((Message("user", "hi " * (1 + i)),), ("helpful", "safety")[i % 2], f"row {i}") for i in range(9)]
+    tokenizer, data = train_tokenizer(["hi"] * 9, 270), {"demonstrations": ROLE, "preferences": ROLE, "prompts": ROLE}
+
+    def drawn(batch_size, answers):
+        settings = {"batch_size": batch_size, "minibatch_size": batch_size, "answers_per_prompt": answers}
+        config = RunConfig.model_validate({"name": "x", "data": data, "ppo": settings})
+        return [ppo.draw_prompts(tokenizer, prompts, config, iteration) for iteration in (1, 2, 3, 4)]
+
+    ids = torch.cat([batch.ids_B for batch in drawn(24, 4)])
+    assert len(set(ids.tolist())) == 4 * 24
+    for one, four in zip(drawn(6, 1), drawn(24, 4), strict=True):
+        repeated = rows(one, [i for i in range(6) for _ in range(4)])
+        for name in ("tokens_BP", "mask_BP", "is_safety_B"):
+            assert torch.equal(getattr(four, name), getattr(repeated, name))
+
+
+def test_several_answers_to_a_prompt_share_what_is_computed_for_it(run, beside, make_stage):
+    config = beside(run(ALL_BUT_PPO), "--ppo.answers_per_prompt", "4", "--ppo.packing", "true")
+    make_stage(config, "ppo")
+    told = {name: dict(points) for name, points in read_metrics(config.folder / "ppo").items()}
+    for step in (1, 2):
+        assert [told[f"perf/tokens_{phase}_padded"][step] for phase in COMPUTING] == [0, 0, 0]
+        assert told["perf/tokens_scoring_useful"][step] == told["ppo/length"][step] * 16
+        assert (
+            told["perf/tokens_sampling_useful"][step] == told["ppo/length"][step] * 16 - 12
+        )  # first tokens of 4 at once
+        assert told["ppo/sampler_gap_max"][step] < 1e-4
+    assert told["ppo/kl"][1] == pytest.approx(0, abs=1e-4) and told["ppo/grad_norm"][2] > 0
+
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +295,7 @@ def another_score_head(patch):
 
 
 def positions_that_count_padding(patch):
-    def hidden_states(model, tokens_BT, mask_BT, packing):
+    def hidden_states(model, tokens_BT, mask_BT, packing, response_length):
         return model(input_ids=tokens_BT, use_cache=False).last_hidden_state
 
     patch.setattr(scalar, "hidden_states", hidden_states)
