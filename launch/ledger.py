@@ -44,16 +44,20 @@ def _phase(values: Any, phase: str, whole: float, count: int) -> dict[str, Any]:
     seconds = values(f"seconds_{phase}")
     total = sum(seconds)
     figures: dict[str, Any] = {"seconds": total / count, "share": total / whole}
+    beside = values(f"overlapped_seconds_{phase}") or [0.0] * count
+    if sum(beside):
+        figures["overlapped"] = sum(beside) / count
+    worked = [inside + more for inside, more in zip(seconds, beside, strict=True)]
     if memory := values(f"memory_{phase}"):
         figures["memory"] = max(memory)
     tokens = {kind: sum(values(f"tokens_{phase}_{kind}")) for kind in KINDS}
-    if sum(tokens.values()) and total:
+    if sum(tokens.values()) and sum(worked):
         figures["tokens"] = {kind: number / count for kind, number in tokens.items()}
         figures["useful_share"] = tokens["useful"] / sum(tokens.values())
-        figures["tokens_per_second"] = (tokens["useful"] + tokens["prompt"]) / total
+        figures["tokens_per_second"] = (tokens["useful"] + tokens["prompt"]) / sum(worked)
         for name in ("flop_utilisation", "limit_share"):
-            weighted = zip(values(f"{name}_{phase}"), seconds, strict=True)
-            figures[name] = sum(share * taken for share, taken in weighted) / total
+            weighted = zip(values(f"{name}_{phase}"), worked, strict=True)
+            figures[name] = sum(share * taken for share, taken in weighted) / sum(worked)
     return figures
 
 

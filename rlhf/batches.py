@@ -5,6 +5,7 @@ Masks are True (or 1) at real tokens. Every field is always there; its shape sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -77,6 +78,17 @@ def first_with_prompt(tokens_BP: Tensor, mask_BP: Tensor) -> Tensor:
     row_B = torch.arange(len(tokens_BP), device=tokens_BP.device)
     _, prompt_B = tokens_BP.masked_fill(~mask_BP, -1).unique(dim=0, return_inverse=True)
     return row_B.clone().scatter_reduce(0, prompt_B, row_B, "amin", include_self=False)[prompt_B]
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """The rows of all parts, in their order. Other dimensions must agree."""
+    names = [f.name for f in fields(parts[0])]  # type: ignore[arg-type]
+    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return type(batch)(**{f.name: getattr(batch, f.name).to(device) for f in fields(batch)})  # type: ignore[arg-type]
 
 
 def trim(batch: Batch) -> Batch:

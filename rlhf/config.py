@@ -208,6 +208,8 @@ class PPOConfig(Settings):
     """Tokens at once on a worker, padding inside, in place of `micro_batch_size`; a longer row goes alone."""
     packing: bool = False
     """Models read the rows of a forward pass one behind the other, without padding; none sees another."""
+    scoring_chunks: Count = 1
+    """Parts in which a worker's answers are scored; with 2 or more each as soon as it is there, beside the sampling."""
     max_prompt_length: Count = 2048
     sampling: SamplingConfig = SamplingConfig()
     beta: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import reward_data
 from reward_data import DataError, Demonstration, Message, Preference, Prompt, normalised_prompt, prompt_of
-from rlhf import chat
+from rlhf import batches, chat
 from rlhf.batches import PreferenceBatch, PromptBatch
 from rlhf.config import DataConfig, RewardModelConfig, RoleConfig, RunConfig, SourceConfig
 from rlhf.errors import UserError
@@ -278,6 +278,26 @@ def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], 
     tokens_BP, mask_BP = pad(encoded, tokenizer.pad_token_id, left=True)
     is_safety_B = torch.tensor([row.tag == "safety" for row in prompts])
     return PromptBatch(tokens_BP, mask_BP, is_safety_B, torch.tensor(ids, dtype=torch.long))
+
+
+def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
+    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set, each prompt as
+    often as it gets answers.
+
+    An id counts passes and answers too: a prompt that is drawn twice in an iteration gets other answers.
+    """
+    answers = config.ppo.answers_per_prompt
+    size, count, ids = config.ppo.batch_size // answers, len(prompts), []
+    for draw in range((iteration - 1) * size, iteration * size):
+        epoch, place = divmod(draw, count)
+        if not ids or place == 0:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            order = torch.randperm(count, generator=generator).tolist()
+        ids.append(epoch * count + order[place])
+    once = prompt_batch(tokenizer, [prompts[i % count] for i in ids], ids, config.ppo.max_prompt_length)
+    answer_B = torch.arange(size * answers)
+    repeated = batches.rows(once, answer_B // answers)
+    return replace(repeated, ids_B=repeated.ids_B * answers + answer_B % answers)
 
 
 def preference_batch(tokenizer: Any, rows: Sequence[Preference], margin: str, max_length: int) -> PreferenceBatch:

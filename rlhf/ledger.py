@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import ranks
-from rlhf.batches import Rollout, first_with_prompt
+from rlhf.batches import Rollout, first_with_prompt, rows
 from rlhf.config import RunConfig
 from rlhf.limits import (
     Machine,
@@ -55,6 +55,7 @@ class Clock:
     def _begin(self, now: float) -> None:
         self.started = now
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.overlapped: dict[str, float] = dict.fromkeys(COMPUTING, 0.0)
         self.memory: dict[str, int] = {}
 
     @contextmanager
@@ -69,11 +70,16 @@ class Clock:
         self.seconds[phase] += time.perf_counter() - start
         self.memory[phase] = max(self.memory.get(phase, 0), memory(self.device))
 
+    def beside(self, phase: str, seconds: float) -> None:
+        """So long a thread worked for `phase` in the time of another one, to which the seconds belong."""
+        self.overlapped[phase] += seconds
+
     def close(self) -> dict[str, float]:
         """Figures of the time since the last call; the next iteration begins at this moment."""
         now = time.perf_counter()
         self.seconds["other"] = now - self.started - sum(self.seconds.values())
         figures = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
+        figures |= {f"perf/overlapped_seconds_{phase}": value for phase, value in self.overlapped.items()}
         figures |= {f"perf/memory_{phase}": float(value) for phase, value in self.memory.items()}
         figures["perf/seconds_iteration"] = now - self.started
         self._begin(now)
@@ -110,6 +116,7 @@ class Work:
 
 def work(
     rollout: Rollout,
+    chunks: Sequence[Tensor],
     sampler: Any,
     readers: Sequence[nn.Module],
     learners: Sequence[nn.Module],
@@ -119,7 +126,8 @@ def work(
 ) -> dict[str, float]:
     """Tokens, FLOPs and bytes of an iteration's phases, as figures; `rollout` has the rows of all ranks.
 
-    Readers are the models that score, learners those that are updated. All ranks must call it.
+    Readers are the models that score, learners those that are updated; `chunks` are the rows of this rank that were
+    scored together. All ranks must call it.
     """
     ppo, answer_B = config.ppo, rollout.response_mask_BR.sum(1).cpu()
     prompt_B = rollout.mask_BT.sum(1).cpu() - answer_B
@@ -128,7 +136,7 @@ def work(
     shared_B = torch.where(first_B < torch.arange(len(first_B)), prompt_B, 0)
     positions = [sum(of_ranks) for of_ranks in zip(*ranks.gather_objects(sampler.positions), strict=True)]
     steps = list(minibatches(len(answer_B), ppo, config.seed, iteration))
-    read_once = tokens_of_shares(rollout, world, ppo)
+    read_once = sum(tokens_of_shares(chunk, world, ppo) for chunk in _of_all_ranks(rollout, chunks, world))
     learned_from = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
     lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in learners]
     done = {
@@ -143,6 +151,13 @@ def work(
         figures[f"perf/useful_share_{phase}"] = of_phase.tokens.useful / sum(kinds.values())
         figures |= {f"perf/flops_{phase}": of_phase.flops, f"perf/bytes_{phase}": of_phase.bytes}
     return figures
+
+
+def _of_all_ranks(rollout: Rollout, chunks: Sequence[Tensor], world: int) -> Iterator[Rollout]:
+    """The rows that all ranks scored at one time, the first rank's first."""
+    share = len(rollout.finished_B) // world
+    for of_ranks in zip(*ranks.gather_objects([chunk.tolist() for chunk in chunks]), strict=True):
+        yield rows(rollout, [rank * share + row for rank, own in enumerate(of_ranks) for row in own])
 
 
 def sampling_work(
@@ -206,7 +221,7 @@ def rates(figures: Mapping[str, float], times: Mapping[str, float], machine: Mac
     """How fast each phase computed what `work` counted, and the share of what the machine can do at best."""
     found = {"perf/machine_flops": machine.flops, "perf/machine_bandwidth": machine.bandwidth}
     for phase in COMPUTING:
-        seconds = max(times[f"perf/seconds_{phase}"], 1e-9)
+        seconds = max(times[f"perf/seconds_{phase}"] + times[f"perf/overlapped_seconds_{phase}"], 1e-9)
         useful, prompt = (figures[f"perf/tokens_{phase}_{kind}"] for kind in ("useful", "prompt"))
         flops, moved = figures[f"perf/flops_{phase}"], figures[f"perf/bytes_{phase}"]
         found |= {

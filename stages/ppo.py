@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from rlhf import alarms, checkpoint, checks, ledger, lineage, ranks
 from rlhf.algorithms.kl import adaptive_beta
 from rlhf.algorithms.rewards import piecewise_reward
 from rlhf.artifacts import Artifact
-from rlhf.batches import PromptBatch, Rollout, Scores, rows
+from rlhf.batches import PromptBatch, Rollout, Scores, moved, rows
 from rlhf.config import RunConfig
-from rlhf.data import prompt_batch, short_prompts, split_held_out
+from rlhf.data import draw_prompts, short_prompts, split_held_out
 from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import Answers, answer_held_out
@@ -39,6 +41,7 @@ from rlhf.models import (
     resolve,
     save_causal,
 )
+from rlhf.overlap import ScoringBeside
 from rlhf.policy import PolicyModel
 from rlhf.runtime import StageContext
 from rlhf.sampling import InProcessSampler
@@ -127,14 +130,13 @@ def iterate(
         bytes_moved = _sync(models)
     with clock("sampling"):
         batch = draw_prompts(models.tokenizer, prompts, config, iteration)
-        mine = rows(batch, ranks.share(ppo.batch_size, rank, world))
-        rollout = models.sampler.sample(_to(mine, context.device), ppo.sampling, config.seed, iteration)
+        mine = moved(rows(batch, ranks.share(ppo.batch_size, rank, world)), context.device)
+    rollout, scores, chunks = answer_and_read(mine, models, config, iteration, clock)
     with clock("scoring"):
-        scores = _read(rollout, models, config)
-        rollout, scores = ranks.gather_rows(_to(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
+        rollout, scores = ranks.gather_rows(moved(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
     experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
     with clock("logging"):
-        figures |= _work(rollout, models, config, iteration, world)
+        figures |= _work(rollout, chunks, models, config, iteration, world)
         if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
             table = sampled(models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
             context.tracker.table("samples", table)
@@ -148,6 +150,27 @@ def iterate(
     return figures
 
 
+def answer_and_read(
+    prompts: PromptBatch, models: Models, config: RunConfig, iteration: int, clock: Clock
+) -> tuple[Rollout, Scores, list[Tensor]]:
+    """Answers to this rank's prompts, their scores, and which rows were scored together, in this order."""
+    ppo, B = config.ppo, len(prompts.ids_B)
+    sample = partial(models.sampler.sample, prompts, ppo.sampling, config.seed, iteration)
+    if ppo.scoring_chunks == 1:
+        with clock("sampling"):
+            rollout = sample()
+        with clock("scoring"):
+            return rollout, _read(rollout, models, config), [torch.arange(B)]
+    read = partial(_read, models=models, config=config)
+    with ScoringBeside(read, -(-B // ppo.scoring_chunks), clock.device) as scoring:
+        with clock("sampling"):
+            rollout = sample(scoring.take)
+        with clock("scoring"):
+            scores, chunks, seconds = scoring.finish()
+    clock.beside("scoring", seconds)
+    return rollout, scores, chunks
+
+
 def verify(config: RunConfig, context: StageContext, models: Models, prompts: Sequence[Any], fresh: bool) -> None:
     """Checks before the first step what every figure stands on, on a small rollout. UserError (6) where one fails.
 
@@ -158,7 +181,7 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
     mine = rows(batch, ranks.share(ppo.batch_size, context.rank, context.world_size))
     few = rows(mine, slice(checks.ROWS))
     short = ppo.sampling.model_copy(update={"max_new_tokens": min(checks.NEW_TOKENS, ppo.sampling.max_new_tokens)})
-    rollout = models.sampler.sample(_to(few, context.device), short, config.seed, 0)
+    rollout = models.sampler.sample(moved(few, context.device), short, config.seed, 0)
     scores = _read(rollout, models, config)
     findings = [
         checks.first_ratio(models.policy, rollout, scores, ppo, precision),
@@ -234,26 +257,6 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
         sampler=sampler,
         tokenizer=tokenizer,
     )
-
-
-def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
-    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set, each prompt as
-    often as it gets answers.
-
-    An id counts passes and answers too: a prompt that is drawn twice in an iteration gets other answers.
-    """
-    answers = config.ppo.answers_per_prompt
-    size, count, ids = config.ppo.batch_size // answers, len(prompts), []
-    for draw in range((iteration - 1) * size, iteration * size):
-        epoch, place = divmod(draw, count)
-        if not ids or place == 0:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            order = torch.randperm(count, generator=generator).tolist()
-        ids.append(epoch * count + order[place])
-    once = prompt_batch(tokenizer, [prompts[i % count] for i in ids], ids, config.ppo.max_prompt_length)
-    answer_B = torch.arange(size * answers)
-    repeated = rows(once, answer_B // answers)
-    return replace(repeated, ids_B=repeated.ids_B * answers + answer_B % answers)
 
 
 class Judge:
@@ -342,11 +345,13 @@ def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:
     return read_rollout(rollout, models.policy, models.reference, models.critic, helpful, safety, ppo)
 
 
-def _work(rollout: Rollout, models: Models, config: RunConfig, iteration: int, world: int) -> dict[str, float]:
+def _work(
+    rollout: Rollout, chunks: list[Tensor], models: Models, config: RunConfig, iteration: int, world: int
+) -> dict[str, float]:
     """What the iteration asks of the models."""
     learners = [models.policy.module, models.critic.module]
     readers = [*learners, models.reference.module, *(engine.module for engine in models.rewards.values())]
-    return ledger.work(rollout, models.sampler, readers, learners, config, iteration, world)
+    return ledger.work(rollout, chunks, models.sampler, readers, learners, config, iteration, world)
 
 
 def _sync(models: Models) -> int:
@@ -387,7 +392,3 @@ def _gold_scorer(config: RunConfig) -> Callable[[str, str], float] | None:
 def _report(answers: Answers) -> dict[str, Any]:
     report = policy_report(answers.texts, answers.scores, answers.finished, answers.lengths)
     return {name: estimate.as_dict() for name, estimate in report.items()}
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return type(batch)(**{name: value.to(device) for name, value in vars(batch).items()})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from rlhf.batches import PromptBatch, Rollout, first_with_prompt
+from rlhf.batches import PromptBatch, Rollout, first_with_prompt, rows
 from rlhf.config import SamplingConfig
 from rlhf.sampling.cache import SlotCache
 from rlhf.sampling.causal import CausalDecoder, Decoder
@@ -52,29 +52,21 @@ class InProcessSampler:
         settings: SamplingConfig,
         seed: int,
         iteration: int,
-        on_rows: Callable[[int], None] = lambda done: None,
+        on_rows: Callable[[Tensor, Rollout], None] | None = None,
     ) -> Rollout:
         """Answers for every prompt, `settings.batch_size` rows at a time. R is `settings.max_new_tokens`.
 
-        The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `on_rows` is told how
-        many rows are done.
+        The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `on_rows` is given the
+        numbers of the rows that have just ended, and these rows: each row once, and often none. What it raises ends the
+        sampling.
         """
         run = _Run(decoder_of(self.model), self.eos_id, self.pad_id, prompts, settings, (seed, iteration))
         while run.unfinished:
-            if run.has_room:
-                run.admit()
-            else:
-                run.step()
-            on_rows(len(prompts.ids_B) - run.unfinished)
+            ended_N = run.admit() if run.has_room else run.step()
+            if on_rows is not None:
+                on_rows(ended_N, run.rollout(ended_N))
         self.positions = (run.prompt_positions, run.step_positions)
-        mask_BR = torch.arange(settings.max_new_tokens, device=run.length_B.device) < run.length_B[:, None]
-        return Rollout(
-            tokens_BT=torch.cat([prompts.tokens_BP, run.tokens_BR], 1),
-            mask_BT=torch.cat([prompts.mask_BP, mask_BR], 1),
-            response_mask_BR=mask_BR,
-            behaviour_logprobs_BR=run.logprobs_BR,
-            finished_B=((run.tokens_BR == self.eos_id) & mask_BR).any(1),
-        )
+        return run.rollout(slice(None))
 
 
 def decoder_of(model: nn.Module) -> Decoder:
@@ -120,8 +112,9 @@ class _Run:
         free = self.cache.slots - self.cache.rows
         return free >= min(len(self.waiting), max(1, round(ADMIT_SHARE * self.cache.slots))) > 0
 
-    def admit(self) -> None:
-        """The next prompts take free slots, each distinct one read once; every row draws its first token."""
+    def admit(self) -> Tensor:
+        """The next prompts take free slots, each distinct one read once; every row draws its first token. Returns the rows
+        that have ended."""
         width = int(self.prompt_length_B[self.waiting[0]])
         count = self._newcomers(max(1, PREFILL_TOKENS // width))
         index_G, self.waiting = self.waiting[:count], self.waiting[count:]
@@ -135,7 +128,7 @@ class _Run:
         token_G = self._draw(logits_DV[source_G], index_G)
         self.prompt_positions += int(mask_DW.sum()) if self.decoder.packs else mask_DW.numel()
         self.index_S, self.token_S = torch.cat([self.index_S, index_G]), torch.cat([self.token_S, token_G])
-        self._release()
+        return self._release()
 
     def _newcomers(self, prompts: int) -> int:
         """How many waiting rows enter: of at most so many prompts, and all rows of a prompt, unless it is the first."""
@@ -145,11 +138,23 @@ class _Run:
             prompts = min(prompts, max(int(number_W[free]) - 1, 1))
         return min(int((number_W <= prompts).sum()), free)
 
-    def step(self) -> None:
-        """One more token for every row."""
+    def step(self) -> Tensor:
+        """One more token for every row. Returns the rows that have ended."""
         self.step_positions += len(self.token_S)
         self.token_S = self._draw(self.decoder.step(self.token_S, self.cache), self.index_S)
-        self._release()
+        return self._release()
+
+    def rollout(self, index: Tensor | slice) -> Rollout:
+        """The rows `index` as far as they are sampled."""
+        prompts, tokens_BR, length_B = rows(self.prompts, index), self.tokens_BR[index], self.length_B[index]
+        mask_BR = torch.arange(self.R, device=length_B.device) < length_B[:, None]
+        return Rollout(
+            tokens_BT=torch.cat([prompts.tokens_BP, tokens_BR], 1),
+            mask_BT=torch.cat([prompts.mask_BP, mask_BR], 1),
+            response_mask_BR=mask_BR,
+            behaviour_logprobs_BR=self.logprobs_BR[index],
+            finished_B=((tokens_BR == self.eos_id) & mask_BR).any(1),
+        )
 
     def _draw(self, logits_GV: Tensor, index_G: Tensor) -> Tensor:
         """The next token of each row, written down with its logprob."""
@@ -161,12 +166,14 @@ class _Run:
         self.length_B[index_G] = t_G + 1
         return token_G
 
-    def _release(self) -> None:
-        """Rows that have ended, or are as long as they may be, leave their slots."""
+    def _release(self) -> Tensor:
+        """Rows that have ended, or are as long as they may be, leave their slots; returns which."""
         alive_S = (self.token_S != self.eos_id) & (self.length_B[self.index_S] < self.R)
+        ended_N = self.index_S[~alive_S]
         if not alive_S.all():
             from_S = self.cache.keep(alive_S)
             self.index_S, self.token_S = self.index_S[from_S], self.token_S[from_S]
+        return ended_N
 
 
 def _is_as_before(prompt_N: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Layout:
     packing: bool = False
     recompute: bool = False  # model.gradient_checkpointing
     answers: int = 1  # to each prompt; layouts with equally many make one trajectory
+    chunks: int = 1  # with more, answers are scored beside the sampling
     mean_of_means: bool = False  # a planted fault
 
     @property
@@ -50,8 +51,9 @@ class Layout:
     def __str__(self) -> str:
         words = [f"{self.ranks} ranks", self.engine, f"accumulation {self.accumulation}"]
         words += ["tokens" if self.by_tokens else "rows", "packed" if self.packing else "padded"]
-        words += [f"{self.answers} answers per prompt"] * (self.answers > 1)
-        return ", ".join(words + ["recompute"] * self.recompute + ["mean of means"] * self.mean_of_means)
+        words += [f"{self.answers} answers per prompt"] * (self.answers > 1) + ["recompute"] * self.recompute
+        words += [f"{self.chunks} chunks"] * (self.chunks > 1)
+        return ", ".join(words + ["mean of means"] * self.mean_of_means)
 
 
 @dataclass
@@ -67,11 +69,11 @@ class Trajectory:
 
 REFERENCE = Layout()
 QUICK = [
-    Layout(accumulation=4, packing=True),
+    Layout(accumulation=4, packing=True, chunks=5),
     Layout(accumulation=2, by_tokens=True, packing=True, recompute=True),
     Layout(ranks=2, zero_stage=0, accumulation=2),
     Layout(ranks=2, zero_stage=2, by_tokens=True),
-    Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, recompute=True),
+    Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, recompute=True, chunks=3),
     Layout(accumulation=2, packing=True, recompute=True, answers=4),
     Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, answers=4),
 ]
@@ -81,7 +83,7 @@ MATRIX = [
     Layout(ranks, stage, accumulation, by_tokens, packing)
     for (ranks, stage), accumulation, by_tokens, packing in product(ENGINES, (1, 2, 4), (False, True), (False, True))
 ]
-MATRIX += [Layout(ranks, stage, 2, True, True, recompute=True) for ranks, stage in ENGINES]
+MATRIX += [Layout(ranks, stage, 2, True, True, recompute=True, chunks=3) for ranks, stage in ENGINES]
 MATRIX += [
     Layout(ranks, stage, 2, by_tokens, True, answers=4) for ranks, stage in ENGINES for by_tokens in (False, True)
 ]
@@ -101,6 +103,7 @@ def settings(layout: Layout) -> RunConfig:
         "micro_batch_size": rows,
         "micro_batch_tokens": rows * LONGEST if layout.by_tokens else None,
         "packing": layout.packing,
+        "scoring_chunks": layout.chunks,
         "sampling": {
             "temperature": 0.7,
             "max_new_tokens": 12,

@@ -127,7 +127,7 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     scored = [positions(policy), positions(critic)]
     update(*learners, experience, ppo, config.seed, 1, 0, 1)
     learned = [positions(policy), positions(critic)]
-    figures = work(rollout, sampler, [policy, critic], [policy, critic], config, 1, 1)
+    figures = work(rollout, [torch.arange(8)], sampler, [policy, critic], [policy, critic], config, 1, 1)
     tokens = {phase: [figures[f"perf/tokens_{phase}_{kind}"] for kind in KINDS] for phase in COMPUTING}
     assert sum(tokens["sampling"]) == sampled
     assert [sum(tokens["scoring"])] * 2 == scored
@@ -238,6 +238,8 @@ def test_speeds_and_shares_of_the_limit_by_hand():
         f"perf/bytes_{p}": w.bytes for p, w in done.items()
     }
     times = {"perf/seconds_sampling": 4.0, "perf/seconds_scoring": 8.0, "perf/seconds_update": 10.0}
+    times |= {"perf/overlapped_seconds_sampling": 0.0, "perf/overlapped_seconds_scoring": 0.0}
+    times |= {"perf/overlapped_seconds_update": 0.0}
     found = rates(figures, times, Machine(flops=200.0, bandwidth=200.0))
     assert found == {
         "perf/machine_flops": 200.0,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.batches import rows
+from rlhf.batches import joined, rows
 from rlhf.policy import PolicyModel
 from rlhf.sampling import InProcessSampler, cache, inprocess
 
@@ -163,12 +163,19 @@ def test_the_prompt_stays_what_it_was(sample, prompts):
     assert torch.equal(rollout.mask_BT[:, -R:], rollout.response_mask_BR)
 
 
-def test_rows_are_reported_as_they_are_done(make_llama, prompts, ppo_config):
-    done = []
-    settings = ppo_config.sampling.model_copy(update={"batch_size": 3})
-    InProcessSampler(make_llama(0), EOS, PAD).sample(prompts, settings, 0, 1, done.append)
-    assert done == sorted(done)
-    assert {0, 8} <= set(done) and len(set(done)) > 3
+@pytest.mark.parametrize("slots", [3, 8])
+def test_rows_are_handed_over_when_they_have_ended(make_llama, prompts, ppo_config, slots):
+    """Each once, whole, under its number in the batch, and the short ones before the sampling is over."""
+    told = []
+    settings = ppo_config.sampling.model_copy(update={"batch_size": slots})
+    sampler = InProcessSampler(make_llama(0), EOS, PAD)
+    rollout = sampler.sample(prompts, settings, 0, 1, lambda index_N, ended: told.append((index_N, ended)))
+    order_B = torch.cat([index_N for index_N, _ in told])
+    assert order_B.tolist() != list(range(8)) and sorted(order_B.tolist()) == list(range(8))
+    handed_over = joined([ended for _, ended in told])
+    for name, tensor in vars(rows(rollout, order_B)).items():
+        assert torch.equal(getattr(handed_over, name), tensor), name
+    assert sum(len(index_N) > 0 for index_N, _ in told) > 3
 
 
 def test_an_answer_may_be_one_token(sample, answers):
