@@ -158,9 +158,7 @@ class Trained(NamedTuple):
 
 def train(world: World, ppo: PPOConfig, seed: int = 0) -> Trained:
     """PPO from the reference, `ppo.iterations` long, by the program's own loop."""
-    nothing = RoleConfig(train=[])
-    data = DataConfig(demonstrations=nothing, preferences=nothing, prompts=nothing)
-    config = RunConfig(name="small-world", seed=seed, data=data, ppo=ppo)
+    config = world_config(ppo, seed)
     models, context = open_models(world, ppo), alone()
     prompts = [Prompt((Message("user", text),), "helpful", "small world") for text in PROMPTS]
     policy = cast(LlamaForCausalLM, models.policy.module.causal)
@@ -171,6 +169,12 @@ def train(world: World, ppo: PPOConfig, seed: int = 0) -> Trained:
         iterate(config, context, models, prompts, state, clock)
         path.append(world.figures(world.logprobs(policy)))
     return Trained(path, policy, cast(ScalarModel, models.critic.module))
+
+
+def world_config(ppo: PPOConfig, seed: int) -> RunConfig:
+    nothing = RoleConfig(train=[])
+    data = DataConfig(demonstrations=nothing, preferences=nothing, prompts=nothing)
+    return RunConfig(name="small-world", seed=seed, data=data, ppo=ppo)
 
 
 def open_models(world: World, ppo: PPOConfig) -> Models:

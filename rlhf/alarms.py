@@ -20,7 +20,10 @@ class Alarm:
 def sounding(figures: Mapping[str, float], first_entropy: float, limits: AlarmConfig) -> Iterator[Alarm]:
     """The alarms of one iteration; `first_entropy` is the entropy of the first. A figure at its limit is silent."""
     kl, eos = figures["ppo/kl"], figures["ppo/eos_share"]
-    entropy, gap = figures["ppo/entropy"], figures["ppo/sampler_gap_max"]
+    entropy = figures["ppo/entropy"]
+    # Answers of an older policy differ at every token, and a few of them by much: the mean alone tells a wrong sampler.
+    which = "mean" if figures["ppo/policy_lag"] else "max"
+    gap = figures[f"ppo/sampler_gap_{which}"]
     if kl > limits.kl_max:
         yield Alarm(
             "kl",
@@ -42,9 +45,9 @@ def sounding(figures: Mapping[str, float], first_entropy: float, limits: AlarmCo
     if gap > limits.sampler_gap_max:
         yield Alarm(
             "sampler_gap",
-            f"sampler and trainer differ by {gap:.3g} nats at a token, over {limits.sampler_gap_max:g} "
-            "(ppo.alarms.sampler_gap_max): answers come from another policy than the one that learns; look at "
-            "hardware.precision and at ppo/sampler_gap_max of earlier iterations",
+            f"sampler and trainer differ by {gap:.3g} nats {'a token' if which == 'mean' else 'at a token'}, over "
+            f"{limits.sampler_gap_max:g} (ppo.alarms.sampler_gap_max): answers come from another policy than the one "
+            f"that learns; look at hardware.precision and at ppo/sampler_gap_{which} of earlier iterations",
         )
 
 

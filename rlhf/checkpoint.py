@@ -7,26 +7,34 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf import ranks
 from rlhf.artifacts import write_json
-from rlhf.engine import Engine
 
 KEPT = 2
 STATE = "state.json"
 
 
-def save(folder: Path, iteration: int, engines: dict[str, Engine], state: dict[str, Any]) -> None:
+class Part(Protocol):
+    """What has a folder of its own in a checkpoint, an engine for instance. Every rank saves and loads its share."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+def save(folder: Path, iteration: int, parts: Mapping[str, Part], state: dict[str, Any]) -> None:
     """Writes `folder/iteration-N`: all that a PPO stage needs to go on. All ranks must call it."""
     target = folder / f"iteration-{iteration:06d}"
     if ranks.rank() == 0:
         _remove(target)
         target.mkdir(parents=True)
     ranks.barrier()
-    for name, engine in engines.items():
-        engine.save(target / name)
+    for name, part in parts.items():
+        part.save(target / name)
     seal(target, state | {"iteration": iteration, "world_size": ranks.world_size()})
 
 
@@ -64,13 +72,13 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def restore(folder: Path, engines: dict[str, Engine]) -> dict[str, Any] | None:
-    """Loads the newest whole checkpoint of `save` into `engines` and returns its state; None when there is none."""
+def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:
+    """Loads the newest whole checkpoint of `save` into `parts` and returns its state; None when there is none."""
     found = newest(folder)
     if found is None:
         return None
-    for name, engine in engines.items():
-        engine.load(found / name)
+    for name, part in parts.items():
+        part.load(found / name)
     return _state(found)
 
 

@@ -169,6 +169,9 @@ class SamplingConfig(Settings):
     temperature: Positive = 1.0  # [O]
     max_new_tokens: Count = 512  # [O]
     batch_size: Count = 64  # rows sampled together on one worker
+    ahead: bool = False
+    """Samples the answers of the next iteration during the update, so by a policy that is one update older; the
+    importance weight makes up for that."""
 
 
 class KLTargetConfig(Settings):
@@ -190,7 +193,8 @@ class AlarmConfig(Settings):
     entropy_share_min: Share = 0.1
     """Of the first iteration's entropy. A policy that hardly chooses explores nothing [O]."""
     sampler_gap_max: Positive = 1.0
-    """Nats at one token between sampler and trainer: well past log 2, where importance_cap begins to cut [O]."""
+    """Nats at one token between sampler and trainer: well past log 2, where importance_cap begins to cut [O]. With
+    `ppo.sampling.ahead` they differ by an update at every token, so there it is the mean that must not reach it."""
 
 
 class PPOConfig(Settings):

@@ -5,6 +5,8 @@ Called with the rows of all ranks, so every statistic here is global and no layo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,8 @@ def make_experience(
             scores.logprobs_BR, rollout.behaviour_logprobs_BR, config.importance_cap, mask_BR
         ),
     )
-    return experience, _figures(rollout, scores, score_B, used_safety_B, returns_BR)
+    figures = _figures(rollout, scores, score_B, used_safety_B, returns_BR)
+    return experience, figures | _sampler_figures(rollout, scores, config.importance_cap)
 
 
 def _figures(
@@ -62,7 +65,6 @@ def _figures(
         return float(masked_mean_and_var(x_BR, mask_BR)[0])
 
     kl_B = torch.where(mask_BR, k1(scores.logprobs_BR, scores.ref_logprobs_BR), 0.0).sum(1)
-    gap_BR = torch.where(mask_BR, scores.logprobs_BR - rollout.behaviour_logprobs_BR, 0.0)
     value_error = masked_mean_and_var(returns_BR - scores.values_BR, mask_BR)[1]
     return_var = masked_mean_and_var(returns_BR, mask_BR)[1]
     return {
@@ -75,7 +77,17 @@ def _figures(
         "ppo/kl_k3_per_token": over_tokens(k3(scores.logprobs_BR, scores.ref_logprobs_BR)),
         "ppo/length": float(mask_BR.sum(1).float().mean()),
         "ppo/eos_share": float(rollout.finished_B.float().mean()),
-        "ppo/sampler_gap_max": float(gap_BR.abs().max()),
         "ppo/value_mean": over_tokens(scores.values_BR),
         "ppo/explained_variance": float(1 - value_error / return_var.clamp(min=1e-8)),
+    }
+
+
+def _sampler_figures(rollout: Rollout, scores: Scores, importance_cap: float) -> dict[str, float]:
+    """How far the policy that sampled is from the one that learns."""
+    mask_BR = rollout.response_mask_BR
+    gap_BR = torch.where(mask_BR, scores.logprobs_BR - rollout.behaviour_logprobs_BR, 0.0)
+    return {
+        "ppo/sampler_gap_max": float(gap_BR.abs().max()),
+        "ppo/sampler_gap_mean": float(masked_mean_and_var(gap_BR.abs(), mask_BR)[0]),
+        "ppo/importance_cut_share": float(masked_mean_and_var((gap_BR > math.log(importance_cap)).float(), mask_BR)[0]),
     }

@@ -1,4 +1,4 @@
-"""Two things at once: a thread beside the one that runs the stage, and scoring beside sampling with it.
+"""Two things at once, the second in a thread: scoring beside sampling, and sampling beside the update.
 
 Either side may fail while the other works. Then the stage ends with that error, and neither waits for the other.
 """
@@ -10,13 +10,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from rlhf import ranks
 from rlhf.batches import Rollout, Scores, joined, moved, rows
+from rlhf.ledger import Clock
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
@@ -41,6 +44,7 @@ class Beside(Generic[Result]):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
+        self.seconds = 0.0  # of the work, when it has ended
         self._thread = threading.Thread(target=self._run, name="beside", daemon=True)
         self._thread.start()
 
@@ -55,15 +59,16 @@ class Beside(Generic[Result]):
         self.check()
         return self._result
 
-    def __enter__(self) -> Beside[Result]:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
             self._unwanted.set()
             self._thread.join(STOP_S)
 
     def _run(self) -> None:
+        start = time.perf_counter()
         torch.set_num_threads(self._threads)  # OpenMP keeps the number for each thread, and begins with all processors
         try:
             with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
@@ -72,6 +77,7 @@ class Beside(Generic[Result]):
                     self._stream.synchronize()
         except BaseException as error:  # noqa: BLE001  the other thread raises it
             self._error = error
+        self.seconds = time.perf_counter() - start
 
     def _go_on(self) -> None:
         if self._unwanted.is_set():
@@ -113,12 +119,12 @@ class ScoringBeside:
         seconds = sum(max(min(end, now) - start, 0.0) for start, end in self._spans)
         return rows(scores, order_B.argsort()), list(order_B.split(self._size)), seconds
 
-    def __enter__(self) -> ScoringBeside:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._chunks.put(None)
-        self._beside.__exit__(*error)  # type: ignore[arg-type]
+        self._beside.__exit__(*error)
 
     def _hand_over(self, count: int) -> None:
         """The first `count` of the rows that wait."""
@@ -136,3 +142,85 @@ class ScoringBeside:
             read.append(self._read(chunk))
             self._spans.append((start, time.perf_counter()))
         return read
+
+
+@dataclass
+class Ahead:
+    """This rank's answers that were sampled before their iteration began, by the policy of one update earlier.
+
+    A part of every checkpoint: when they are used, the weights that gave them are gone.
+    """
+
+    rollout: Rollout | None = None  # on the CPU
+    positions: tuple[int, int] = (0, 0)  # what the sampler told of these answers
+
+    def keep(self, rollout: Rollout, sampler: Any) -> None:
+        self.rollout, self.positions = moved(rollout, CPU), sampler.positions
+
+    def take(self, sampler: Any) -> Rollout | None:
+        """What was sampled ahead, once; the sampler tells again what it told of it."""
+        taken, self.rollout = self.rollout, None
+        if taken is not None:
+            sampler.positions = self.positions
+        return taken
+
+    def save(self, folder: Path) -> None:
+        if self.rollout is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"rollout": vars(self.rollout), "positions": self.positions}, self._file(folder))
+
+    def load(self, folder: Path) -> None:
+        """What was saved there; nothing where nothing was sampled ahead."""
+        if self._file(folder).exists():
+            kept = torch.load(self._file(folder))
+            self.rollout, self.positions = Rollout(**kept["rollout"]), kept["positions"]
+
+    @staticmethod
+    def _file(folder: Path) -> Path:
+        return folder / f"rank-{ranks.rank()}.pt"
+
+
+def answer_and_read(
+    sample: Callable[..., Rollout],
+    read: Callable[[Rollout], Scores],
+    ahead: Ahead,
+    sampler: Any,
+    count: int,
+    chunks: int,
+    clock: Clock,
+) -> tuple[Rollout, Scores, list[Tensor]]:
+    """The answers to this rank's `count` prompts, their scores, and which rows were scored together.
+
+    What was sampled ahead is taken as it is; else `sample` is called, and with more than one chunk is given `on_rows`.
+    """
+    rollout = ahead.take(sampler)
+    if rollout is None and chunks > 1:
+        with ScoringBeside(read, -(-count // chunks), clock.device) as scoring:
+            with clock("sampling"):
+                rollout = sample(scoring.take)
+            with clock("scoring"):
+                scores, read_together, seconds = scoring.finish()
+        clock.beside("scoring", seconds)
+        return rollout, scores, read_together
+    if rollout is None:
+        with clock("sampling"):
+            rollout = sample()
+    with clock("scoring"):
+        return rollout, read(rollout), [torch.arange(count)]
+
+
+def learn_and_sample(
+    learn: Callable[..., dict[str, float]], sample: Callable[..., Rollout], ahead: Ahead, sampler: Any, clock: Clock
+) -> dict[str, float]:
+    """The update, and beside it the answers of the next iteration, by the weights from before, which the sampler has.
+
+    When it returns the sampler is free again.
+    """
+    with Beside(lambda go_on: sample(lambda *_: go_on()), clock.device) as sampling:
+        with clock("update"):
+            figures = learn(on_minibatch=sampling.check)
+        start = time.perf_counter()
+        with clock("sampling"):
+            ahead.keep(sampling.result(), sampler)
+    clock.beside("sampling", max(sampling.seconds - (time.perf_counter() - start), 0.0))
+    return figures

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +41,7 @@ from rlhf.models import (
     resolve,
     save_causal,
 )
-from rlhf.overlap import ScoringBeside
+from rlhf.overlap import Ahead, answer_and_read, learn_and_sample
 from rlhf.policy import PolicyModel
 from rlhf.runtime import StageContext
 from rlhf.sampling import InProcessSampler
@@ -58,6 +58,7 @@ class Models:
     rewards: dict[str, Engine]
     sampler: InProcessSampler
     tokenizer: Any
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 def main(config: RunConfig, context: StageContext) -> Artifact:
@@ -72,7 +73,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     )
     for_choice, for_report = split_held_out(held_out, ppo.eval_prompts)
     judge = Judge(config, context, models)
-    restored = checkpoint.restore(context.checkpoint_folder, _engines(models))
+    restored = checkpoint.restore(context.checkpoint_folder, _parts(models))
     context.tracker.rewind(restored["iteration"] if restored else NOTHING)
     state = restored or {
         "iteration": 0,
@@ -111,7 +112,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
             context.progress.update(state["iteration"], ppo.iterations, **shown)
         if state["iteration"] % ppo.checkpoint_every == 0:
             with clock("checkpoint"):
-                checkpoint.save(context.checkpoint_folder, state["iteration"], _engines(models), state)
+                checkpoint.save(context.checkpoint_folder, state["iteration"], _parts(models), state)
         context.tracker.metrics(ledger.close(clock, figures, machine), step=state["iteration"])
     return finish(config, context, models, judge, for_report, state, lineage.parents(data, context.inputs))
 
@@ -126,12 +127,22 @@ def iterate(
 ) -> dict[str, float]:
     """One iteration: sample → score → experience → update."""
     ppo, iteration, rank, world = config.ppo, state["iteration"], context.rank, context.world_size
+    share = ranks.share(ppo.batch_size, rank, world)
+    draw = partial(draw_prompts, models.tokenizer, prompts, config)
+
+    def sample(batch: PromptBatch, iteration: int, on_rows: Any = None) -> Rollout:
+        mine = moved(rows(batch, share), context.device)
+        return models.sampler.sample(mine, ppo.sampling, config.seed, iteration, on_rows)
+
     with clock("sync"):
         bytes_moved = _sync(models)
     with clock("sampling"):
-        batch = draw_prompts(models.tokenizer, prompts, config, iteration)
-        mine = moved(rows(batch, ranks.share(ppo.batch_size, rank, world)), context.device)
-    rollout, scores, chunks = answer_and_read(mine, models, config, iteration, clock)
+        batch = draw(iteration)
+    lag = float(models.ahead.rollout is not None)
+    read, size = partial(_read, models=models, config=config), share.stop - share.start
+    rollout, scores, chunks = answer_and_read(
+        partial(sample, batch, iteration), read, models.ahead, models.sampler, size, ppo.scoring_chunks, clock
+    )
     with clock("scoring"):
         rollout, scores = ranks.gather_rows(moved(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
     experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
@@ -140,35 +151,19 @@ def iterate(
         if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
             table = sampled(models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
             context.tracker.table("samples", table)
-    with clock("update"):
-        figures |= update(models.policy, models.critic, experience, ppo, config.seed, iteration, rank, world)
-    figures["ppo/beta"], figures["perf/sync_bytes"] = state["beta"], float(bytes_moved)
+    learn = partial(update, models.policy, models.critic, experience, ppo, config.seed, iteration, rank, world)
+    if ppo.sampling.ahead and iteration < ppo.iterations:
+        then = lambda on_rows: sample(draw(iteration + 1), iteration + 1, on_rows)
+        figures |= learn_and_sample(learn, then, models.ahead, models.sampler, clock)
+    else:
+        with clock("update"):
+            figures |= learn()
+    figures |= {"ppo/beta": state["beta"], "ppo/policy_lag": lag, "perf/sync_bytes": float(bytes_moved)}
     if ppo.kl_target is not None:
         state["beta"] = adaptive_beta(
             state["beta"], figures["ppo/kl"], ppo.kl_target.target, ppo.kl_target.horizon, ppo.batch_size
         )
     return figures
-
-
-def answer_and_read(
-    prompts: PromptBatch, models: Models, config: RunConfig, iteration: int, clock: Clock
-) -> tuple[Rollout, Scores, list[Tensor]]:
-    """Answers to this rank's prompts, their scores, and which rows were scored together, in this order."""
-    ppo, B = config.ppo, len(prompts.ids_B)
-    sample = partial(models.sampler.sample, prompts, ppo.sampling, config.seed, iteration)
-    if ppo.scoring_chunks == 1:
-        with clock("sampling"):
-            rollout = sample()
-        with clock("scoring"):
-            return rollout, _read(rollout, models, config), [torch.arange(B)]
-    read = partial(_read, models=models, config=config)
-    with ScoringBeside(read, -(-B // ppo.scoring_chunks), clock.device) as scoring:
-        with clock("sampling"):
-            rollout = sample(scoring.take)
-        with clock("scoring"):
-            scores, chunks, seconds = scoring.finish()
-    clock.beside("scoring", seconds)
-    return rollout, scores, chunks
 
 
 def verify(config: RunConfig, context: StageContext, models: Models, prompts: Sequence[Any], fresh: bool) -> None:
@@ -377,8 +372,9 @@ def _keep_best(context: StageContext, models: Models, iteration: int) -> None:
     ranks.barrier()
 
 
-def _engines(models: Models) -> dict[str, Engine]:
-    return {"policy": models.policy, "critic": models.critic}
+def _parts(models: Models) -> dict[str, checkpoint.Part]:
+    """What a checkpoint keeps beside the state."""
+    return {"policy": models.policy, "critic": models.critic, "ahead": models.ahead}
 
 
 def _gold_scorer(config: RunConfig) -> Callable[[str, str], float] | None:

@@ -78,6 +78,7 @@ EXPERIENCE = bugs_in(
         "k1(scores.logprobs_BR, scores.ref_logprobs_BR)",
     ),
     ("the alarm for a drifting sampler looks at the mean", "gap_BR.abs().max()", "gap_BR.abs().mean()"),
+    ("tokens count as cut whose weight is small", "(gap_BR > math.log(", "(gap_BR.abs() > math.log("),
     ("the alarm for a drifting sampler looks above alone", "gap_BR.abs().max()", "gap_BR.max()"),
     ("means over tokens count padding", "masked_mean_and_var(x_BR, mask_BR)[0]", "x_BR.mean()"),
     ("explained variance upside down", "1 - value_error / return_var", "1 - return_var / value_error"),
@@ -255,7 +256,7 @@ CHECKPOINT = bugs_in(
     ["rlhf/test_checkpoint.py"],
     ("β is lost on resume", "state | {", '{key: state[key] for key in state if key != "beta"} | {'),
     ("the oldest checkpoint is taken", "return found[-1] if found", "return found[0] if found"),
-    ("engines are not loaded", "        engine.load(found / name)", "        pass"),
+    ("engines are not loaded", "        part.load(found / name)", "        pass"),
 )
 
 ENGINE = bugs_in(
@@ -266,4 +267,42 @@ ENGINE = bugs_in(
     ("the cosine rises", "math.cos(math.pi * progress)", "math.cos(math.pi * (1 - progress))"),
 )
 
-BUGS = [*EXPERIENCE, *UPDATE, *PASSES, *SCORING, *POLICY, *BATCHES, *METRICS, *RANKS, *DRAW, *CHECKPOINT, *ENGINE]
+OVERLAP = (
+    bugs_in(
+        "rlhf/overlap.py",
+        ["rlhf/test_overlap.py"],
+        ("scores come back in the order in which rows ended", "rows(scores, order_B.argsort())", "scores"),
+        ("rows are scored in the order of the batch's end", "order_B.argsort()", "order_B"),
+        (
+            "chunks are as large as what has just ended",
+            "self._hand_over(count - count % self._size)",
+            "self._hand_over(count)",
+        ),
+        (
+            "answers sampled ahead are learned from twice",
+            "taken, self.rollout = self.rollout, None",
+            "taken = self.rollout",
+        ),
+    )
+    + bugs_in(
+        "rlhf/experience.py",
+        ["stages/test_ahead.py"],
+        (
+            "answers sampled ahead are weighed as if they were not",
+            "scores.logprobs_BR, rollout.behaviour_logprobs_BR, config",
+            "scores.logprobs_BR, scores.logprobs_BR, config",
+        ),
+    )
+    + bugs_in(
+        "stages/ppo.py",
+        ["stages/test_ahead.py"],
+        ("answers sampled ahead are lost on resume", ', "ahead": models.ahead}', "}"),
+    )
+    + bugs_in(
+        "rlhf/alarms.py",
+        ["rlhf/test_alarms.py"],
+        ("answers sampled ahead sound the alarm", '"mean" if figures["ppo/policy_lag"] else "max"', '"max"'),
+    )
+)
+
+BUGS = [*EXPERIENCE, *UPDATE, *PASSES, *SCORING, *POLICY, *BATCHES, *METRICS, *RANKS, *DRAW, *CHECKPOINT, *ENGINE, *OVERLAP]

@@ -13,6 +13,7 @@ from rlhf.errors import UserError
 
 LIMITS = AlarmConfig(kl_max=10, eos_share_min=0.05, entropy_share_min=0.25, sampler_gap_max=0.5)
 AT_THE_LIMITS = {"ppo/kl": 10.0, "ppo/eos_share": 0.05, "ppo/entropy": 0.5, "ppo/sampler_gap_max": 0.5}
+AT_THE_LIMITS |= {"ppo/sampler_gap_mean": 0.5, "ppo/policy_lag": 0.0}
 FIRST_ENTROPY = 2.0
 
 
@@ -41,6 +42,13 @@ def test_a_figure_past_its_limit_sounds_alone_and_names_the_setting(name, figure
         alarm.text.replace("(", ".").replace(")", ".").split(".")
     )
     assert limit.startswith(figure.removesuffix("_max"))
+
+
+def test_answers_of_an_older_policy_may_differ_at_a_token_but_not_at_every_one():
+    assert sounding(policy_lag=1.0, sampler_gap_max=9.0) == []
+    (alarm,) = sounding(policy_lag=1.0, sampler_gap_mean=0.51)
+    assert alarm.name == "sampler_gap" and "sampler_gap_mean" in alarm.text
+    assert sounding(sampler_gap_mean=0.51) == []
 
 
 def test_several_can_sound_at_once():

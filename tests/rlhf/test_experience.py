@@ -83,6 +83,8 @@ def test_figures_by_hand():
         "ppo/length": 7 / 4,
         "ppo/eos_share": 0.75,
         "ppo/sampler_gap_max": 0.0,
+        "ppo/sampler_gap_mean": 0.0,
+        "ppo/importance_cut_share": 0.0,
         "ppo/value_mean": (0.2 + 0.1 - 0.8 + 0.0 - 0.4 - 0.5 - 0.5) / 7,
     }
     returns = [r for row in RETURNS for r in row]
@@ -128,6 +130,8 @@ def test_a_sampler_that_is_not_the_policy_is_weighted_up_to_the_cap():
     assert made.importance_BR[2, 1] == near(math.exp(-4.0))
     assert torch.equal(made.old_logprobs_BR, SCORES.logprobs_BR)
     assert figures["ppo/sampler_gap_max"] == near(4.0)
+    assert figures["ppo/sampler_gap_mean"] == near((0.5 + 0.5 + 3.0 + 4.0) / 7)
+    assert figures["ppo/importance_cut_share"] == near(1 / 7)
 
 
 def with_padding(columns, value):

@@ -1,4 +1,4 @@
-"""Scores that are read beside the sampling, and how either side ends the other."""
+"""Scores that are read beside the sampling, answers that are sampled beside the update; how either side ends the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from rlhf import overlap, ranks
 from rlhf.batches import Rollout, Scores, rows
-from rlhf.overlap import Beside, ScoringBeside, Unwanted
+from rlhf.ledger import Clock
+from rlhf.overlap import Ahead, Beside, ScoringBeside, Unwanted, answer_and_read, learn_and_sample
 
 CPU = torch.device("cpu")
 BROKEN = RuntimeError("broken")
@@ -144,6 +145,82 @@ def test_a_thread_is_told_that_nobody_wants_its_result():
     assert len(told) == 1
 
 
+# --- sampling beside the update -------------------------------------------------------------------------------------
+
+
+def sampler_that_told(*positions: int) -> Any:
+    return SimpleNamespace(positions=positions)
+
+
+def test_the_next_answers_are_sampled_while_the_models_learn():
+    ahead, learning, sampled = Ahead(), threading.Event(), threading.Event()
+
+    def sample(on_rows: Any) -> Rollout:
+        assert learning.wait(60)
+        on_rows(torch.arange(2), rollout_of(2))
+        sampled.set()
+        return rollout_of(2)
+
+    def learn(on_minibatch: Any) -> dict[str, float]:
+        learning.set()
+        assert sampled.wait(60)
+        on_minibatch()
+        return {"x": 1.0}
+
+    clock, sampler = Clock(CPU), sampler_that_told(3, 4)
+    assert learn_and_sample(learn, sample, ahead, sampler, clock) == {"x": 1.0}
+    assert clock.overlapped["sampling"] > 0
+    sampler.positions = (5, 6)  # an evaluation
+    read: Any = lambda rollout: scores_of(rollout)
+    rollout, _, together = answer_and_read(None, read, ahead, sampler, 2, 1, clock)  # type: ignore[arg-type]
+    assert torch.equal(rollout.tokens_BT, rollout_of(2).tokens_BT) and together[0].tolist() == [0, 1]
+    assert sampler.positions == (3, 4)
+    assert ahead.take(sampler) is None  # once
+
+
+def test_a_sampler_that_fails_stops_the_update():
+    def sample(on_rows: Any) -> Rollout:
+        raise BROKEN
+
+    def learn(on_minibatch: Any) -> dict[str, float]:
+        while True:
+            on_minibatch()
+            time.sleep(0.001)
+
+    with pytest.raises(RuntimeError, match="^broken$"):
+        learn_and_sample(learn, sample, Ahead(), sampler_that_told(), Clock(CPU))
+
+
+def test_an_update_that_fails_stops_the_sampler():
+    def sample(on_rows: Any) -> Rollout:
+        while True:
+            on_rows(torch.arange(0), rollout_of(0))
+            time.sleep(0.001)
+
+    def learn(on_minibatch: Any) -> dict[str, float]:
+        raise BROKEN
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="^broken$"):
+        learn_and_sample(learn, sample, Ahead(), sampler_that_told(), Clock(CPU))
+    assert threading.active_count() == before
+
+
+def test_what_was_sampled_ahead_is_saved_and_loaded(tmp_path):
+    ahead, loaded, nothing = Ahead(), Ahead(), Ahead()
+    ahead.keep(rollout_of(3), sampler_that_told(7, 8))
+    ahead.save(tmp_path / "ahead")
+    loaded.load(tmp_path / "ahead")
+    nothing.save(tmp_path / "nothing")
+    nothing.load(tmp_path / "nothing")
+    assert nothing.rollout is None
+    sampler = sampler_that_told(0, 0)
+    rollout = loaded.take(sampler)
+    assert rollout is not None and sampler.positions == (7, 8)
+    for name, tensor in vars(rollout_of(3)).items():
+        assert torch.equal(getattr(rollout, name), tensor), name
+
+
 # --- two ranks ------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +236,9 @@ def on_a_rank(rank: int, store: Any, failing: str, results: Any) -> None:
             raise BROKEN
         numbers = ranks.gather_objects(rollout.tokens_BT[:, 0].tolist())
         read += 1
-        return Scores(*[torch.tensor(numbers[1 - rank]).float()[:, None]] * 3, *[torch.zeros(2)] * 2)  # of the other rank
+        return Scores(
+            *[torch.tensor(numbers[1 - rank]).float()[:, None]] * 3, *[torch.zeros(2)] * 2
+        )  # of the other rank
 
     try:
         with ScoringBeside(read_together, 2, CPU) as scoring:

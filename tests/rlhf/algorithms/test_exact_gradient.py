@@ -9,7 +9,7 @@ import torch
 
 from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.kl import k1
-from rlhf.algorithms.losses import policy_loss
+from rlhf.algorithms.losses import importance_weight, policy_loss
 from rlhf.algorithms.rewards import token_rewards
 
 BETA = 0.3
@@ -47,3 +47,26 @@ def test_the_mean_gradient_is_exact(baseline):
     (estimated,) = torch.autograd.grad(loss.sum, policy)
 
     torch.testing.assert_close(estimated, -exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [1e9, 1.5])
+def test_the_mean_gradient_over_answers_of_another_policy_is_exact_up_to_the_cut(cap):
+    """Answers of one token, drawn with probability μ: μ · min(π / μ, cap) = min(π, cap · μ), which is π where none is cut."""
+    generator = torch.Generator().manual_seed(5)
+    policy = torch.randn(1, 3, generator=generator, requires_grad=True)
+    mu_V = torch.softmax(torch.randn(3, generator=generator), 0)
+    advantage_V = torch.tensor([0.5, -1.0, 2.0])
+
+    pi_V = torch.softmax(policy[0], 0)
+    kept_V = pi_V.detach().minimum(cap * mu_V)
+    assert (kept_V < pi_V).any() == (cap < 2)
+    (expected,) = torch.autograd.grad((kept_V * advantage_V * pi_V.log()).sum(), policy, retain_graph=True)
+
+    new_V1, mask_V1 = torch.log_softmax(policy, -1).T, torch.ones(3, 1, dtype=torch.bool)
+    weight_V1 = importance_weight(new_V1.detach(), mu_V.log()[:, None], cap, mask_V1)
+    loss = policy_loss(new_V1, new_V1.detach(), advantage_V[:, None], mask_V1, 0.2, mu_V[:, None] * weight_V1)
+    (estimated,) = torch.autograd.grad(loss.sum, policy)
+    torch.testing.assert_close(estimated, -expected, rtol=1e-4, atol=1e-6)
+    if cap > 2:
+        (exact,) = torch.autograd.grad((pi_V * advantage_V).sum(), policy)
+        torch.testing.assert_close(estimated, -exact, rtol=1e-4, atol=1e-6)
