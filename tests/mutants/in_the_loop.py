@@ -246,7 +246,7 @@ RANKS = bugs_in(
 )
 
 DRAW = bugs_in(
-    "stages/ppo.py",
+    "rlhf/data.py",
     ["stages/test_ppo.py::test_a_prompt_has_its_answers_next_to_each_other_and_each_its_own_numbers"],
     ("answers of a prompt draw the same numbers", "* answers + answer_B % answers", "* answers"),
 )

@@ -70,6 +70,14 @@ def test_a_longer_way_ends_nearer_for_every_beta(world, beta):
     assert furthest(world.errors(reached, beta)) < LONG
 
 
+@pytest.mark.proof
+@pytest.mark.timeout(3600)
+def test_answers_sampled_ahead_lead_to_the_same_end(world):
+    given = settings(BETA, ITERATIONS)
+    ahead = given.model_copy(update={"sampling": given.sampling.model_copy(update={"ahead": True})})
+    assert furthest(world.errors(train(world, ahead).path[-1], BETA)) < LONG
+
+
 # --- faults: the test can fail ----------------------------------------------------------------------------------------
 
 
