@@ -279,6 +279,16 @@ def test_an_iteration_whose_time_was_not_taken_to_the_end_is_left_out():
     assert ledger.account(points) == ledger.account({name: [(1, value)] for name, value in perf(1).items()})
 
 
+def test_what_was_done_beside_another_phase_counts_for_speeds_and_not_for_the_time():
+    """6 s beside the sampling, 1 s of its own; at half of the limit in either."""
+    figures = perf(1) | {"perf/overlapped_seconds_scoring": 6.0, "perf/overlapped_seconds_sampling": 0.0}
+    phases = ledger.account({name: [(1, value)] for name, value in figures.items()})["phases"]
+    assert phases["scoring"]["seconds"] == 1.0 and phases["scoring"]["overlapped"] == 6.0
+    assert phases["scoring"]["tokens_per_second"] == pytest.approx(900.0 / 7.0)
+    assert phases["scoring"]["limit_share"] == pytest.approx(0.5)
+    assert "overlapped" not in phases["sampling"] and sum(phase["seconds"] for phase in phases.values()) == 10.0
+
+
 def test_headline_names_the_figures_to_compare_runs_by(built):
     figures = report.headline(built)
     assert figures["eval/accuracy_helpfulness"] == 0.92

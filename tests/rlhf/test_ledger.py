@@ -54,6 +54,16 @@ def test_every_second_belongs_to_one_phase_and_one_iteration(watch):
         assert (seconds["sync"], seconds["sampling"], seconds["logging"], seconds["update"]) == (1.0, 4.0, 0.75, 0.0)
 
 
+def test_what_a_thread_does_beside_a_phase_is_told_and_belongs_to_that_phase(watch):
+    clock = Clock(CPU)
+    with clock("sampling"):
+        watch.now += 4.0
+    clock.beside("scoring", 3.0)
+    figures, after = clock.close(), clock.close()
+    assert (figures["perf/overlapped_seconds_scoring"], after["perf/overlapped_seconds_scoring"]) == (3.0, 0.0)
+    assert (figures["perf/seconds_sampling"], figures["perf/seconds_iteration"]) == (4.0, 4.0)
+
+
 def test_a_phase_that_is_none_is_refused():
     with pytest.raises(KeyError), Clock(CPU)("smapling"):
         pass
@@ -237,9 +247,8 @@ def test_speeds_and_shares_of_the_limit_by_hand():
     figures |= {f"perf/flops_{p}": w.flops for p, w in done.items()} | {
         f"perf/bytes_{p}": w.bytes for p, w in done.items()
     }
-    times = {"perf/seconds_sampling": 4.0, "perf/seconds_scoring": 8.0, "perf/seconds_update": 10.0}
-    times |= {"perf/overlapped_seconds_sampling": 0.0, "perf/overlapped_seconds_scoring": 0.0}
-    times |= {"perf/overlapped_seconds_update": 0.0}
+    times = {"perf/seconds_sampling": 4.0, "perf/seconds_scoring": 6.0, "perf/seconds_update": 10.0}
+    times |= {f"perf/overlapped_seconds_{phase}": 2.0 * (phase == "scoring") for phase in COMPUTING}
     found = rates(figures, times, Machine(flops=200.0, bandwidth=200.0))
     assert found == {
         "perf/machine_flops": 200.0,
