@@ -1,0 +1,105 @@
+"""What benchmarks share: arguments, a run's settings, sides that take turns, one table and one JSON record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.shapes import SHAPES
+from rlhf.config import (
+    DataConfig,
+    HardwareConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RoleConfig,
+    RunConfig,
+    SourceConfig,
+    TrackingConfig,
+)
+
+Result = TypeVar("Result")
+
+
+def parser_of(module: str, description: str | None, repeats: int = 5) -> argparse.ArgumentParser:
+    """The arguments that every benchmark of a model has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--model", help="a model folder")
+    subject.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], help="of random weights")
+    subject.add_argument("--quick", action="store_true", help="a tiny random model: does it work?")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"the median counts (default {repeats})")
+    parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
+    return parser
+
+
+def device_of(name: str) -> torch.device:
+    """`auto`: CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def settings(args: argparse.Namespace, model: Path, folder: Path, rows: int, **sections: Any) -> RunConfig:
+    """A run on `rows` shipped rows of each kind, with one reward model and without MLflow."""
+    shipped = RoleConfig(train=[SourceConfig(path="shipped", limit=rows)])
+    one_model = {"helpfulness_model": "reward", "safety_model": "reward"}
+    given: dict[str, Any] = {
+        "hardware": HardwareConfig(precision=args.precision),
+        "reward": RewardConfig(models={"reward": RewardModelConfig(own_tag="helpful")}),
+        "ppo": PPOConfig(),
+    } | sections
+    return RunConfig(
+        name="benchmark",
+        runs_dir=folder,
+        model=ModelConfig(path=str(model)),
+        data=DataConfig(demonstrations=shipped, preferences=shipped, prompts=shipped, shared_prompts="drop"),
+        tracking=TrackingConfig(uri=None),
+        **given | {"ppo": given["ppo"].model_copy(update=one_model)},
+    )
+
+
+def in_turns(sides: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str, list[Result]]:
+    """Every side once, `repeats` times, so that a machine which slows down slows all of them."""
+    results: dict[str, list[Result]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            results[name].append(side())
+    return results
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(args: argparse.Namespace, results: Any, shown: str) -> None:
+    """Prints where it ran and the table; writes all figures to `--out`."""
+    device = device_of(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} threads"
+    subject = args.model or f"random weights, shape {'tiny' if args.quick else args.shape}"
+    print(f"\ndevice: {name}; model: {subject}; {args.precision}; median of {args.repeats}\n\n{shown}")
+    if args.out:
+        record = {
+            "torch": torch.__version__,
+            "processor": platform.processor(),
+            "device": name,
+            "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "results": results,
+        }
+        args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,11 @@
+"""What benchmarks change in their process, and tests must not keep."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
