@@ -1,0 +1,105 @@
+"""PPO's models on one worker or on several, for benchmarks of its parts.
+
+One worker is this process, with plain torch; more are processes under torchrun, with ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.our_side import NEVER, stage_context
+from benchmarks.side import Job
+from benchmarks.turns import device_of
+from rlhf.config import RunConfig
+from rlhf.data import load_prompts, short_prompts
+from rlhf.errors import UserError
+from rlhf.runtime import StageContext
+from stages.ppo import Models, open_models
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a measurement works with."""
+
+    config: RunConfig
+    context: StageContext
+    models: Models  # of one folder: speed does not ask what a reward model learned
+    prompts: Sequence[Any]
+
+
+def measured(module: str, config: RunConfig, device: str, threads: int, repeats: int) -> Any:
+    """What `module.measure(rank, repeats)` returns on the first of `config.hardware.workers` ranks."""
+    workers, folder = config.hardware.workers, config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        model=config.model.path,
+        reward=config.model.path,
+        config=config.model_dump(mode="json"),
+        prompts=[],
+        answers=[],
+        pad=0,
+        eos=None,
+        processes=workers,
+        threads=max(threads // workers, 1),
+        iterations=repeats,
+    )
+    if workers == 1:
+        return import_module(module).measure(_open(job, folder, device_of(device)), repeats)
+    job_file, result, log = (folder / f"{workers}-{name}" for name in ("job.json", "result.json", "log"))
+    job.write(job_file)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(workers), "-m", "benchmarks.gang", module, str(job_file), str(result)]
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
+    own |= {} if device_of(device).type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    with log.open("w") as output:
+        subprocess.run(command, env=os.environ | own, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if not result.is_file():
+        raise UserError(f"{workers} workers did not finish:\n{log.read_text()[-4000:]}", 5)
+    return json.loads(result.read_text())
+
+
+def possible_workers(asked: Sequence[int], device: str) -> list[int]:
+    """Those of `asked` that find a device each."""
+    cuda = device_of(device).type == "cuda"
+    return [count for count in asked if not cuda or count <= torch.cuda.device_count()]
+
+
+def _open(job: Job, folder: Path, device: torch.device) -> Rank:
+    torch.set_num_threads(job.threads)
+    config = RunConfig.model_validate(job.config)
+    context = replace(stage_context(job, folder), device=device)
+    models = open_models(config, context)
+    models.sampler.eos_id = NEVER  # every answer is as long as asked for
+    return Rank(config, context, models, short_prompts(models.tokenizer, load_prompts(config).train, 10**9))
+
+
+def main(module: str, job: Job, result: Path) -> None:
+    """One rank of torchrun."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    measure: Callable[[Rank, int], Any] = import_module(module).measure
+    rank = _open(job, result.parent, device)
+    found = measure(rank, job.iterations)
+    if rank.context.is_writer:
+        result.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Job.read(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,150 @@
+"""How time and memory of a PPO iteration grow with its rows and with the length of its answers, on one worker and two.
+
+    python -m benchmarks.scaling --model FOLDER --out scaling.json
+
+Every size is one iteration of `stages.ppo.iterate`, from weight sync to the last optimizer step: one epoch, one
+minibatch, forward passes of `--micro-batch` rows. No answer ends before its length. The sizes take turns in one process
+per worker, after an iteration that is not counted. One worker is plain torch, two are ZeRO-3; together they have the
+same threads. Memory is the largest resident size during an iteration (on CUDA: of tensors), of all workers together.
+
+exponent: the slope of log time over log size, by least squares; 1 is proportional.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gang import Rank, measured, possible_workers
+from benchmarks.shapes import given_or_random
+from benchmarks.side import peak_memory
+from benchmarks.turns import parser_of, report, settings, table
+from rlhf import ranks
+from rlhf.config import HardwareConfig, PPOConfig, RunConfig, SamplingConfig
+from rlhf.ledger import Clock
+from stages.ppo import iterate
+
+FACTORS = (1, 2, 4)
+SIZES = tuple(dict.fromkeys([*((factor, 1) for factor in FACTORS), *((1, factor) for factor in FACTORS)]))
+"""(times the rows, times the length) of every iteration that is measured."""
+SHOWN = ("sync", "sampling", "scoring", "update", "iteration")
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """b of the power law a · size^b that is nearest in logarithms."""
+    logs = ([math.log(value) for value in series] for series in (sizes, values))
+    return statistics.linear_regression(*logs).slope
+
+
+def grown(config: RunConfig, rows: int, length: int) -> RunConfig:
+    ppo = config.ppo
+    sampling = ppo.sampling.model_copy(
+        update={
+            "max_new_tokens": ppo.sampling.max_new_tokens * length,
+            "batch_size": ppo.sampling.batch_size * rows,
+        }
+    )
+    sizes = {"batch_size": ppo.batch_size * rows, "minibatch_size": ppo.batch_size * rows, "sampling": sampling}
+    return config.model_copy(update={"ppo": ppo.model_copy(update=sizes)})
+
+
+def measure(rank: Rank, repeats: int) -> list[dict[str, Any]]:
+    """On every rank: seconds by phase and bytes, of each size and turn."""
+    found: list[dict[str, Any]] = [{"rows": rows, "length": length, "turns": []} for rows, length in SIZES]
+    state = {"iteration": 0, "beta": rank.config.ppo.beta}
+    _turn(rank, rank.config, state)
+    for _ in range(repeats):
+        for of_size in found:
+            of_size["turns"].append(_turn(rank, grown(rank.config, of_size["rows"], of_size["length"]), state))
+    return found
+
+
+def _turn(rank: Rank, config: RunConfig, state: dict[str, Any]) -> dict[str, float]:
+    state["iteration"] += 1
+    ranks.barrier()
+    _forget_peak()
+    clock = Clock(rank.context.device)
+    figures = iterate(config, rank.context, rank.models, rank.prompts, state, clock)
+    times = clock.close()
+    found = {phase: times[f"perf/seconds_{phase}"] for phase in SHOWN}
+    on_device = max(value for name, value in times.items() if name.startswith("perf/memory_"))
+    mine = on_device if rank.context.device.type == "cuda" else peak_memory()
+    return found | {"bytes": float(sum(ranks.gather_objects(mine))), "answer_tokens": figures["ppo/length"]}
+
+
+def _forget_peak() -> None:
+    """The largest resident size begins again (Linux, proc(5))."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def summary(workers: int, sizes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line per phase and for memory: medians at every size, and how they grow."""
+    lines = []
+    for figure in (*SHOWN, "bytes"):
+        medians = {(s["rows"], s["length"]): statistics.median(turn[figure] for turn in s["turns"]) for s in sizes}
+        by_rows, by_length = [medians[f, 1] for f in FACTORS], [medians[1, f] for f in FACTORS]
+        lines.append(
+            {
+                "workers": workers,
+                "figure": figure,
+                "by_rows": by_rows,
+                "by_length": by_length,
+                "exponent_rows": exponent(FACTORS, by_rows),
+                "exponent_length": exponent(FACTORS, by_length),
+            }
+        )
+    return lines
+
+
+def shown(lines: Sequence[Mapping[str, Any]]) -> str:
+    times = [f"× {factor}" for factor in FACTORS[1:]]
+    head = ["workers", "", "smallest", *(f"rows {t}" for t in times), "exponent"]
+    head += [*(f"length {t}" for t in times), "exponent"]
+    rows = []
+    for line in lines:
+        memory = line["figure"] == "bytes"
+        unit, scale = ("GB", 1e-9) if memory else ("s", 1.0)
+        by_rows, by_length = ([f"{v * scale:.2f} {unit}" for v in line[by]] for by in ("by_rows", "by_length"))
+        powers = [f"{line[name]:.2f}" for name in ("exponent_rows", "exponent_length")]
+        name = "memory" if memory else line["figure"]
+        rows.append([str(line["workers"]), name, *by_rows, powers[0], *by_length[1:], powers[1]])
+    return table(head, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = parser_of("scaling", __doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, default=2, help="answers of the smallest iteration (default 2)")
+    parser.add_argument("--length", type=int, default=16, help="tokens of its answers (default 16)")
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows of a pass per worker (default 1)")
+    parser.add_argument("--max-prompt-length", type=int, default=64)
+    args = parser.parse_args(arguments)
+    ppo = PPOConfig(
+        batch_size=args.rows,
+        minibatch_size=args.rows,
+        micro_batch_size=args.micro_batch,
+        max_prompt_length=args.max_prompt_length,
+        sampling=SamplingConfig(max_new_tokens=args.length, batch_size=args.rows),
+        logged_samples=1,
+    )
+    torch.set_num_threads(args.threads)
+    lines, raw = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = given_or_random(args.model, "tiny" if args.quick else args.shape, Path(folder))
+        for workers in possible_workers(args.workers, args.device):
+            hardware = HardwareConfig(precision=args.precision, workers=workers)
+            config = settings(args, model, Path(folder), 512, ppo=ppo, hardware=hardware)
+            raw[workers] = measured("benchmarks.scaling", config, args.device, args.threads, args.repeats)
+            lines += summary(workers, raw[workers])
+    report(args, {"table": lines, "turns": raw}, shown(lines))
+    return lines
+
+
+if __name__ == "__main__":
+    main()

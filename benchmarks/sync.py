@@ -1,0 +1,135 @@
+"""The weight sync of PPO: its seconds and bytes, against gathering one parameter at a time, and its share of an iteration.
+
+    python -m benchmarks.sync --model FOLDER --out sync.json
+
+Both sides fill the sampler's copy from the same policy and take turns, after a turn each that is not counted. Ours is
+the stage's own: shards gathered in buckets. One worker is plain torch and has no shards, so there both only copy; two
+are ZeRO-3. The share is that of whole iterations of `stages.ppo.iterate` which follow, the first of them not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gang import Rank, measured, possible_workers
+from benchmarks.shapes import given_or_random
+from benchmarks.turns import in_turns, parser_of, report, settings, table
+from rlhf import ranks
+from rlhf.config import HardwareConfig, PPOConfig, SamplingConfig
+from rlhf.engine import import_deepspeed
+from rlhf.ledger import Clock
+from rlhf.limits import wait
+from stages import ppo as stage
+
+ITERATIONS = 3  # whose share of sync is told, after one that is not counted
+
+
+def one_by_one(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, whole, gathered alone."""
+    for name, parameter in module.named_parameters():
+        sharded = hasattr(parameter, "ds_id")
+        with import_deepspeed().zero.GatheredParameters([parameter]) if sharded else nullcontext():
+            yield name, parameter.detach()
+
+
+def naive_sync(models: stage.Models) -> int:
+    weights = one_by_one(models.policy.module)
+    return models.sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in weights)
+
+
+def measure(rank: Rank, repeats: int) -> dict[str, Any]:
+    """On every rank: (seconds, bytes) of each side and turn, and shares of whole iterations."""
+
+    def timed(sync: Callable[[stage.Models], int]) -> tuple[float, int]:
+        ranks.barrier()
+        start = time.perf_counter()
+        moved = sync(rank.models)
+        wait(rank.context.device)
+        ranks.barrier()
+        return time.perf_counter() - start, moved
+
+    sides = {"ours": lambda: timed(stage._sync), "naive": lambda: timed(naive_sync)}
+    in_turns(sides, 1)
+    turns, shares = in_turns(sides, repeats), []
+    state = {"iteration": 0, "beta": rank.config.ppo.beta}
+    for _ in range(1 + ITERATIONS):
+        state["iteration"] += 1
+        clock = Clock(rank.context.device)
+        stage.iterate(rank.config, rank.context, rank.models, rank.prompts, state, clock)
+        times = clock.close()
+        shares.append((times["perf/seconds_sync"], times["perf/seconds_iteration"]))
+    return {"turns": turns, "iterations": shares[1:]}
+
+
+def summary(workers: int, found: dict[str, Any]) -> dict[str, Any]:
+    seconds = {name: statistics.median(turn[0] for turn in turns) for name, turns in found["turns"].items()}
+    (moved,) = {turn[1] for turns in found["turns"].values() for turn in turns}  # both move the same
+    return {
+        "workers": workers,
+        "bytes": moved,
+        "seconds": seconds,
+        "times_faster": seconds["naive"] / seconds["ours"],
+        "iteration": statistics.median(whole for _, whole in found["iterations"]),
+        "share": statistics.median(part / whole for part, whole in found["iterations"]),
+        "found": found,
+    }
+
+
+def shown(results: Sequence[dict[str, Any]]) -> str:
+    head = ["workers", "bytes", "in buckets (ours)", "one by one", "times", "iteration", "share of it"]
+    return table(
+        head,
+        [
+            [
+                str(r["workers"]),
+                f"{r['bytes'] / 1e6:.1f} MB",
+                f"{r['seconds']['ours'] * 1e3:.0f} ms",
+                f"{r['seconds']['naive'] * 1e3:.0f} ms",
+                f"{r['times_faster']:.2f}",
+                f"{r['iteration']:.2f} s",
+                f"{r['share']:.1%}",
+            ]
+            for r in results
+        ],
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = parser_of("sync", __doc__)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, default=8, help="answers of an iteration (default 8)")
+    parser.add_argument("--length", type=int, default=48, help="tokens of its answers (default 48)")
+    parser.add_argument("--max-prompt-length", type=int, default=64)
+    args = parser.parse_args(arguments)
+    ppo = PPOConfig(
+        batch_size=args.rows,
+        minibatch_size=args.rows,
+        micro_batch_size=max(args.rows // 2, 1),
+        max_prompt_length=args.max_prompt_length,
+        sampling=SamplingConfig(max_new_tokens=args.length, batch_size=args.rows),
+        logged_samples=1,
+    )
+    torch.set_num_threads(args.threads)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = given_or_random(args.model, "tiny" if args.quick else args.shape, Path(folder))
+        for workers in possible_workers(args.workers, args.device):
+            hardware = HardwareConfig(precision=args.precision, workers=workers)
+            config = settings(args, model, Path(folder), 512, ppo=ppo, hardware=hardware)
+            found = measured("benchmarks.sync", config, args.device, args.threads, args.repeats)
+            results.append(summary(workers, found))
+    report(args, results, shown(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()
