@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutants import in_algorithms, in_models_and_data, in_the_loop
+from tests.mutants import in_algorithms, in_benchmarks, in_models_and_data, in_the_loop
 
-BUGS = [*in_algorithms.BUGS, *in_the_loop.BUGS, *in_models_and_data.BUGS]
+BUGS = [*in_algorithms.BUGS, *in_the_loop.BUGS, *in_models_and_data.BUGS, *in_benchmarks.BUGS]
