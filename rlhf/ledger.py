@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -38,6 +37,7 @@ from rlhf.limits import (
     wait,
 )
 from rlhf.passes import tokens_of_minibatch, tokens_of_shares
+from rlhf.sampling import Sampler
 from rlhf.update import minibatches
 
 PHASES = ("sync", "sampling", "scoring", "update", "evaluation", "checkpoint", "logging", "other")
@@ -117,7 +117,7 @@ class Work:
 def work(
     rollout: Rollout,
     chunks: Sequence[Tensor],
-    sampler: Any,
+    sampler: Sampler,
     readers: Sequence[nn.Module],
     learners: Sequence[nn.Module],
     config: RunConfig,
@@ -140,7 +140,7 @@ def work(
     learned_from = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
     lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in learners]
     done = {
-        "sampling": sampling_work(*lengths, positions, size_of(sampler.model), ppo.sampling.batch_size, world),
+        "sampling": sampling_work(*lengths, positions, sampler.size, ppo.sampling.batch_size, world),
         "scoring": scoring_work(*lengths, read_once, [size_of(module) for module in readers], world),
         "update": update_work(*lengths, learned_from, sizes, ppo.epochs, len(steps)),
     }

@@ -44,7 +44,7 @@ from rlhf.models import (
 from rlhf.overlap import Ahead, answer_and_read, learn_and_sample
 from rlhf.policy import PolicyModel
 from rlhf.runtime import StageContext
-from rlhf.sampling import InProcessSampler
+from rlhf.sampling import InProcessSampler, Sampler, open_sampler
 from rlhf.scoring import read_rollout
 from rlhf.tracking import NOTHING
 from rlhf.update import update
@@ -56,7 +56,7 @@ class Models:
     reference: Engine
     critic: Engine
     rewards: dict[str, Engine]
-    sampler: InProcessSampler
+    sampler: Sampler
     tokenizer: Any
     ahead: Ahead = field(default_factory=Ahead)
 
@@ -181,7 +181,7 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
     findings = [
         checks.first_ratio(models.policy, rollout, scores, ppo, precision),
         checks.broken_ends(rollout, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id),
-        checks.synced(models.policy, models.sampler.model),
+        _sampler_check(models, rollout, scores, precision),
     ]
     if fresh:
         findings.append(checks.same_as_reference(scores, rollout, precision))
@@ -189,6 +189,13 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
         folder = context.inputs[f"reward/{name}"].path
         findings.append(checks.fixed_score(name, engine, folder, models.tokenizer, precision, context.is_writer))
     context.tracker.tags(checks.agree(findings))
+
+
+def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: str) -> checks.Finding:
+    """Weights can be compared where the sampler keeps them as they are; vLLM lays them out anew."""
+    if isinstance(models.sampler, InProcessSampler):
+        return checks.synced(models.policy, models.sampler.model)
+    return checks.sampler_agrees(rollout, scores, precision)
 
 
 def watch(config: RunConfig, context: StageContext, figures: dict[str, float], state: dict[str, Any]) -> None:
@@ -233,17 +240,14 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
     with sharded_loading(hardware, context.local):
         policy, reference, critic = causal(), causal(), scalar(ppo.helpfulness_model)
         rewards = {name: scalar(name) for name in reward_paths}
-    sampled = causal()
     if config.model.lora is not None:
         torch.manual_seed(config.seed)
         policy = add_lora(policy, config.model.lora, "causal", config.seed)
-        sampled = add_lora(sampled, config.model.lora, "causal", config.seed)
     tokenizer = load_tokenizer(sft)
-    sampler = InProcessSampler(
-        sampled.to(context.device), tokenizer.eos_token_id, tokenizer.pad_token_id, hardware.precision
-    )
+    sampler = open_sampler(config, sft, tokenizer, context.device)
     if ppo.packing:
-        check_packing(sampler.model, ppo.answers_per_prompt > 1)  # the one model here that is not sharded
+        whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # one that is not sharded
+        check_packing(whole, ppo.answers_per_prompt > 1)
     return Models(
         policy=engine(PolicyModel(policy, ppo.packing), ppo.optim),
         reference=engine(PolicyModel(reference, ppo.packing)),
@@ -260,7 +264,7 @@ class Judge:
     def __init__(self, config: RunConfig, context: StageContext, models: Models) -> None:
         self.config, self.context, self.models = config, context, models
 
-    def answers(self, prompts: Sequence[Any], sampler: InProcessSampler | None = None) -> Answers:
+    def answers(self, prompts: Sequence[Any], sampler: Sampler | None = None) -> Answers:
         models = self.models
         return answer_held_out(
             self.config,

@@ -14,7 +14,7 @@ from rlhf.chat import decode_answer
 from rlhf.config import RunConfig
 from rlhf.data import prompt_batch
 from rlhf.engine import Engine
-from rlhf.sampling import InProcessSampler
+from rlhf.sampling import Sampler
 from rlhf.scoring import read_kl, read_rewards
 
 # Held-out answers are drawn with one key for every policy: common random numbers make differences sharper.
@@ -34,7 +34,7 @@ class Answers:
 
 def answer_held_out(
     config: RunConfig,
-    sampler: InProcessSampler,
+    sampler: Sampler,
     tokenizer: Any,
     prompts: Sequence[Any],
     rewards: Mapping[str, Engine],

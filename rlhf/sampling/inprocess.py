@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.batches import PromptBatch, Rollout, first_with_prompt, rows
 from rlhf.config import SamplingConfig
+from rlhf.limits import ModelSize, size_of
 from rlhf.sampling.cache import SlotCache
 from rlhf.sampling.causal import CausalDecoder, Decoder
 from rlhf.sampling.keyed import keyed_uniform, pick_token
@@ -34,6 +35,10 @@ class InProcessSampler:
         if precision == "bf16":
             for parameter in model.parameters():  # not the buffers: rounded rotary frequencies misplace every token
                 parameter.data = parameter.data.to(torch.bfloat16)
+
+    @property
+    def size(self) -> ModelSize:
+        return size_of(self.model)
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:

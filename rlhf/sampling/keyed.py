@@ -30,10 +30,19 @@ def _mix(x: Tensor) -> Tensor:
 
 def keyed_uniform(seed: int, iteration: int, ids_B: Tensor, position: int | Tensor) -> Tensor:
     """float32 in [0, 1), one per row: 24 bits of a hash of the four keys. `position`: one for all rows, or one each."""
+    return _shift_right(_hash(seed, iteration, ids_B, position), 40).to(torch.float32) * 2.0**-24
+
+
+def keyed_seed(seed: int, iteration: int, ids_B: Tensor) -> Tensor:
+    """int64 in [0, 2^63), one per row, for an engine that draws its own numbers: a hash of the three keys."""
+    return _shift_right(_hash(seed, iteration, ids_B), 1)
+
+
+def _hash(seed: int, iteration: int, ids_B: Tensor, *keys: int | Tensor) -> Tensor:
     x_B = _mix(torch.full_like(ids_B, seed))
-    for key in (iteration, ids_B, position):
+    for key in (iteration, ids_B, *keys):
         x_B = _mix(x_B ^ key)
-    return _shift_right(x_B, 40).to(torch.float32) * 2.0**-24
+    return x_B
 
 
 def pick_token(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -105,6 +105,43 @@ def test_a_hub_model_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch
     assert obstacles(config) == []
 
 
+# --- sampling engine
+
+
+@pytest.fixture
+def vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+
+
+def test_a_missing_vllm_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    error = obstacle(settings("--ppo.sampling.engine", "vllm"))
+    assert error.exit_code == 2
+    assert "ppo.sampling.engine: vllm is not installed: `make vllm` installs it" in error.message
+
+
+@pytest.mark.usefixtures("vllm_is_there")
+def test_a_head_size_without_a_kernel_is_told(tmp_path: Path) -> None:
+    vllm = ("--ppo.sampling.engine", "vllm")
+    assert obstacles(settings(*vllm)) == []
+    error = obstacle(settings(*vllm, "--model.tiny.heads", "8"))
+    assert error.exit_code == 2 and "have size 16" in error.message and "model.tiny.heads" in error.message
+    (tmp_path / "model").mkdir()
+    for shape, known in (
+        ('{"hidden_size": 96, "num_attention_heads": 3}', True),
+        ('{"hidden_size": 96, "num_attention_heads": 2}', False),
+        ('{"hidden_size": 96, "num_attention_heads": 2, "head_dim": 64}', True),
+        ("{}", True),
+    ):
+        (tmp_path / "model/config.json").write_text(shape)
+        assert (obstacles(settings(*vllm, "--model.path", "model")) == []) == known
+
+
+def test_vllm_and_adapters_do_not_go_together() -> None:
+    with pytest.raises(UserError, match="ppo.sampling.engine is vllm, which samples from whole weights alone"):
+        settings("--ppo.sampling.engine", "vllm", "--model.lora.rank", "4")
+
+
 # --- machine
 
 

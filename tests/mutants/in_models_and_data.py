@@ -167,24 +167,24 @@ KEYED = bugs_in(
     ("the last block is left out", "if V % BLOCK else []", "if V < BLOCK else []"),
     (
         "every position draws the same number",
-        "for key in (iteration, ids_B, position)",
+        "for key in (iteration, ids_B, *keys)",
         "for key in (iteration, ids_B)",
     ),
     (
         "every prompt draws the same number",
-        "for key in (iteration, ids_B, position)",
-        "for key in (iteration, position)",
+        "for key in (iteration, ids_B, *keys)",
+        "for key in (iteration, *keys)",
     ),
     (
         "every iteration draws the same number",
-        "for key in (iteration, ids_B, position)",
-        "for key in (ids_B, position)",
+        "for key in (iteration, ids_B, *keys)",
+        "for key in (ids_B, *keys)",
     ),
     ("every seed draws the same number", "torch.full_like(ids_B, seed)", "torch.zeros_like(ids_B)"),
     (
         "keys are added up",
         "x_B = _mix(x_B ^ key)",
-        "x_B = _mix(torch.full_like(ids_B, seed) + iteration + ids_B + position)",
+        "x_B = _mix(torch.full_like(ids_B, seed) + iteration + ids_B + sum(keys))",
     ),
     ("negative hashes shift in ones", "(x >> bits) & ((1 << (64 - bits)) - 1)", "x >> bits"),
     ("a number may be 1", "* 2.0**-24", "/ (2.0**24 - 1)"),
@@ -331,6 +331,22 @@ HH = bugs_in(
     ),
 )
 
+VLLM = bugs_in(
+    "rlhf/sampling/vllm.py",
+    [
+        "rlhf/sampling/test_vllm.py::test_every_weight_is_handed_over_and_outlives_its_turn",
+        "rlhf/sampling/test_vllm.py::test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples",
+    ],
+    ("a weight view outlives its turn", "tensor.to(self.dtype, copy=True)", "tensor.to(self.dtype)"),
+    (
+        "weights are not loaded",
+        'self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies()})',
+        "list(copies())",
+    ),
+    ("the engine never sleeps", "        if self.sleeps:", "        if False:"),
+    ("weights are loaded into memory that is gone", 'self._wake("weights")', "self._wake()"),
+)
+
 BUGS = [
     *STEP,
     *ENGINE,
@@ -341,6 +357,7 @@ BUGS = [
     *SCALAR,
     *KEYED,
     *SAMPLER,
+    *VLLM,
     *CHAT,
     *DATA,
     *HH,

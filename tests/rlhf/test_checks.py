@@ -165,6 +165,21 @@ def test_a_weight_that_only_one_of_them_has_is_found(make_llama, policy):
     assert checks.synced(engine(PolicyModel(model)), make_llama(0)).figure == 1
 
 
+def test_a_sampler_of_other_weights_or_another_temperature_is_found(iteration, policy, make_llama, scores_of):
+    assert passes(checks.sampler_agrees(iteration.rollout, scores_of(policy), "float32"))
+    other = engine(PolicyModel(make_llama(7)))
+    for precision in ("float32", "bf16"):
+        assert not passes(checks.sampler_agrees(iteration.rollout, scores_of(other), precision))
+    assert not passes(checks.sampler_agrees(iteration.rollout, scores_of(policy, temperature=0.72), "float32"))
+
+
+def test_what_a_sampler_says_of_padding_does_not_count(iteration, policy, scores_of):
+    scores = scores_of(policy)
+    wild_BR = torch.where(iteration.rollout.response_mask_BR, scores.logprobs_BR, 99.0)
+    wild = dataclasses.replace(scores, logprobs_BR=wild_BR)
+    assert passes(checks.sampler_agrees(iteration.rollout, wild, "float32"))
+
+
 def test_a_checksum_is_of_the_bits_and_their_order():
     tensor = torch.randn(3, 5)
     assert checks.checksum(tensor) == checks.checksum(tensor.clone(), piece=4)

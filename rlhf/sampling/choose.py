@@ -1,0 +1,31 @@
+"""Which sampler answers in training: `ppo.sampling.engine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config import RunConfig
+from rlhf.models import add_lora, load_causal
+from rlhf.sampling.inprocess import InProcessSampler
+from rlhf.sampling.sampler import Sampler
+
+
+def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.device) -> Sampler:
+    """One for the model in `folder`, adapters added where the run trains them; the trainer gives it its weights.
+
+    All ranks must call it.
+    """
+    ppo, precision = config.ppo, config.hardware.precision
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if ppo.sampling.engine == "vllm":
+        from rlhf.sampling.vllm import VLLMSampler
+
+        longest = ppo.max_prompt_length + ppo.sampling.max_new_tokens
+        return VLLMSampler(folder, *ends, precision, device, ppo.sampling.batch_size, longest)
+    model: Any = load_causal(folder, attention=config.model.attention)
+    if config.model.lora is not None:
+        model = add_lora(model, config.model.lora, "causal", config.seed)
+    return InProcessSampler(model.to(device), *ends, precision)

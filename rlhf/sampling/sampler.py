@@ -1,0 +1,41 @@
+"""What PPO asks of a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from rlhf.batches import PromptBatch, Rollout
+from rlhf.config import SamplingConfig
+from rlhf.limits import ModelSize
+
+
+class Sampler(Protocol):
+    positions: tuple[int, int]
+    """That the model computed in the last `sample`: in prompts, in steps of one token."""
+
+    @property
+    def size(self) -> ModelSize:
+        """Of the model that it samples from."""
+        ...
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+        """Takes weights by their names in transformers; a tensor need not outlive its turn. Returns bytes copied."""
+        ...
+
+    def sample(
+        self,
+        prompts: PromptBatch,
+        settings: SamplingConfig,
+        seed: int,
+        iteration: int,
+        on_rows: Callable[[Tensor, Rollout], None] | None = None,
+    ) -> Rollout:
+        """Answers for every prompt, of up to R = `settings.max_new_tokens` tokens, EOS inside.
+
+        Random numbers depend on (seed, iteration, prompt id) and the position alone. `on_rows` is given the
+        numbers of the rows that have just ended, and these rows: each row once. What it raises ends the sampling.
+        """
+        ...
