@@ -196,6 +196,10 @@ def given(model: str, prompts: str, max_prompt_length: int) -> tuple[Any, Prompt
     return load_causal(model), batch, tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
+def vllm_is_there() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
 def open_vllm(subject: Subject, precision: str, count: int, longest: int) -> VLLMSampler:
     """An engine for `count` rows at once, with the weights of the model."""
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         subject = Subject(model, sampler, prompts, eos_id, pad_id)
         longest = prompts.tokens_BP.shape[1] + max(args.fixed_tokens, args.natural_tokens)
         for count in args.rows:
-            if importlib.util.find_spec("vllm"):
+            if vllm_is_there():
                 subject = replace(subject, vllm=None)
                 gc.collect()  # the engine before this one
                 subject = replace(subject, vllm=open_vllm(subject, precision, count, longest))

@@ -1,5 +1,6 @@
 """The benchmark of sampling on a random model of a few thousand parameters, and its limit worked by hand."""
 
+import importlib.util
 import json
 
 import pytest
@@ -31,18 +32,46 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_a_quick_run_prints_one_table_and_writes_its_figures(tmp_path, capsys, threads):
-    out = tmp_path / "sampling.json"
+@pytest.fixture
+def without_vllm(monkeypatch):
+    monkeypatch.setattr(sampling, "vllm_is_there", lambda: False)
+
+
+@pytest.fixture
+def with_vllm(monkeypatch):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: make vllm installs it")
+    monkeypatch.setattr("torch._dynamo.config.disable", True)  # compiling takes longer than the test
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.usefixtures("without_vllm", "threads")
+def test_a_quick_run_prints_one_table_and_writes_its_figures(tmp_path, capsys):
+    results = check_quick_run(tmp_path / "sampling.json", capsys)
+    assert all(result["times_vllm"] is None and "vllm" not in result["median"] for result in results)
+
+
+@pytest.mark.usefixtures("with_vllm", "threads")
+def test_vllm_takes_part_where_it_is_installed(tmp_path, capsys):
+    for result in check_quick_run(tmp_path / "sampling.json", capsys):
+        assert result["times_vllm"] == result["median"]["ours"] / result["median"]["vllm"]
+
+
+def check_quick_run(out, capsys):
     sampling.main([*ARGUMENTS, "--out", str(out)])
     results = json.loads(out.read_text())["results"]
     assert [r["lengths"] for r in results] == ["fixed", "natural"]
     assert results[0]["answer_tokens"] == 6
     assert 1 <= results[1]["answer_tokens"] <= 20
     for result in results:
-        assert [len(rates) for rates in result["tokens_per_second"].values()] == [2, 2]
+        assert all(len(rates) == 2 for rates in result["tokens_per_second"].values())
         assert result["times_generate"] == result["median"]["ours"] / result["median"]["generate"]
         assert result["share_of_limit"] > 0
     assert sampling.table(results) in capsys.readouterr().out
+    return results
 
 
 def test_both_sides_count_the_tokens_up_to_the_end_and_no_others(threads):
