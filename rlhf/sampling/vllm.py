@@ -47,7 +47,7 @@ class VLLMSampler:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(folder), dtype=self.dtype).requires_grad_(False)
-        self.size, self.tied = size_of(model), _tied(model)
+        self.size, self.tied = size_of(model), tied_names(model)
         self.positions = (0, 0)
         self.sleeps = device.type == "cuda"
         self.asleep: set[str] = set()
@@ -189,7 +189,7 @@ def _process_kept() -> Iterator[None]:
             os.environ.update(environment)
 
 
-def _tied(model: Any) -> dict[str, list[str]]:
+def tied_names(model: Any) -> dict[str, list[str]]:
     """The name of the table's weight, with that of the head where both are one tensor."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(part): f"{name}.weight" for name, part in model.named_modules()}

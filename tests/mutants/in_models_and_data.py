@@ -343,6 +343,11 @@ VLLM = bugs_in(
         'self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies()})',
         "list(copies())",
     ),
+    (
+        "a head that is the table keeps its old weights",
+        "for target in (name, *self.tied.get(name, ())):",
+        "for target in (name,):",
+    ),
     ("the engine never sleeps", "        if self.sleeps:", "        if False:"),
     ("weights are loaded into memory that is gone", 'self._wake("weights")', "self._wake()"),
 )

@@ -16,7 +16,7 @@ from launch import preflight
 from rlhf import checks
 from rlhf.batches import rows
 from rlhf.policy import PolicyModel
-from rlhf.sampling import InProcessSampler
+from rlhf.sampling import InProcessSampler, vllm
 from rlhf.sampling.vllm import VLLMSampler
 
 EOS, PAD, R, SLOTS = 2, 0, 9, 16
@@ -260,11 +260,15 @@ def on_a_gpu(monkeypatch) -> Any:
     return sampler
 
 
-def test_every_weight_is_handed_over_and_outlives_its_turn(on_a_gpu):
-    model = make(0)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_is_handed_over_and_outlives_its_turn(on_a_gpu, tied):
+    """A head that is the table, too: vLLM is told that it has one of its own."""
+    model = make(0, tied)
+    on_a_gpu.tied = vllm.tied_names(model)
     on_a_gpu.load_weights(passing(model))
-    assert on_a_gpu.llm.loaded.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(on_a_gpu.llm.loaded[name], weight) for name, weight in model.named_parameters())
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    assert "lm_head.weight" in expected and on_a_gpu.llm.loaded.keys() == expected.keys()
+    assert all(torch.equal(on_a_gpu.llm.loaded[name], weight) for name, weight in expected.items())
 
 
 def test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples(on_a_gpu, prompts, ppo_config):
