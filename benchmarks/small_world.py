@@ -140,7 +140,7 @@ class RewardTable(nn.Module):
         known = [tuple(prompt + answer) for prompt in world.prompts for answer in world.answers]
         self.place = {tokens: number for number, tokens in enumerate(known)}
 
-    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
         """values_BT, like `rlhf.models.ScalarModel`."""
         rows = zip(tokens_BT, mask_BT.bool(), strict=True)
         place_B = torch.tensor([self.place[tuple(tokens[mask].tolist())] for tokens, mask in rows])
