@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from benchmarks.shapes import given_or_random
 from benchmarks.turns import device_of, in_turns, report, settings, table
 from rlhf.artifacts import Artifact
-from rlhf.config import OptimConfig, RewardConfig, RewardModelConfig, RunConfig, SFTConfig, TrackingConfig
+from rlhf.config import OptimConfig, RewardConfig, RewardModelConfig, RunConfig, SFTConfig
 from rlhf.engine import build_optimizer
 from rlhf.errors import UserError
 from rlhf.limits import wait
 from rlhf.runtime import Progress, StageContext
-from rlhf.tracking.tracker import FileTracker
+from rlhf.tracking import NullTracker, Tracker, open_tracker
 
 OPTIM = OptimConfig(lr=1e-4)  # large enough that a step which is not the same shows in the next loss
 TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}  # relative; rounding grows with every step that is made from it
@@ -61,18 +61,16 @@ class Done(Exception):
     """The stage has made its steps."""
 
 
-class Stopwatch(FileTracker):
-    """Records as a stage does, notes when it told the loss of a step, and leaves it after the last."""
+class Stopwatch(NullTracker):
+    """Notes when the stage told the loss of a step, and leaves it after the last; what it is told `tracker` records."""
 
-    def __init__(self, folder: Path, settings: TrackingConfig, loss: str, steps: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(folder, settings, watch_system=False)
-        self.loss, self.steps = loss, steps
+    def __init__(self, tracker: Tracker, loss: str, steps: int) -> None:
+        self.tracker, self.loss, self.steps = tracker, loss, steps
         self.marks: list[float] = []
         self.losses: list[float] = []
 
     def metrics(self, values: Any, step: int) -> None:
-        super().metrics(values, step)
+        self.tracker.metrics(values, step)
         if self.loss not in values:
             return
         self.marks.append(time.perf_counter())
@@ -105,13 +103,16 @@ def stage_settings(args: argparse.Namespace, model: Path, folder: Path) -> RunCo
 
 def ours(stage: Stage, config: RunConfig, device: torch.device, steps: int) -> Turn:
     folder = config.folder / stage.name
-    watch = Stopwatch(folder, config.tracking, stage.loss, steps)
+    tracker = open_tracker(folder, config.tracking, stage.name, parent_run_id=None, is_writer=True)
+    watch = Stopwatch(tracker, stage.loss, steps)
     inputs = {"sft": Artifact("sft", Path(config.model.path), "", {}, "", "", {})}
     progress = Progress(folder, is_writer=True)
     try:
         stage.main(config, StageContext(stage.name, 0, 1, device, folder, inputs, watch, progress, local=True))
     except Done:
-        watch.close()
+        pass
+    finally:
+        tracker.close()
     return turn(watch.marks, watch.losses)
 
 
