@@ -82,7 +82,7 @@ def _open(job: Job, folder: Path, device: torch.device) -> Rank:
     config = RunConfig.model_validate(job.config)
     context = replace(stage_context(job, folder), device=device)
     models = open_models(config, context)
-    models.sampler.eos_id = NEVER  # every answer is as long as asked for
+    cast(Any, models.sampler).eos_id = NEVER  # every answer is as long as asked for
     return Rank(config, context, models, short_prompts(models.tokenizer, load_prompts(config).train, 10**9))
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from rlhf.batches import PromptBatch
 from rlhf.config import RunConfig
 from rlhf.data import pad
 from rlhf.ledger import Clock
+from rlhf.sampling import InProcessSampler
 from rlhf.runtime import Progress, StageContext
 from rlhf.sampling import inprocess
 from rlhf.tracking import NullTracker
@@ -35,7 +36,7 @@ def main(job: Job, result: Path) -> None:
     config, context = RunConfig.model_validate(job.config), stage_context(job, result.parent)
     models = open_models(config, context)
     if job.eos is None:
-        models.sampler.eos_id = NEVER
+        cast(InProcessSampler, models.sampler).eos_id = NEVER
     if job.answers:
         load_dice(job)
     ppo.draw_prompts = partial(prompts_of, job)

@@ -132,7 +132,7 @@ def make_config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
 def measure(arguments: argparse.Namespace, config: RunConfig, threads: int) -> dict[str, list[dict[str, float]]]:
     """Figures of each timed iteration, by way."""
     torch.set_num_threads(threads)
-    job: Any = Job(config.model.path, config.model.path, {}, [], [], [], 0, 0, ranks.world_size(), threads, 0)
+    job: Any = Job(config.model.path, config.model.path, {}, [], [], 0, 0, ranks.world_size(), threads, 0)
     context = dataclasses.replace(stage_context(job, config.folder), device=_device())
     models = open_models(config, context)
     prompts = short_prompts(models.tokenizer, load_prompts(config).train, config.ppo.max_prompt_length)

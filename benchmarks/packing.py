@@ -33,15 +33,15 @@ LIMITS: tuple[dict[str, Any], ...] = (
 )
 
 
-def experience(vocab: int) -> Experience:
+def experience(vocab: int, count: int = ROWS) -> Experience:
     """Prompts of 16 to 128 tokens, answers of 4 to 128, all lengths alike likely."""
     generator = torch.Generator().manual_seed(0)
-    prompt_B1 = torch.randint(16, PROMPT + 1, (ROWS, 1), generator=generator)
-    response_B1 = torch.randint(4, RESPONSE + 1, (ROWS, 1), generator=generator)
+    prompt_B1 = torch.randint(16, PROMPT + 1, (count, 1), generator=generator)
+    response_B1 = torch.randint(4, RESPONSE + 1, (count, 1), generator=generator)
     response_mask_BR = torch.arange(RESPONSE) < response_B1
     mask_BT = torch.cat([torch.arange(PROMPT) >= PROMPT - prompt_B1, response_mask_BR], 1)
     tokens_BT = torch.randint(3, vocab, mask_BT.shape, generator=generator)
-    return Experience(tokens_BT, mask_BT, response_mask_BR, *[torch.zeros(ROWS, RESPONSE)] * 5)
+    return Experience(tokens_BT, mask_BT, response_mask_BR, *[torch.zeros(count, RESPONSE)] * 5)
 
 
 def parts(given: Experience, config: PPOConfig) -> Iterator[Experience]:

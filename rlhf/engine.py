@@ -80,7 +80,7 @@ class LocalEngine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.module(*args, **kwargs)
 
-    def steady(self) -> AbstractContextManager[None]:
+    def steady(self) -> AbstractContextManager[Any]:
         """Around passes between which no weight changes: each is then cast to bf16 once, and not in every pass."""
         return keep_casts(self.device)
 
@@ -147,7 +147,7 @@ class ZeroEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
-    def steady(self) -> AbstractContextManager[None]:
+    def steady(self) -> AbstractContextManager[Any]:
         """As `LocalEngine`, where weights are whole; casts of shards would keep the whole model on every rank."""
         whole = self.engine.zero_optimization_stage() < 3
         return keep_casts(self.device) if whole else contextlib.nullcontext()
@@ -180,7 +180,7 @@ class ZeroEngine:
 Engine = LocalEngine | ZeroEngine
 
 
-def keep_casts(device: torch.device) -> AbstractContextManager[None]:
+def keep_casts(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast forgets its copies of weights where the outermost context ends; inside this one it keeps them."""
     return torch.autocast(device.type, enabled=False)
 

@@ -31,7 +31,8 @@ def rollout_of(count: int) -> Rollout:
 
 def scores_of(rollout: Rollout) -> Scores:
     number_B = rollout.tokens_BT[:, 0].float()
-    return Scores(*[torch.stack([number_B, -number_B], 1) * factor for factor in (1, 2, 3)], number_B, -number_B)
+    once, twice, thrice = (torch.stack([number_B, -number_B], 1) * factor for factor in (1, 2, 3))
+    return Scores(once, twice, thrice, number_B, -number_B)
 
 
 def read_beside(size: int, groups: list[list[int]], read: Any = scores_of) -> Any:
