@@ -48,6 +48,7 @@ class VLLMSampler:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(folder), dtype=self.dtype).requires_grad_(False)
         self.size, self.tied = size_of(model), tied_names(model)
+        self.vocab_size = model.config.get_text_config().vocab_size
         self.positions = (0, 0)
         self.sleeps = device.type == "cuda"
         self.asleep: set[str] = set()
@@ -129,10 +130,11 @@ class VLLMSampler:
         self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
     ) -> Iterator[tuple[int, list[int], list[float]]]:
         """(row, tokens, logprobs) of every answer, as they end."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
         engine = self.llm.llm_engine
+        ends = [self.eos_id] if self.eos_id < self.vocab_size else []  # vLLM refuses an end that is no token
         seeds = keyed_seed(seed, iteration, prompts.ids_B).tolist()
         for row, (tokens_P, mask_P) in enumerate(zip(prompts.tokens_BP, prompts.mask_BP, strict=True)):
             params = SamplingParams(
@@ -141,7 +143,7 @@ class VLLMSampler:
                 seed=seeds[row],
                 logprobs=0,  # of the sampled token alone
                 ignore_eos=True,  # the model's own idea of it; ours is the next line
-                stop_token_ids=[self.eos_id],
+                stop_token_ids=ends,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -168,7 +170,7 @@ class VLLMSampler:
 def _open(**settings: Any) -> Any:
     os.environ.update(SETTINGS)
     with _process_kept():
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
 
         return LLM(**settings)
 

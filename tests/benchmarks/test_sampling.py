@@ -38,12 +38,12 @@ def without_vllm(monkeypatch):
 
 
 @pytest.fixture
-def with_vllm(monkeypatch):
+def with_vllm():
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed: make vllm installs it")
-    monkeypatch.setattr("torch._dynamo.config.disable", True)  # compiling takes longer than the test
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
+    with torch._dynamo.config.patch(disable=True):  # compiling takes longer than the test
+        yield
+    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
     cleanup_dist_env_and_memory()
 

@@ -67,8 +67,6 @@ def engines(tmp_path_factory):
 
     Nothing is compiled: that takes longer than all of these tests.
     """
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr("torch._dynamo.config.disable", True)
     made: dict[str, VLLMSampler] = {}
 
     def engine(precision: str) -> VLLMSampler:
@@ -78,10 +76,10 @@ def engines(tmp_path_factory):
             made[precision] = VLLMSampler(folder, EOS, PAD, precision, torch.device("cpu"), SLOTS, 7 + R)
         return made[precision]
 
-    yield engine
-    monkeypatch.undo()
+    with torch._dynamo.config.patch(disable=True):
+        yield engine
     if made:
-        from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
         made.clear()
         cleanup_dist_env_and_memory()
@@ -214,7 +212,7 @@ def test_no_prompts_are_no_answers(sample, prompts):
 
 @installed
 def test_the_head_sizes_that_a_run_is_refused_for_are_those_of_vllm():
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore[reportMissingImports]
 
     assert list(preflight.VLLM_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
 
