@@ -19,9 +19,8 @@ from rlhf.batches import PromptBatch
 from rlhf.config import RunConfig
 from rlhf.data import pad
 from rlhf.ledger import Clock
-from rlhf.sampling import InProcessSampler
 from rlhf.runtime import Progress, StageContext
-from rlhf.sampling import inprocess
+from rlhf.sampling import InProcessSampler, inprocess
 from rlhf.tracking import NullTracker
 from stages import ppo
 from stages.ppo import open_models

@@ -135,8 +135,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def tiny() -> Any:
     """A random model, for a run of seconds."""
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=1024, **shape))
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+    )
+    return LlamaForCausalLM(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:

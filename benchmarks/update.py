@@ -74,7 +74,8 @@ def compare(args: Any, path: Path) -> dict[str, Any]:
     hardware = HardwareConfig(precision=args.precision)
 
     def causal() -> Any:
-        return load_causal(path).to(device)
+        model: Any = load_causal(path)
+        return model.to(device)
 
     hidden, vocabulary = causal().config.hidden_size, causal().config.vocab_size
     policy = PolicyModel(causal(), packing=True)

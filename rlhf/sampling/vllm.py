@@ -130,8 +130,8 @@ class VLLMSampler:
         self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
     ) -> Iterator[tuple[int, list[int], list[float]]]:
         """(row, tokens, logprobs) of every answer, as they end."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         engine = self.llm.llm_engine
         ends = [self.eos_id] if self.eos_id < self.vocab_size else []  # vLLM refuses an end that is no token
@@ -170,7 +170,7 @@ class VLLMSampler:
 def _open(**settings: Any) -> Any:
     os.environ.update(SETTINGS)
     with _process_kept():
-        from vllm import LLM  # pyright: ignore[reportMissingImports]
+        from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         return LLM(**settings)
 

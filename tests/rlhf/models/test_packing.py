@@ -1,6 +1,7 @@
 """Packed rows that share their prompts, against lists of tokens and against plain passes over one row at a time."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rlhf.models.packing import pack
 from rlhf.policy import PolicyModel
 
 VOCAB, TEMPERATURE = 12, 0.7
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -24,10 +25,16 @@ SHAPE = {
     "max_position_embeddings": 32,
     "initializer_range": 0.25,
 }
+
+
+def llama(**more: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **more))
+
+
 MODELS = {
-    "sdpa": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa")),
-    "eager": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="eager")),
-    "one key head": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1)),
+    "sdpa": lambda: llama(attn_implementation="sdpa"),
+    "eager": lambda: llama(attn_implementation="eager"),
+    "one key head": lambda: llama(num_key_value_heads=1),
     "absolute positions": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,

@@ -79,7 +79,7 @@ def engines(tmp_path_factory):
     with torch._dynamo.config.patch(disable=True):
         yield engine
     if made:
-        from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
+        from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         made.clear()
         cleanup_dist_env_and_memory()
@@ -212,7 +212,7 @@ def test_no_prompts_are_no_answers(sample, prompts):
 
 @installed
 def test_the_head_sizes_that_a_run_is_refused_for_are_those_of_vllm():
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore[reportMissingImports]
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     assert list(preflight.VLLM_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
 
