@@ -3,8 +3,8 @@
 On `benchmarks.small_world` PPO learns from the same seeds three ways: with the answers of the policy that learns, with
 those of the policy of one update earlier (`ppo.sampling.ahead`), and with the latter as if they were its own, without the
 importance weight. Reward and KL after each iteration are sums over all answers, so that curves differ by what was learned
-and not by what was measured. The learning rate is constant and ten times that of `benchmarks.closed_form`, where one update
-moves the policy by more than one should: there an older policy matters most.
+and not by what was measured. The learning rate is constant: that of `benchmarks.closed_form`, and four and ten times as
+much, where one update moves the policy by more than it should, and its age matters most.
 """
 
 from __future__ import annotations
