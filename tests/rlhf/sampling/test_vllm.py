@@ -198,9 +198,10 @@ def test_eos_ends_an_answer_and_nothing_follows(sample, many):
 
 @installed
 def test_rows_and_positions_are_reported(sampler, many, ppo_config):
-    done: list[int] = []
-    rollout = sampler.sample(many, ppo_config.sampling, 0, 1, done.append)
-    assert done == list(range(1, 49))
+    ended: dict[int, list[int]] = {}
+    take = lambda index_N, rows_N: ended.update(zip(index_N.tolist(), rows_N.tokens_BT.tolist(), strict=True))
+    rollout = sampler.sample(many, ppo_config.sampling, 0, 1, take)
+    assert [ended[row] for row in range(48)] == rollout.tokens_BT.tolist()
     assert sampler.positions == (int(many.mask_BP.sum()), int(rollout.response_mask_BR.sum()) - 48)
     assert sampler.size == InProcessSampler(make(0), EOS, PAD).size
 
