@@ -36,13 +36,15 @@ def gather_rows(batch: Batch) -> Batch:
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    wire = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+    # NCCL carries what is on a GPU, gloo what is not.
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    wire = tensor.to(device, torch.uint8 if tensor.dtype == torch.bool else tensor.dtype)
     counts = gather_objects(len(wire))
     padded = wire.new_zeros((max(counts), *wire.shape[1:]))  # an uneven split still makes equal messages
     padded[: len(wire)] = wire
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded.contiguous())
-    return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]).to(tensor.dtype)
+    return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]).to(tensor)
 
 
 def gather_objects(value: Any) -> list[Any]:
