@@ -15,23 +15,10 @@ from torch import Tensor
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
-def logprobs_from_logits(logits_BRV: Tensor, labels_BR: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the labels, float32 [B, R]."""
-    scaled_BRV = logits_BRV.float() / temperature
-    label_BR = scaled_BRV.gather(-1, labels_BR.unsqueeze(-1)).squeeze(-1)
-    return label_BR - scaled_BRV.logsumexp(-1)
-
-
-def entropy(logits_BRV: Tensor, temperature: float = 1.0) -> Tensor:
-    """-Σ p log p of softmax(logits / temperature), in nats, float32 [B, R]."""
-    probs_BRV = torch.softmax(logits_BRV.float() / temperature, dim=-1)
-    return torch.special.entr(probs_BRV).sum(-1)
-
-
 def logprobs_from_hidden(
     hidden_BRH: Tensor, weight_VH: Tensor, labels_BR: Tensor, temperature: float = 1.0, chunk: int = 512
 ) -> Tensor:
-    """`logprobs_from_logits` of hidden @ weight^T without the [B, R, V] logits: float32 [B, R].
+    """log softmax(hidden @ weight^T / temperature) at the labels without the [B, R, V] logits: float32 [B, R].
 
     `hidden_BRH[:, t]` is the state that predicts `labels_BR[:, t]`. At most `chunk` positions have logits at a time;
     with gradient they are computed again in the backward pass instead of being kept.
@@ -42,7 +29,7 @@ def logprobs_from_hidden(
 def logprobs_and_entropy_from_hidden(
     hidden_BRH: Tensor, weight_VH: Tensor, labels_BR: Tensor, temperature: float = 1.0, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """`logprobs_from_hidden`, and from the same logits the entropies [B, R], which carry no gradient."""
+    """`logprobs_from_hidden`, and from the same logits the entropies -Σ p log p [B, R] in nats, without a gradient."""
     return _in_chunks(hidden_BRH, weight_VH, labels_BR, temperature, chunk, with_entropy=True)
 
 

@@ -8,12 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.algorithms.logprobs import (
-    entropy,
-    logprobs_and_entropy_from_hidden,
-    logprobs_from_hidden,
-    logprobs_from_logits,
-)
+from rlhf.algorithms import logprobs as module
+from rlhf.algorithms.logprobs import logprobs_and_entropy_from_hidden, logprobs_from_hidden
 
 B, R, H, V = 3, 8, 2, 50
 TEMPERATURES = [0.5, 1.0, 1.7]
@@ -40,27 +36,27 @@ def test_logits_agree_with_plain_python(logits, label, temperature):
     top = max(scaled)
     log_total = top + math.log(sum(math.exp(s - top) for s in scaled))
     expected_entropy = -sum(math.exp(s - log_total) * (s - log_total) for s in scaled)
-    logits_BRV = torch.tensor(logits).view(1, 1, -1)
-    logprob = logprobs_from_logits(logits_BRV, torch.tensor([[label]]), temperature)
-    assert logprob.shape == (1, 1)
-    assert logprob.item() == pytest.approx(scaled[label] - log_total, abs=1e-4)
-    assert entropy(logits_BRV, temperature).item() == pytest.approx(expected_entropy, abs=1e-4)
+    logprob, entropy = of_logits(logits, label, temperature)
+    assert logprob == pytest.approx(scaled[label] - log_total, abs=1e-4)
+    assert entropy == pytest.approx(expected_entropy, abs=1e-4)
+
+
+def of_logits(logits, label, temperature=1.0):
+    """Logprob and entropy of one position, whose hidden state is 1 and whose weights are the logits."""
+    one_111, weight_V1 = torch.ones(1, 1, 1), torch.tensor(logits).view(-1, 1)
+    read = logprobs_and_entropy_from_hidden(one_111, weight_V1, torch.tensor([[label]]), temperature)
+    return [x_11.item() for x_11 in read]
 
 
 def test_huge_logits_stay_finite():
-    logits_BRV = torch.tensor([[[1e4, -1e4, 0.0]]])
-    assert logprobs_from_logits(logits_BRV, torch.tensor([[1]])).item() == -2e4
-    assert entropy(logits_BRV).item() == 0.0
-
-
-def test_entropy_of_an_even_choice_ignores_what_cannot_be_chosen():
-    logits_BRV = torch.tensor([[[3.0, 3.0, -math.inf, -math.inf]]])
-    assert entropy(logits_BRV).item() == pytest.approx(math.log(2))
+    assert of_logits([1e4, -1e4, 0.0], 1) == [-2e4, 0.0]
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
-def test_chunked_values_and_gradients_are_those_of_the_whole(case, temperature, chunk):
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_chunked_values_and_gradients_are_those_of_the_whole(case, temperature, chunk, block, monkeypatch):
+    monkeypatch.setitem(module.BLOCK_BYTES, "cpu", block * 4 * V)
     hidden_BRH, weight_VH, labels_BR = case
     weights_BR = torch.linspace(-1, 2, B * R).view(B, R)
 
@@ -80,7 +76,8 @@ def test_entropy_comes_with_the_logprobs_and_without_gradient(case, trains):
     hidden_BRH.requires_grad_(trains)
     logprobs_BR, entropy_BR = logprobs_and_entropy_from_hidden(hidden_BRH, weight_VH, labels_BR, 1.7, chunk=5)
     torch.testing.assert_close(logprobs_BR, whole(hidden_BRH, weight_VH, labels_BR, 1.7), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy_BR, entropy(hidden_BRH @ weight_VH.T, 1.7).detach())
+    expected_BR = torch.distributions.Categorical(logits=hidden_BRH @ weight_VH.T / 1.7).entropy()
+    torch.testing.assert_close(entropy_BR, expected_BR.detach())
     assert logprobs_BR.requires_grad is trains and not entropy_BR.requires_grad
 
 
