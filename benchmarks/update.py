@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from benchmarks.packing import experience
 from benchmarks.shapes import given_or_random
 from benchmarks.turns import device_of, in_turns, parser_of, report, table
-from rlhf.batches import Experience, rows, trim
+from rlhf.batches import Experience, moved, rows, trim
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
 from rlhf.engine import LocalEngine
 from rlhf.models import ScalarModel, load_causal
@@ -83,8 +83,7 @@ def compare(args: Any, path: Path) -> dict[str, Any]:
     critic.packing = True
     engines = [LocalEngine(module, OptimConfig(lr=0.0), 1000, hardware) for module in (policy, critic)]
     bare_critic = nn.ModuleDict({"trunk": causal().base_model, "head": nn.Linear(hidden, 1, bias=False).to(device)})
-    given = experience(vocabulary, args.rows)
-    given = Experience(**{name: value.to(device) for name, value in vars(given).items()})
+    given = moved(experience(vocabulary, args.rows), device)
     bf16 = args.precision == "bf16"
     sides = {
         "bare": partial(bare_seconds, causal(), bare_critic, given, config, device.type, bf16),

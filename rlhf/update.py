@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.losses import policy_loss, value_loss
-from rlhf.batches import Experience, Rollout, rows, trim
+from rlhf.batches import Experience, Rollout, moved, rows, trim
 from rlhf.config import PPOConfig
 from rlhf.engine import Engine
 from rlhf.metrics import Means
@@ -76,7 +76,7 @@ def _learn(
     """One optimizer step over all passes. Returns the gradient norm before clipping."""
     with engine.steady():
         for number, mine in enumerate(passes, 1):
-            part = _to(trim(rows(experience, mine)), engine.device)
+            part = moved(trim(rows(experience, mine)), engine.device)
             engine.backward(loss_sum(engine, part, config, means), count, last=number == len(passes))
     return engine.step()
 
@@ -105,7 +105,3 @@ def _value_loss(critic: Engine, part: Experience, config: PPOConfig, means: Mean
     means.add("ppo/value_loss", loss.sum, loss.count)
     means.add("ppo/value_clip_share", loss.clipped_sum, loss.count)
     return loss.sum
-
-
-def _to(part: Experience, device: torch.device) -> Experience:
-    return Experience(**{name: value.to(device) for name, value in vars(part).items()})
