@@ -18,6 +18,7 @@ from rlhf.sampling.cache import SlotCache
 from rlhf.sampling.causal import CausalDecoder, Decoder
 from rlhf.sampling.keyed import keyed_uniform, pick_token
 from rlhf.sampling.llama import LlamaDecoder, is_plain_llama
+from rlhf.sampling.sampler import rollout_of
 
 # Prompts wait until this share of the slots is free: reading few of them at a time costs a pass over the weights each.
 ADMIT_SHARE = 0.125
@@ -151,15 +152,8 @@ class _Run:
 
     def rollout(self, index: Tensor | slice) -> Rollout:
         """The rows `index` as far as they are sampled."""
-        prompts, tokens_BR, length_B = rows(self.prompts, index), self.tokens_BR[index], self.length_B[index]
-        mask_BR = torch.arange(self.R, device=length_B.device) < length_B[:, None]
-        return Rollout(
-            tokens_BT=torch.cat([prompts.tokens_BP, tokens_BR], 1),
-            mask_BT=torch.cat([prompts.mask_BP, mask_BR], 1),
-            response_mask_BR=mask_BR,
-            behaviour_logprobs_BR=self.logprobs_BR[index],
-            finished_B=((tokens_BR == self.eos_id) & mask_BR).any(1),
-        )
+        tokens_BR, logprobs_BR, length_B = (x[index] for x in (self.tokens_BR, self.logprobs_BR, self.length_B))
+        return rollout_of(rows(self.prompts, index), tokens_BR, logprobs_BR, length_B, self.eos_id)
 
     def _draw(self, logits_GV: Tensor, index_G: Tensor) -> Tensor:
         """The next token of each row, written down with its logprob."""

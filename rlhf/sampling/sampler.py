@@ -1,10 +1,11 @@
-"""What PPO asks of a sampler."""
+"""What PPO asks of a sampler, and how what was sampled becomes a rollout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rlhf.batches import PromptBatch, Rollout
@@ -39,3 +40,15 @@ class Sampler(Protocol):
         numbers of the rows that have just ended, and these rows: each row once. What it raises ends the sampling.
         """
         ...
+
+
+def rollout_of(prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, length_B: Tensor, eos_id: int) -> Rollout:
+    """Prompts with their answers, whose tokens are the first `length_B` of a row."""
+    mask_BR = torch.arange(tokens_BR.shape[1], device=length_B.device) < length_B[:, None]
+    return Rollout(
+        tokens_BT=torch.cat([prompts.tokens_BP, tokens_BR], 1),
+        mask_BT=torch.cat([prompts.mask_BP, mask_BR], 1),
+        response_mask_BR=mask_BR,
+        behaviour_logprobs_BR=logprobs_BR,
+        finished_B=((tokens_BR == eos_id) & mask_BR).any(1),
+    )

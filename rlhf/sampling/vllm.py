@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf import ranks
-from rlhf.batches import PromptBatch, Rollout
+from rlhf.batches import PromptBatch, Rollout, rows
 from rlhf.config import SamplingConfig
 from rlhf.limits import ModelSize, size_of
 from rlhf.models import load_config
 from rlhf.sampling.keyed import keyed_seed
+from rlhf.sampling.sampler import rollout_of
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process, so that it can be given tensors
@@ -106,15 +107,8 @@ class VLLMSampler:
         length_B = torch.zeros(B, dtype=torch.int64)
 
         def rollout(index: Tensor | slice) -> Rollout:
-            mask_NR = (torch.arange(R) < length_B[index, None]).to(device)
-            tokens_NR = tokens_BR[index].to(device)
-            return Rollout(
-                tokens_BT=torch.cat([prompts.tokens_BP[index], tokens_NR], 1),
-                mask_BT=torch.cat([prompts.mask_BP[index], mask_NR], 1),
-                response_mask_BR=mask_NR,
-                behaviour_logprobs_BR=logprobs_BR[index].to(device),
-                finished_B=((tokens_NR == self.eos_id) & mask_NR).any(1),
-            )
+            tokens_NR, logprobs_NR, length_N = (x[index].to(device) for x in (tokens_BR, logprobs_BR, length_B))
+            return rollout_of(rows(prompts, index), tokens_NR, logprobs_NR, length_N, self.eos_id)
 
         self._wake("weights", "kv_cache")
         for row, tokens, logprobs in self._answers(prompts, settings, seed, iteration):
