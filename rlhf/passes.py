@@ -12,7 +12,7 @@ from rlhf.config import PPOConfig
 
 def passes_of_shares(rollout: Rollout, config: PPOConfig) -> list[Tensor]:
     """Row numbers of each pass over this rank's rows. Every rank must call it, with equally many rows."""
-    lengths_N3 = _lengths(rollout)
+    lengths_N3 = _lengths(rollout, config)
     order_N = _order(lengths_N3, config)
     of_ranks = ranks.gather_objects(lengths_N3[order_N].tolist())
     return list(order_N.split(_pass_sizes(torch.tensor(of_ranks).transpose(0, 1), config)))
@@ -23,20 +23,20 @@ def passes_of_minibatch(
 ) -> list[Tensor]:
     """Row numbers of each of this rank's passes over the rows `index`, which all ranks share. Rows are dealt out by
     length, so that the passes of one moment are equally long everywhere."""
-    lengths_M3 = _lengths(experience)[index]
+    lengths_M3 = _lengths(experience, config)[index]
     order_NW = _dealt(_order(lengths_M3, config), world, config)
     return list(index[order_NW[:, rank]].split(_pass_sizes(lengths_M3[order_NW], config)))
 
 
 def tokens_of_shares(rollout: Rollout, world: int, config: PPOConfig) -> int:
     """Tokens that a model computes, padding inside, where each rank reads its share of the whole `rollout`."""
-    shares_WN3 = _lengths(rollout).view(world, -1, 3)
+    shares_WN3 = _lengths(rollout, config).view(world, -1, 3)
     return _computed(torch.stack([share_N3[_order(share_N3, config)] for share_N3 in shares_WN3], 1), config)
 
 
 def tokens_of_minibatch(batch: Rollout | Experience, index: Tensor, world: int, config: PPOConfig) -> int:
     """The same for the passes of all ranks over the rows `index`."""
-    lengths_M3 = _lengths(batch)[index]
+    lengths_M3 = _lengths(batch, config)[index]
     return _computed(lengths_M3[_dealt(_order(lengths_M3, config), world, config)], config)
 
 
@@ -72,10 +72,13 @@ def _tokens_W(lengths_NW3: Tensor, packing: bool) -> Tensor:
     return len(lengths_NW3) * (prompt_NW.amax(0) + response_NW.amax(0))
 
 
-def _lengths(batch: Rollout | Experience) -> Tensor:
-    """lengths_B3: tokens of prompt and of response, and the first row with the same prompt."""
+def _lengths(batch: Rollout | Experience, config: PPOConfig) -> Tensor:
+    """lengths_B3: tokens of prompt and of response, and, where packed rows share it, the first row with the same prompt."""
     response_B, P = batch.response_mask_BR.sum(1), batch.mask_BT.shape[1] - batch.response_mask_BR.shape[1]
-    first_B = first_with_prompt(batch.tokens_BT[:, :P], batch.mask_BT[:, :P])
+    if config.packing:
+        first_B = first_with_prompt(batch.tokens_BT[:, :P], batch.mask_BT[:, :P])
+    else:
+        first_B = torch.zeros_like(response_B)
     return torch.stack([batch.mask_BT.sum(1) - response_B, response_B, first_B], 1)
 
 

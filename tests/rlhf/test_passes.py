@@ -101,7 +101,7 @@ def test_ranks_that_know_only_their_own_rows_agree_on_the_passes(lengths, budget
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "gather_objects", lambda value: said.append(value) or [value])
         for share in shares:
-            passes_of_shares(share, PPOConfig())
+            passes_of_shares(share, config)
         patch.setattr(ranks, "gather_objects", lambda value: said)
         passes = [passes_of_shares(share, config) for share in shares]
     assert len({len(rank) for rank in passes}) == 1
