@@ -5,11 +5,13 @@ One worker is this process, with plain torch; more are processes under torchrun,
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from benchmarks.our_side import NEVER, stage_context
-from benchmarks.side import Job
-from benchmarks.turns import device_of
-from rlhf.config import RunConfig
+from benchmarks.our_side import stage_context
+from benchmarks.shapes import given_or_random
+from benchmarks.side import NEVER, Job
+from benchmarks.turns import device_of, settings
+from rlhf.config import HardwareConfig, PPOConfig, RunConfig, SamplingConfig
 from rlhf.data import load_prompts, short_prompts
 from rlhf.errors import UserError
 from rlhf.runtime import StageContext
@@ -69,6 +72,32 @@ def measured(module: str, config: RunConfig, device: str, threads: int, repeats:
     if not result.is_file():
         raise UserError(f"{workers} workers did not finish:\n{log.read_text()[-4000:]}", 5)
     return json.loads(result.read_text())
+
+
+def add_sizes(parser: argparse.ArgumentParser, rows: int, length: int) -> None:
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rows", type=int, default=rows, help=f"answers of an iteration (default {rows})")
+    parser.add_argument("--length", type=int, default=length, help=f"tokens of its answers (default {length})")
+    parser.add_argument("--max-prompt-length", type=int, default=64)
+
+
+def by_workers(module: str, args: argparse.Namespace, micro_batch: int) -> Iterator[tuple[int, Any]]:
+    """(workers, what was `measured`) for each number of workers; an iteration is one minibatch of `args.rows` answers."""
+    ppo = PPOConfig(
+        batch_size=args.rows,
+        minibatch_size=args.rows,
+        micro_batch_size=micro_batch,
+        max_prompt_length=args.max_prompt_length,
+        sampling=SamplingConfig(max_new_tokens=args.length, batch_size=args.rows),
+        logged_samples=1,
+    )
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model = given_or_random(args.model, "tiny" if args.quick else args.shape, Path(folder))
+        for workers in possible_workers(args.workers, args.device):
+            hardware = HardwareConfig(precision=args.precision, workers=workers)
+            config = settings(args, model, Path(folder), 512, ppo=ppo, hardware=hardware)
+            yield workers, measured(module, config, args.device, args.threads, args.repeats)
 
 
 def possible_workers(asked: Sequence[int], device: str) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from benchmarks.side import Job, peak_memory
+from benchmarks.side import NEVER, Job, peak_memory
 from rlhf import ranks
 from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch
@@ -24,8 +24,6 @@ from rlhf.sampling import InProcessSampler, inprocess
 from rlhf.tracking import NullTracker
 from stages import ppo
 from stages.ppo import open_models
-
-NEVER = -1  # an EOS that no token is
 
 
 def main(job: Job, result: Path) -> None:

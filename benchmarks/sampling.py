@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import reward_data
 from benchmarks.limits import best_of, least_seconds, measure
+from benchmarks.side import NEVER
 from rlhf.batches import PromptBatch, rows
 from rlhf.config import SamplingConfig
 from rlhf.data import pad, prompt_batch, short_prompts
@@ -39,7 +40,6 @@ from rlhf.models import load_causal, load_tokenizer
 from rlhf.sampling import InProcessSampler
 from rlhf.sampling.vllm import VLLMSampler
 
-NEVER = 1 << 30  # an EOS that no token is
 PROMPTS_PER_ROW = {"fixed": 1, "natural": 2}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 

@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.gang import Rank, measured, possible_workers
-from benchmarks.shapes import given_or_random
+from benchmarks.gang import Rank, add_sizes, by_workers
 from benchmarks.side import peak_memory
-from benchmarks.turns import parser_of, report, settings, table
+from benchmarks.turns import parser_of, report, table
 from rlhf import ranks
-from rlhf.config import HardwareConfig, PPOConfig, RunConfig, SamplingConfig
+from rlhf.config import RunConfig
 from rlhf.ledger import Clock
 from stages.ppo import iterate
 
@@ -119,29 +115,11 @@ def shown(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = parser_of("scaling", __doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rows", type=int, default=2, help="answers of the smallest iteration (default 2)")
-    parser.add_argument("--length", type=int, default=16, help="tokens of its answers (default 16)")
+    add_sizes(parser, rows=2, length=16)
     parser.add_argument("--micro-batch", type=int, default=1, help="rows of a pass per worker (default 1)")
-    parser.add_argument("--max-prompt-length", type=int, default=64)
     args = parser.parse_args(arguments)
-    ppo = PPOConfig(
-        batch_size=args.rows,
-        minibatch_size=args.rows,
-        micro_batch_size=args.micro_batch,
-        max_prompt_length=args.max_prompt_length,
-        sampling=SamplingConfig(max_new_tokens=args.length, batch_size=args.rows),
-        logged_samples=1,
-    )
-    torch.set_num_threads(args.threads)
-    lines, raw = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        model = given_or_random(args.model, "tiny" if args.quick else args.shape, Path(folder))
-        for workers in possible_workers(args.workers, args.device):
-            hardware = HardwareConfig(precision=args.precision, workers=workers)
-            config = settings(args, model, Path(folder), 512, ppo=ppo, hardware=hardware)
-            raw[workers] = measured("benchmarks.scaling", config, args.device, args.threads, args.repeats)
-            lines += summary(workers, raw[workers])
+    raw = dict(by_workers("benchmarks.scaling", args, args.micro_batch))
+    lines = [line for workers, sizes in raw.items() for line in summary(workers, sizes)]
     report(args, {"table": lines, "turns": raw}, shown(lines))
     return lines
 

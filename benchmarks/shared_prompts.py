@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import turns
+from benchmarks.side import NEVER
 from rlhf.batches import Experience, PromptBatch, rows, trim
 from rlhf.config import PPOConfig, SamplingConfig
 from rlhf.models import load_causal
@@ -31,7 +33,6 @@ from rlhf.passes import passes_of_minibatch, tokens_of_minibatch
 from rlhf.policy import PolicyModel
 from rlhf.sampling import InProcessSampler
 
-NEVER = 1 << 30  # an EOS that no token is
 SIDES = ("apart", "shared")
 
 
@@ -124,13 +125,13 @@ def compare(model: Any, setting: Setting, repeats: int) -> dict[str, Any]:
 def table(results: Sequence[dict[str, Any]]) -> str:
     heads = ["prompts", "of tokens", "answers to each", "of tokens", "tokens read, apart", "shared"]
     heads += [f"{phase}, s apart / shared" for phase in PHASES]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = []
     for r in results:
         cells = [r["prompts"], r["prompt_tokens"], r["answers"], r["answer_tokens"], *r["tokens"].values()]
         for phase, sides in r["median"].items():
             cells.append(f"{sides['apart']:.2f} / {sides['shared']:.2f} = {r['times'][phase]:.2f}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    return turns.table(heads, lines)
 
 
 def tiny() -> Any:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+NEVER = 1 << 30  # an EOS that no token is
+
 
 @dataclass(frozen=True)
 class Job:

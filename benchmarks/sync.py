@@ -10,21 +10,16 @@ are ZeRO-3. The share is that of whole iterations of `stages.ppo.iterate` which 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from benchmarks.gang import Rank, measured, possible_workers
-from benchmarks.shapes import given_or_random
-from benchmarks.turns import in_turns, parser_of, report, settings, table
+from benchmarks.gang import Rank, add_sizes, by_workers
+from benchmarks.turns import in_turns, parser_of, report, table
 from rlhf import ranks
-from rlhf.config import HardwareConfig, PPOConfig, SamplingConfig
 from rlhf.engine import import_deepspeed
 from rlhf.ledger import Clock
 from rlhf.limits import wait
@@ -105,28 +100,10 @@ def shown(results: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = parser_of("sync", __doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rows", type=int, default=8, help="answers of an iteration (default 8)")
-    parser.add_argument("--length", type=int, default=48, help="tokens of its answers (default 48)")
-    parser.add_argument("--max-prompt-length", type=int, default=64)
+    add_sizes(parser, rows=8, length=48)
     args = parser.parse_args(arguments)
-    ppo = PPOConfig(
-        batch_size=args.rows,
-        minibatch_size=args.rows,
-        micro_batch_size=max(args.rows // 2, 1),
-        max_prompt_length=args.max_prompt_length,
-        sampling=SamplingConfig(max_new_tokens=args.length, batch_size=args.rows),
-        logged_samples=1,
-    )
-    torch.set_num_threads(args.threads)
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        model = given_or_random(args.model, "tiny" if args.quick else args.shape, Path(folder))
-        for workers in possible_workers(args.workers, args.device):
-            hardware = HardwareConfig(precision=args.precision, workers=workers)
-            config = settings(args, model, Path(folder), 512, ppo=ppo, hardware=hardware)
-            found = measured("benchmarks.sync", config, args.device, args.threads, args.repeats)
-            results.append(summary(workers, found))
+    found = by_workers("benchmarks.sync", args, micro_batch=max(args.rows // 2, 1))
+    results = [summary(workers, of_workers) for workers, of_workers in found]
     report(args, results, shown(results))
     return results
 

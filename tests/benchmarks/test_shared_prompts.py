@@ -2,20 +2,10 @@
 
 import json
 
-import pytest
-import torch
-
 from benchmarks import shared_prompts
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_a_quick_run_prints_one_table_and_writes_its_figures(tmp_path, capsys, threads):
+def test_a_quick_run_prints_one_table_and_writes_its_figures(tmp_path, capsys):
     out = tmp_path / "shared_prompts.json"
     lengths = ["--prompt_tokens", "5", "--answers", "1", "3", "--answer_tokens", "4", "--repeats", "2"]
     shared_prompts.main(["--quick", *lengths, "--out", str(out)])
