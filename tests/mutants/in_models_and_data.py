@@ -8,7 +8,7 @@ STEP = bugs_in(
     "rlhf/engine.py",
     ["rlhf/test_update.py::test_two_steps_are_those_of_a_plain_loop", "rlhf/test_engine.py::test_adam_by_hand"],
     ("losses are sums", "(loss_sum / max(count, 1)).backward()", "loss_sum.backward()"),
-    ("Adam has the eps of torch", ", eps=optim.eps)", ")"),
+    ("Adam has the eps of torch", ", eps=optim.eps, fused", ", fused"),
     ("Adam has the betas of torch", "betas=(optim.beta1, optim.beta2), ", ""),
 )
 
