@@ -61,7 +61,7 @@ def update(
 def read_again(policy: Engine, part: Experience | Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
     """(logprobs_BR, entropy_BR) of the answers' tokens by the policy that learns."""
     R = part.response_mask_BR.shape[1]
-    return policy(part.tokens_BT, part.mask_BT, R, config.sampling.temperature)
+    return policy(part.tokens_BT, part.mask_BT, R, config.sampling.temperature, with_entropy=True)
 
 
 def _learn(

@@ -23,20 +23,20 @@ def logprobs_from_hidden(
     `hidden_BRH[:, t]` is the state that predicts `labels_BR[:, t]`. At most `chunk` positions have logits at a time;
     with gradient they are computed again in the backward pass instead of being kept.
     """
-    return _in_chunks(hidden_BRH, weight_VH, labels_BR, temperature, chunk, with_entropy=False)[0]
+    return logprobs_and_entropy_from_hidden(hidden_BRH, weight_VH, labels_BR, temperature, chunk, with_entropy=False)[0]
 
 
 def logprobs_and_entropy_from_hidden(
-    hidden_BRH: Tensor, weight_VH: Tensor, labels_BR: Tensor, temperature: float = 1.0, chunk: int = 512
+    hidden_BRH: Tensor,
+    weight_VH: Tensor,
+    labels_BR: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 512,
+    *,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`logprobs_from_hidden`, and from the same logits the entropies -Σ p log p [B, R] in nats, without a gradient."""
-    return _in_chunks(hidden_BRH, weight_VH, labels_BR, temperature, chunk, with_entropy=True)
-
-
-def _in_chunks(
-    hidden_BRH: Tensor, weight_VH: Tensor, labels_BR: Tensor, temperature: float, chunk: int, *, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    """Logprobs [B, R] and, if asked for, entropies [B, R]; else zeros in their place."""
+    """`logprobs_from_hidden`, and from the same logits the entropies -Σ p log p [B, R] in nats, without a gradient;
+    zeros in their place where they are not asked for."""
     device = hidden_BRH.device.type
     if torch.is_autocast_enabled(device):  # here, because inside it would be done for every chunk
         dtype = torch.get_autocast_dtype(device)

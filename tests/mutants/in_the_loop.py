@@ -126,7 +126,7 @@ UPDATE = bugs_in(
         "rows(experience, mine)",
         "it only costs time",
     ),
-    ("the update ignores the temperature", "config.sampling.temperature)", "1.0)"),
+    ("the update ignores the temperature", "config.sampling.temperature, with", "1.0, with"),
     ("old logprobs are those of now", "part.old_logprobs_BR,", "logprobs_BR.detach(),"),
     ("returns are taken for advantages", "part.advantages_BR,", "part.returns_BR,"),
     ("the policy's loss sees padding", "        part.response_mask_BR,\n", "        part.response_mask_BR | True,\n"),
@@ -197,7 +197,7 @@ POLICY = bugs_in(
     ["rlhf/test_scoring.py"],
     ("a token is predicted at its own position", "[:, -response_length - 1 : -1]", "[:, -response_length:]"),
     ("logprobs are of the token before", "tokens_BT[:, -response_length:]", "tokens_BT[:, -response_length - 1 : -1]"),
-    ("the temperature is forgotten", "labels_N[None], temperature)", "labels_N[None])"),
+    ("the temperature is forgotten", "labels_N[None], temperature, with", "labels_N[None], 1.0, with"),
     (
         "the model does not see which slots are padding",
         "tokens_BT, mask_BT, self.packing, response_length)",
