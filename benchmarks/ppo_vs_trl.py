@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="on each side (default 1)")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="ours, with two processes")
     parser.add_argument("--rows", type=int, default=16, help="answers per iteration (default 16)")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rows per forward and backward pass (default 4)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rows of TRL's passes; ours may have as many tokens (default 4)")
     parser.add_argument("--max-prompt-length", type=int, default=64, help="longer prompts are left out (default 64)")
     parser.add_argument("--response-length", type=int, default=64, help="tokens at most (default 64)")
     parser.add_argument(
@@ -151,6 +151,7 @@ def make_config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
             batch_size=arguments.rows,
             minibatch_size=arguments.rows,
             micro_batch_size=arguments.micro_batch,
+            micro_batch_tokens=tokens_of_pass(arguments),
             epochs=arguments.epochs,
             max_prompt_length=arguments.max_prompt_length,
             sampling=SamplingConfig(max_new_tokens=arguments.response_length, batch_size=arguments.rows),
@@ -164,6 +165,11 @@ def make_config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
     ).with_fitting_micro_batches()
     model = arguments.model or (make_tiny(_tiny(config)) if arguments.quick else smollm2())
     return config.model_copy(update={"model": ModelConfig(path=str(Path(model).absolute()))})
+
+
+def tokens_of_pass(arguments: argparse.Namespace) -> int:
+    """As many as TRL's passes may have, padding inside."""
+    return arguments.micro_batch * (arguments.max_prompt_length + arguments.response_length)
 
 
 def _tiny(config: RunConfig) -> RunConfig:
