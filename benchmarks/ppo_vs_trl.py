@@ -74,7 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="on each side (default 1)")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="ours, with two processes")
     parser.add_argument("--rows", type=int, default=16, help="answers per iteration (default 16)")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rows of TRL's passes; ours may have as many tokens (default 4)")
+    parser.add_argument(
+        "--micro-batch", type=int, default=4, help="rows of TRL's passes; ours may have as many tokens (default 4)"
+    )
     parser.add_argument("--max-prompt-length", type=int, default=64, help="longer prompts are left out (default 64)")
     parser.add_argument("--response-length", type=int, default=64, help="tokens at most (default 64)")
     parser.add_argument(

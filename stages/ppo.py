@@ -30,6 +30,7 @@ from rlhf.evaluation.policy_report import policy_report
 from rlhf.evaluation.samples import before_and_after, sampled
 from rlhf.experience import make_experience
 from rlhf.ledger import Clock
+from rlhf.memory import keep_freed_memory
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -218,6 +219,8 @@ def watch(config: RunConfig, context: StageContext, figures: dict[str, float], s
 
 def open_models(config: RunConfig, context: StageContext) -> Models:
     """Policy and critic learn; reference and reward models are frozen; all are sharded, the sampler holds a full copy."""
+    if context.device.type == "cpu":
+        keep_freed_memory()
     ppo, hardware = config.ppo, config.hardware
     sft = context.inputs["sft"].path
     steps = ppo.iterations * ppo.epochs * (ppo.batch_size // ppo.minibatch_size)
