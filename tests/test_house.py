@@ -21,7 +21,7 @@ LAYERS = (  # a room imports its own layer and the ones before it
     | {"reward_data", "configs"},
     {"rlhf.chat", "rlhf.data", "rlhf.models"},
     {"rlhf.engine", "rlhf.sampling", "rlhf.policy", "rlhf.experience", "rlhf.metrics", "rlhf.tracking", "rlhf.runtime"}
-    | {"rlhf.lineage", "rlhf.passes", "rlhf.alarms", "rlhf.limits"},
+    | {"rlhf.lineage", "rlhf.passes", "rlhf.alarms", "rlhf.limits", "rlhf.memory"},
     {"rlhf.scoring", "rlhf.update", "rlhf.checks", "rlhf.checkpoint", "rlhf.evaluation", "rlhf.hf_trainer"}
     | {"rlhf.ledger", "rlhf.overlap"},
     {"stages"},
