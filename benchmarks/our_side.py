@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.side import NEVER, Job, peak_memory
-from rlhf import ranks
+from rlhf import ledger, ranks
 from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch
 from rlhf.config import RunConfig
 from rlhf.data import pad
-from rlhf.ledger import Clock
 from rlhf.runtime import Progress, StageContext
 from rlhf.sampling import InProcessSampler, inprocess
 from rlhf.tracking import NullTracker
@@ -38,14 +37,15 @@ def main(job: Job, result: Path) -> None:
         load_dice(job)
     ppo.draw_prompts = partial(prompts_of, job)
     state = {"iteration": 0, "beta": config.ppo.beta}
-    seconds, figures, clock = [], [], Clock(context.device)
+    machine = ledger.all_machines(context.device, config.hardware.precision)
+    seconds, figures, clock = [], [], ledger.Clock(context.device)
     for _ in range(job.iterations):
         ranks.barrier()
         state["iteration"] += 1
         start = time.perf_counter()
         figures.append(ppo.iterate(config, context, models, job.prompts, state, clock))
         seconds.append(time.perf_counter() - start)
-        figures[-1] |= clock.close()
+        figures[-1] |= ledger.close(clock, figures[-1], machine)
     memory = sum(ranks.gather_objects(peak_memory()))
     if context.is_writer:
         lengths = [one["ppo/length"] for one in figures]

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import turns
 from benchmarks.side import Job
 from benchmarks.trl_environment import CACHE, trl_python
+from launch import ledger
 from rlhf.config import (
     DataConfig,
     HardwareConfig,
@@ -37,7 +39,6 @@ from rlhf.config import (
 )
 from rlhf.data import draw_prompts, load_prompts, short_prompts
 from rlhf.errors import UserError
-from rlhf.ledger import PHASES
 from rlhf.models import import_gguf, load_scalar, load_tokenizer
 from rlhf.models.tiny import make_tiny
 
@@ -113,16 +114,16 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             shown = ", ".join(f"{s:.1f}" for s in parts[-1]["seconds"])
             print(f"round {number}, {name:4}: {shown} s (the first warms up)", flush=True)
     sides = {name: summary(parts, config.ppo.batch_size) for name, parts in rounds.items()}
-    shares = phase_shares(rounds["ours"])
+    ours = ledger_of(rounds["ours"])
     print("\n" + table(sides))
-    print("\nours, share of the time: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    print("\nA mean iteration of ours:\n\n" + turns.table(ledger.COLUMNS, ledger.rows(ours)))
     settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "venv")}
     return {
         "settings": settings,
         "torch": torch.__version__,
         "same_losses": check,
         "sides": sides,
-        "phase_shares": shares,
+        "ledger": ours,
     }
 
 
@@ -298,11 +299,10 @@ def summary(parts: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     }
 
 
-def phase_shares(parts: list[dict[str, Any]]) -> dict[str, float]:
-    """What each phase of our ledger took of all timed iterations."""
+def ledger_of(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The account of all our timed iterations."""
     timed = [figures for part in parts for figures in part["figures"][1:]]
-    seconds = {name: sum(figures[f"perf/seconds_{name}"] for figures in timed) for name in PHASES}
-    return {name: value / sum(seconds.values()) for name, value in seconds.items()}
+    return ledger.account({name: [(step, one[name]) for step, one in enumerate(timed)] for name in timed[0]})
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.ppo_vs_trl import summary, table
+from benchmarks.ppo_vs_trl import ledger_of, summary, table
 from benchmarks.trl_environment import trl_python
 from rlhf.errors import UserError
 
@@ -30,3 +30,12 @@ def test_ratios_are_ours_over_trls():
     other = summary([PARTS[0]], batch_size=16)  # a median of 3 seconds
     text = table({"ours": other, "trl": summary(PARTS, batch_size=16)})
     assert "| seconds an iteration, median | 5.00 | 3.00 | 0.60 |" in text
+
+
+def test_our_ledger_leaves_the_first_iteration_out():
+    def figures(seconds):
+        return {"perf/seconds_sampling": seconds / 4, "perf/seconds_iteration": seconds}
+
+    made = ledger_of([{"figures": [figures(90.0), figures(4.0)]}, {"figures": [figures(80.0), figures(6.0)]}])
+    assert (made["iterations"], made["seconds"]) == (2, 5.0)
+    assert made["phases"]["sampling"] == {"seconds": 1.25, "share": 0.25}
