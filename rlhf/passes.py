@@ -68,8 +68,7 @@ def _tokens_W(lengths_NW3: Tensor, packing: bool) -> Tensor:
     if packing:
         repeats_NW = first_NW[1:] == first_NW[:-1]
         return (prompt_NW + response_NW).sum(0) - torch.where(repeats_NW, prompt_NW[1:], 0).sum(0)
-    # all seams in one column: the widths of sides add up
-    return len(lengths_NW3) * (prompt_NW.amax(0) + response_NW.amax(0))
+    return len(lengths_NW3) * (prompt_NW + response_NW).amax(0)
 
 
 def _lengths(batch: Rollout | Experience, config: PPOConfig) -> Tensor:

@@ -260,25 +260,34 @@ def recompute_activations(module: nn.Module) -> None:
 def hidden_states(
     model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False, response_length: int = 0
 ) -> Tensor:
-    """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing.
+    """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing. It gets 0.
+
+    Rows are read from their first real token on: no causal token sees the padding behind them, so that attention needs
+    no mask and its fastest kernel will do.
 
     `packing`: the model reads the real tokens of all rows as one row of N tokens, and each prompt, which is what stands
     before the last `response_length` columns, once. Where no prompt comes twice, positions that begin again without an
-    attention mask tell transformers where a row ends; else a mask says what sees what. Padding then gets 0.
+    attention mask tell transformers where a row ends; else a mask says what sees what.
     """
     mask_BT = mask_BT.bool()
-    position_BT = mask_BT.long().cumsum(1) - mask_BT.long()
     read = partial(without_adapter_wrapper(model).base_model, use_cache=False)
-    if not packing:
-        return read(input_ids=tokens_BT, attention_mask=mask_BT.long(), position_ids=position_BT).last_hidden_state
-    packed = pack(tokens_BT, mask_BT, response_length, share=can_share_prompts(model))
-    hidden_1NH = read(
-        input_ids=tokens_BT[packed.read_BT][None],
-        position_ids=position_BT[packed.read_BT][None],
-        attention_mask=None if packed.sees_NN is None else _mask_for(model, packed.sees_NN[None, None]),
-    ).last_hidden_state
-    hidden_BTH = hidden_1NH.new_zeros(*mask_BT.shape, hidden_1NH.shape[-1])
-    hidden_BTH[mask_BT] = hidden_1NH[0].index_select(0, packed.place_BT[mask_BT])
+    if packing:
+        packed = pack(tokens_BT, mask_BT, response_length, share=can_share_prompts(model))
+        position_BT = mask_BT.long().cumsum(1) - mask_BT.long()
+        read_1NH = read(
+            input_ids=tokens_BT[packed.read_BT][None],
+            position_ids=position_BT[packed.read_BT][None],
+            attention_mask=None if packed.sees_NN is None else _mask_for(model, packed.sees_NN[None, None]),
+        ).last_hidden_state
+        hidden_NH = read_1NH[0].index_select(0, packed.place_BT[mask_BT])
+    else:
+        length_B = mask_BT.sum(1)
+        real_BW = torch.arange(int(length_B.max()), device=mask_BT.device) < length_B[:, None]
+        tokens_BW = tokens_BT.new_zeros(real_BW.shape)
+        tokens_BW[real_BW] = tokens_BT[mask_BT]
+        hidden_NH = read(input_ids=tokens_BW).last_hidden_state[real_BW]
+    hidden_BTH = hidden_NH.new_zeros(*mask_BT.shape, hidden_NH.shape[-1])
+    hidden_BTH[mask_BT] = hidden_NH
     return hidden_BTH
 
 

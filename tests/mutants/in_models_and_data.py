@@ -61,17 +61,23 @@ POSITIONS = bugs_in(
     "rlhf/models/pretrained.py",
     ["rlhf/sampling/test_decoders.py::test_the_training_model_reads_the_same_logprobs"],
     (
-        "positions count padding",
+        "padding stands before a row that is read",
+        "device=mask_BT.device) < length_B[:, None]",
+        "device=mask_BT.device) >= length_B.max() - length_B[:, None]",
+    ),
+    ("rows begin with the end of the row before", "= tokens_BT[mask_BT]", "= tokens_BT[mask_BT].roll(1)"),
+    (
+        "packed positions count padding",
         "position_BT = mask_BT.long().cumsum(1) - mask_BT.long()",
         "position_BT = torch.arange(mask_BT.shape[1]).expand_as(mask_BT)",
     ),
-    ("positions begin at 1", "mask_BT.long().cumsum(1) - mask_BT.long()", "mask_BT.long().cumsum(1)"),
+    ("packed positions begin at 1", "mask_BT.long().cumsum(1) - mask_BT.long()", "mask_BT.long().cumsum(1)"),
 )
 
 PRETRAINED = bugs_in(
     "rlhf/models/pretrained.py",
     ["rlhf/models/test_pretrained.py"],
-    ("padding is attended to", "attention_mask=mask_BT.long()", "attention_mask=torch.ones_like(tokens_BT)"),
+    ("states of padding are taken", ".last_hidden_state[real_BW]", ".last_hidden_state.flip(1)[real_BW]"),
     ("packed rows see one another", "position_BT[packed.read_BT][None]", "torch.arange(int(mask_BT.sum()))[None]"),
     ("dropout stays on", "setattr(part, key, 0.0)", "setattr(part, key, value)"),
     ("pad is EOS", "not in (None, tokenizer.eos_token_id):", "is not None:"),

@@ -171,9 +171,9 @@ PASSES = bugs_in(
     ("padded passes are counted as packed", "if packing:", "if not packing:"),
     ("the prompt's length is that of the whole row", "batch.mask_BT.sum(1) - response_B", "batch.mask_BT.sum(1)"),
     (
-        "padding between the sides is forgotten",
-        "(prompt_NW.amax(0) + response_NW.amax(0))",
+        "a pass is as wide as its shortest row",
         "(prompt_NW + response_NW).amax(0)",
+        "(prompt_NW + response_NW).amin(0)",
     ),
     ("a shared prompt counts for every answer", "torch.where(repeats_NW, prompt_NW[1:], 0)", "0 * prompt_NW[1:]"),
     ("answers of a prompt go to several ranks", "config.answers_per_prompt if config.packing else 1", "1"),

@@ -30,7 +30,7 @@ def experience(lengths, answers=1):
 def read_tokens(batch, index, packing):
     part = trim(rows(batch, index))
     if not packing:
-        return part.tokens_BT.numel()
+        return len(part.mask_BT) * int(part.mask_BT.sum(1).max())
     prompt_B = part.mask_BT.sum(1) - part.response_mask_BR.sum(1)
     prompts = {(int(tokens[0]), int(length)) for tokens, length in zip(part.tokens_BT, prompt_B, strict=True)}
     return int(part.response_mask_BR.sum()) + sum(length for _, length in prompts)
@@ -54,19 +54,19 @@ def test_a_minibatch_is_read_once_in_equally_many_passes_within_the_budget(tripl
 
 
 def test_the_rank_that_has_most_decides_by_hand():
-    """Rank 0 has (9, 1) and (8, 1), 10 columns together; rank 1 has (8, 2) and (2, 7), 15 columns."""
-    batch = experience([(9, 1), (8, 2), (8, 1), (2, 7)])
-    for budget, expected in ((30, [[0, 2]]), (29, [[0], [2]])):
-        passes = passes_of_minibatch(batch, torch.arange(4), 0, 2, PPOConfig(micro_batch_tokens=budget))
+    """Rank 0 has (8, 4) and (8, 1), 12 columns; rank 1 has (9, 1) and (2, 7), 10 columns."""
+    batch = experience([(9, 1), (8, 4), (8, 1), (2, 7)])
+    for budget, expected in ((24, [[0, 3]]), (23, [[0], [3]])):
+        passes = passes_of_minibatch(batch, torch.arange(4), 1, 2, PPOConfig(micro_batch_tokens=budget))
         assert [part.tolist() for part in passes] == expected
 
 
 def test_the_budget_is_used_up_by_hand():
-    """Longest first: 9 + 1, 3 + 6, 4 + 4, 2 + 2, 1 + 1 tokens; two rows of a pass are as wide as both sides at most."""
+    """Longest first: 9 + 1, 3 + 6, 4 + 4, 2 + 2, 1 + 1 tokens; a pass is as wide as its longest row."""
     batch = experience([(2, 2), (9, 1), (4, 4), (1, 1), (3, 6)])
     for packing, budget, expected in (
-        (False, 30, [[1, 4], [2, 3, 0]]),  # 2 · (9 + 6) = 30; 3 · (4 + 4) = 24, where 1 + 4 + 2 would be 3 · 15
-        (False, 29, [[1], [4, 2], [0, 3]]),  # 2 · (4 + 6) = 20; with a third row 30
+        (False, 30, [[1, 4, 2], [0, 3]]),  # 3 · 10 = 30; 2 · 4 = 8
+        (False, 29, [[1, 4], [2, 0, 3]]),  # 2 · 10 = 20; 3 · 8 = 24
         (False, 9, [[1], [4], [2], [0, 3]]),  # 10 tokens are over the limit and go alone
         (True, 27, [[1, 4, 2], [0, 3]]),  # 10 + 9 + 8 = 27
         (True, 26, [[1, 4], [2, 0, 3]]),  # 8 + 4 + 2 = 14

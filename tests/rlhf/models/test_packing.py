@@ -169,7 +169,7 @@ def test_a_family_that_does_not_follow_the_mask_is_refused(monkeypatch):
     torch.manual_seed(1)
     llama = MODELS["sdpa"]()
     forward = llama.model.forward
-    monkeypatch.setattr(llama.model, "forward", lambda attention_mask, **rest: forward(**rest))
+    monkeypatch.setattr(llama.model, "forward", lambda attention_mask=None, **rest: forward(**rest))
     with pytest.raises(UserError, match=r"ppo\.packing"):
         check_packing(llama, sharing=True)
 

@@ -141,7 +141,7 @@ def test_a_family_whose_packed_rows_see_one_another_is_refused(causal_folder, mo
         torch.nn.init.normal_(parameter, std=0.25)
     check_packing(model)
     forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda position_ids, **rest: forward(**rest))
+    monkeypatch.setattr(model.model, "forward", lambda position_ids=None, **rest: forward(**rest))
     with pytest.raises(UserError, match=r"ppo\.packing"):
         check_packing(model)
 

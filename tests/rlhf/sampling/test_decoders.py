@@ -101,9 +101,12 @@ def test_behaviour_logprobs_are_those_of_plain_forward_passes_without_padding(mo
         torch.testing.assert_close(got_R[: len(expected)], expected, atol=2e-5, rtol=0)
 
 
-def test_the_training_model_reads_the_same_logprobs(model, sample):
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_training_model_reads_the_same_logprobs(model, sample, packing):
+    if packing and model.config.model_type == "opt":
+        pytest.skip("packed rows of OPT see one another; PPO refuses them")
     rollout = sample(model=model)
-    read_BR, _ = PolicyModel(model)(rollout.tokens_BT, rollout.mask_BT, R, T)
+    read_BR, _ = PolicyModel(model, packing)(rollout.tokens_BT, rollout.mask_BT, R, T)
     assert (read_BR - rollout.behaviour_logprobs_BR)[rollout.response_mask_BR].abs().max() < 2e-5
 
 
