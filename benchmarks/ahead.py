@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import turns
 from benchmarks.closed_form import LENGTH, settings
 from benchmarks.small_world import World, train
 from launch.plots import MODELS, drawn
@@ -101,16 +102,15 @@ def _one(
 def table(curves: Mapping[Run, Curve]) -> str:
     """Means over the seeds, and of the difference from answers in time the 95 % interval of its mean."""
     shown = [number for number in SHOWN if number < len(next(iter(curves.values())).gained)]
-    lines = ["| learning rate | answers | " + " | ".join(f"after {n}" for n in shown) + " | last, less in time |"]
-    lines += ["|" + "---|" * (len(shown) + 3)]
+    lines = []
     for rate, way in product(RATES, WAYS):
         mine = _of(curves, way, rate)
         cells = [f"{statistics.fmean(gained[n] for gained in mine):.3f}" for n in shown]
         gaps = [own[shown[-1]] - other[shown[-1]] for own, other in zip(mine, _of(curves, WAYS[0], rate), strict=True)]
         spread = 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
         last = "" if way == WAYS[0] else f"{statistics.fmean(gaps):+.3f} ± {spread:.3f}"
-        lines.append(f"| {rate:g} | {way} | {' | '.join(cells)} | {last} |")
-    return "\n".join(lines)
+        lines.append([f"{rate:g}", way, *cells, last])
+    return turns.table(["learning rate", "answers", *(f"after {n}" for n in shown), "last, less in time"], lines)
 
 
 def _of(curves: Mapping[Run, Curve], way: str, rate: float) -> Sequence[list[float]]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import turns
 from benchmarks.our_side import stage_context
 from benchmarks.side import Job
 from rlhf import ranks
@@ -169,8 +170,7 @@ def _device() -> torch.device:
 
 def table(found: dict[int, dict[str, list[dict[str, float]]]]) -> str:
     """Medians in seconds; the way's iterations over those in turn, as the median of the ratios of one turn each."""
-    lines = ["| threads | way | " + " | ".join(COLUMNS) + " | iteration | of in turn | tokens an answer |"]
-    lines += ["|" + "---|" * (len(COLUMNS) + 5)]
+    lines = []
     for threads, ways in found.items():
         for way, figures in ways.items():
             whole = [one["perf/seconds_iteration"] for one in figures]
@@ -181,10 +181,10 @@ def table(found: dict[int, dict[str, list[dict[str, float]]]]) -> str:
             cells[-1] += others
             in_turn = [one["perf/seconds_iteration"] for one in ways[WAYS[0]]]
             ratio = statistics.median(own / other for own, other in zip(whole, in_turn, strict=True))
-            shown = " | ".join(f"{cell:.2f}" for cell in [*cells, statistics.median(whole), ratio])
+            shown = [f"{cell:.2f}" for cell in [*cells, statistics.median(whole), ratio]]
             length = statistics.fmean(one["ppo/length"] for one in figures)
-            lines.append(f"| {threads} | {way} | {shown} | {length:.1f} |")
-    return "\n".join(lines)
+            lines.append([str(threads), way, *shown, f"{length:.1f}"])
+    return turns.table(["threads", "way", *COLUMNS, "iteration", "of in turn", "tokens an answer"], lines)
 
 
 if __name__ == "__main__":

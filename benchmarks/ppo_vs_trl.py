@@ -271,14 +271,14 @@ def same_losses(job: Job, pythons: dict[str, Path], folder: Path) -> dict[str, d
     alike = config.model_copy(update={"hardware": hardware, "ppo": ppo})
     given = vars(job) | {"answers": answers, "processes": 1, "iterations": 1, "config": alike.model_dump(mode="json")}
     ours, trls = (run_side(name, pythons[name], Job(**given), folder)["figures"][0] for name in ("ours", "trl"))
-    print("| on the same answers | ours | TRL | relative difference |\n|---|---|---|---|")
-    check, bad = {}, []
+    check, bad, lines = {}, [], []
     for name, (theirs, allowed) in SAME.items():
         one, other = ours[name], trls[theirs]
         difference = abs(one - other) / max(abs(other), 1e-8)
-        print(f"| {name} | {one:.6g} | {other:.6g} | {difference:.1e} |", flush=True)
+        lines.append([name, f"{one:.6g}", f"{other:.6g}", f"{difference:.1e}"])
         check[name] = {"ours": one, "trl": other, "relative_difference": difference}
         bad += [name] if difference > allowed else []
+    print(turns.table(["on the same answers", "ours", "TRL", "relative difference"], lines), flush=True)
     if bad:
         raise UserError(f"the two sides do not compute the same: {', '.join(bad)}", 6)
     return check
@@ -312,11 +312,11 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
         ("tokens an answer", "mean_length", 1.0, ".1f"),
         ("resident memory at its peak, GB", "peak_memory", 1e-9, ".2f"),
     )
-    lines = ["| | TRL | ours | ours / TRL |", "|---|---|---|---|"]
+    lines = []
     for title, key, scale, form in rows:
         trl, ours = (sides[name][key] * scale for name in ("trl", "ours"))
-        lines.append(f"| {title} | {trl:{form}} | {ours:{form}} | {ours / trl:.2f} |")
-    return "\n".join(lines)
+        lines.append([title, f"{trl:{form}}", f"{ours:{form}}", f"{ours / trl:.2f}"])
+    return turns.table(["", "TRL", "ours", "ours / TRL"], lines)
 
 
 if __name__ == "__main__":

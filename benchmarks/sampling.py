@@ -30,6 +30,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reward_data
+from benchmarks import turns
 from benchmarks.limits import best_of, least_seconds, measure
 from benchmarks.side import NEVER
 from rlhf.batches import PromptBatch, rows
@@ -158,16 +159,15 @@ def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    head = "precision | rows | lengths | tokens per prompt | per answer | `generate`, tokens/s | vLLM, tokens/s"
-    lines = [f"| {head} | ours, tokens/s | times `generate` | times vLLM | share of the limit |", "|" + "---|" * 11]
+    head = ["precision", "rows", "lengths", "tokens per prompt", "per answer", "`generate`, tokens/s", "vLLM, tokens/s"]
+    head += ["ours, tokens/s", "times `generate`", "times vLLM", "share of the limit"]
+    lines = []
     for r in results:
         theirs = (f"{r['median']['vllm']:.0f}", f"{r['times_vllm']:.2f}") if r["times_vllm"] else ("", "")
-        lines.append(
-            f"| {r['precision']} | {r['rows']} | {r['lengths']} | {r['prompt_tokens']:.0f} | {r['answer_tokens']:.0f} "
-            f"| {r['median']['generate']:.0f} | {theirs[0]} | {r['median']['ours']:.0f} | {r['times_generate']:.2f} "
-            f"| {theirs[1]} | {r['share_of_limit']:.2f} |"
-        )
-    return "\n".join(lines)
+        cells = [r["precision"], str(r["rows"]), r["lengths"], f"{r['prompt_tokens']:.0f}", f"{r['answer_tokens']:.0f}"]
+        cells += [f"{r['median']['generate']:.0f}", theirs[0], f"{r['median']['ours']:.0f}"]
+        lines.append([*cells, f"{r['times_generate']:.2f}", theirs[1], f"{r['share_of_limit']:.2f}"])
+    return turns.table(head, lines)
 
 
 def tiny() -> tuple[Any, PromptBatch, int, int]:
