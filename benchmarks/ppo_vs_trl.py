@@ -77,8 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="ours, with two processes")
     parser.add_argument("--rows", type=int, default=16, help="answers per iteration (default 16)")
     parser.add_argument(
-        "--micro-batch", type=int, default=4, help="rows of TRL's passes; ours may have as many tokens (default 4)"
+        "--micro-batch", type=int, default=4, help="rows of TRL's forward and backward passes (default 4)"
     )
+    parser.add_argument("--pass-tokens", type=int, help="tokens of ours at most (default: as many as TRL's may have)")
     parser.add_argument("--max-prompt-length", type=int, default=64, help="longer prompts are left out (default 64)")
     parser.add_argument("--response-length", type=int, default=64, help="tokens at most (default 64)")
     parser.add_argument(
@@ -172,8 +173,8 @@ def make_config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
 
 
 def tokens_of_pass(arguments: argparse.Namespace) -> int:
-    """As many as TRL's passes may have, padding inside."""
-    return arguments.micro_batch * (arguments.max_prompt_length + arguments.response_length)
+    """Of ours at most, padding inside."""
+    return arguments.pass_tokens or arguments.micro_batch * (arguments.max_prompt_length + arguments.response_length)
 
 
 def _tiny(config: RunConfig) -> RunConfig:
