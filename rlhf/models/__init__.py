@@ -2,7 +2,8 @@
 
 pretrained.py  folders ↔ tokenizers and causal models      scalar.py  reward and value model
 lora.py        adapters                                    tiny.py    a small Llama made on the spot
-gguf.py        GGUF files → ordinary folders
+gguf.py        GGUF files → ordinary folders              attention.py  causal attention on a CPU
+packing.py     rows one behind the other
 """
 
 from pathlib import Path

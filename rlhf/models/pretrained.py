@@ -16,17 +16,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as sharding
+from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as logs
 
 from rlhf import chat
 from rlhf.errors import UserError
 from rlhf.models import lora
+from rlhf.models.attention import attend
 from rlhf.models.packing import pack
 
 log = logging.getLogger(__name__)
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+AttentionInterface.register("sdpa", attend)
 
 
 def find_model(name: str | Path) -> Path:

@@ -74,6 +74,17 @@ POSITIONS = bugs_in(
     ("packed positions begin at 1", "mask_BT.long().cumsum(1) - mask_BT.long()", "mask_BT.long().cumsum(1)"),
 )
 
+ATTENTION = bugs_in(
+    "rlhf/models/attention.py",
+    ["rlhf/models/test_attention.py"],
+    ("a token sees the next one", ".triu(1), float", ".triu(2), float"),
+    ("only the first block of keys is masked", "score_NGQL[..., -Q:]", "score_NGQL[..., :Q]"),
+    ("the mean of weights' gradients stays in", "(dweight_NXL.float() - mean_NX1)", "dweight_NXL.float()"),
+    ("gradients of keys forget the scale", ".mul_(weight_NXL).mul_(ctx.scale)", ".mul_(weight_NXL)"),
+    ("a block's keys get the gradient of one block alone", "dk_NTD[:, :L] +=", "dk_NTD[:, :L] ="),
+    ("a mask is overlooked", "whole = attention_mask is None and ", "whole = "),
+)
+
 PRETRAINED = bugs_in(
     "rlhf/models/pretrained.py",
     ["rlhf/models/test_pretrained.py"],
@@ -363,6 +374,7 @@ BUGS = [
     *ENGINE,
     *ZERO,
     *POSITIONS,
+    *ATTENTION,
     *PRETRAINED,
     *PACKING,
     *SCALAR,
