@@ -61,6 +61,16 @@ def test_the_rank_that_has_most_decides_by_hand():
         assert [part.tolist() for part in passes] == expected
 
 
+def test_the_rank_that_has_most_decides_over_shared_prompts_by_hand():
+    """With both answers, rank 0 has prompts of 2 + 7 + 6 and 1 + 2 + 7 tokens, rank 1 of 9 + 1 + 1 and 8 + 1 + 1. Three
+    rows are 18 tokens there and 20 here, four are 25 and 21."""
+    batch = experience([(2, 7), (2, 6), (9, 1), (9, 1), (1, 2), (1, 7), (8, 1), (8, 1)], 2)
+    for budget, expected in ((19, [[2, 3], [6, 7]]), (20, [[2, 3, 6], [7]])):
+        config = PPOConfig(micro_batch_tokens=budget, packing=True, answers_per_prompt=2)
+        passes = passes_of_minibatch(batch, torch.arange(8), 1, 2, config)
+        assert [part.tolist() for part in passes] == expected
+
+
 def test_the_budget_is_used_up_by_hand():
     """Longest first: 9 + 1, 3 + 6, 4 + 4, 2 + 2, 1 + 1 tokens; a pass is as wide as its longest row."""
     batch = experience([(2, 2), (9, 1), (4, 4), (1, 1), (3, 6)])
