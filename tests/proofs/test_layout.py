@@ -422,3 +422,7 @@ def table(found: dict[Layout, dict[str, float]]) -> str:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    os._exit(0)  # an ordinary exit aborts now and then, where a thread of the group's is not yet gone
