@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from reward_data import Message, Prompt
 from rlhf.config import OptimConfig, RunConfig
+from tests.gang import leave, run_ranks
 
 BATCH, MINIBATCH, EPOCHS, LONGEST = 32, 16, 2, 40
 LEARN = OptimConfig(lr=1e-3, schedule="cosine", min_warmup_steps=2)
@@ -314,35 +313,9 @@ def compare_all(layouts: Sequence[Layout], iterations: int, folder: Path) -> dic
                 "iterations": iterations,
             }
             torch.save(given, folder / "given.pt")
-            start_gang(ranks, folder)
+            run_ranks(__file__, folder, ranks)
             found |= dict(zip(own, torch.load(folder / "found.pt"), strict=True))
     return found
-
-
-def start_gang(ranks: int, folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    root = Path(__file__).parents[2]
-    paths = {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
-    members = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | common | paths | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=root,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [member.wait() for member in members]
-    finally:
-        for member in members:
-            member.kill()  # those whose neighbour died, or that took too long
-    assert codes == [0] * ranks, "\n".join(log.read_text() for log in logs)
 
 
 def main(folder: Path) -> None:
@@ -422,7 +395,4 @@ def table(found: dict[Layout, dict[str, float]]) -> str:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    os._exit(0)  # an ordinary exit aborts now and then, where a thread of the group's is not yet gone
+    leave()

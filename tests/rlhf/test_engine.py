@@ -4,9 +4,6 @@ The file is also the program of each rank: `test_engine.py FOLDER`.
 """
 
 import copy
-import os
-import socket
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +17,7 @@ from rlhf.batches import rows
 from rlhf.config import HardwareConfig, OptimConfig
 from rlhf.engine import LocalEngine, full_parameters, full_state, learning_rate_share, open_engine
 from rlhf.policy import PolicyModel
+from tests.gang import leave, run_ranks
 
 HARDWARE = HardwareConfig()
 
@@ -251,23 +249,7 @@ def on_two_ranks(make_llama, make_scalar, iteration, ppo_config, tmp_path_factor
         "config": config,
     }
     torch.save(given, folder / "given.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    shown = [rank.communicate(timeout=170)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(shown)
+    run_ranks(__file__, folder, RANKS, timeout=170)
     return torch.load(folder / "found.pt", weights_only=False), given
 
 
@@ -442,6 +424,4 @@ def in_bf16(given, rank):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # an ordinary exit aborts now and then, where a thread of the group's is not yet gone
+    leave()

@@ -3,9 +3,6 @@
 The file is also the program of each rank: `test_sharded.py FOLDER`.
 """
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import nn
 
 from rlhf.config import HardwareConfig, LoraConfig
 from rlhf.models import add_lora, load_causal, load_scalar, load_tokenizer, save_causal
+from tests.gang import leave, run_ranks
 
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
@@ -43,23 +41,7 @@ def trained(model: nn.Module) -> Any:
 
 @pytest.mark.integration
 def test_sharded_models_load_score_and_save_as_whole_ones_do(folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = str(Path(__file__).parents[3])
-    common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": root}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    shown = [rank.communicate(timeout=170)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(shown)
+    run_ranks(__file__, folder, RANKS, timeout=170)
 
     read = torch.load(folder / "read.pt")
     reward, causal = load_scalar(folder / "reward"), load_causal(folder / "causal")
@@ -98,6 +80,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # an ordinary exit aborts now and then, where a thread of the group's is not yet gone
+    leave()
