@@ -175,10 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--quick", action="store_true", help="a random model of some ten thousand parameters")
     parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--answers", type=int, nargs="+", default=[4])
-    parser.add_argument("--answer_tokens", type=int, default=64)
-    parser.add_argument("--pass_tokens", type=int, default=2048)
+    parser.add_argument("--answer-tokens", type=int, default=64)
+    parser.add_argument("--pass-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     return parser

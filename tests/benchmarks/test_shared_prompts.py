@@ -7,7 +7,7 @@ from benchmarks import shared_prompts
 
 def test_a_quick_run_prints_one_table_and_writes_its_figures(tmp_path, capsys):
     out = tmp_path / "shared_prompts.json"
-    lengths = ["--prompt_tokens", "5", "--answers", "1", "3", "--answer_tokens", "4", "--repeats", "2"]
+    lengths = ["--prompt-tokens", "5", "--answers", "1", "3", "--answer-tokens", "4", "--repeats", "2"]
     shared_prompts.main(["--quick", *lengths, "--out", str(out)])
     one, three = json.loads(out.read_text())["results"]
     assert one["tokens"] == {"apart": 2 * (5 + 4), "shared": 2 * (5 + 4)}
