@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# Columns added when a cache is full. Making room copies the cache: once in so many steps that is little.
-SPARE_COLUMNS = 128
+# Columns added when a cache is full: at least so many, and this share of those in use. Making room copies the cache, once
+# in so many steps, and every step reads them.
+SPARE_COLUMNS, SPARE_SHARE = 32, 0.125
 
 
 @dataclass
@@ -110,7 +111,7 @@ class SlotCache(Cache):
 
     def step(self) -> None:
         """The coming forward pass writes one token per row."""
-        if self.end == self.columns:
+        if self.end == self.columns or self.columns > 2 * _with_spare(self.used):
             self._move(0)
         self.span = Span(slice(0, self.rows), self.end - self.used, self.end)
         self.end += 1
@@ -140,13 +141,17 @@ class SlotCache(Cache):
 
     def mask_SL(self) -> Tensor:
         """True at the columns in sight that belong to the row."""
-        column_L = torch.arange(self.span.first, self.end, device=self.start_S.device)
-        return column_L >= self.start_S[: self.rows, None]
+        return self.mask_SC()[:, self.span.first : self.end]
+
+    def mask_SC(self) -> Tensor:
+        """True at the columns of the buffer that belong to the row."""
+        column_C = torch.arange(self.columns, device=self.start_S.device)
+        return (column_C >= self.start_S[: self.rows, None]) & (column_C < self.end)
 
     def _move(self, to: int) -> None:
         """What is used goes to column `to` of a buffer with room to spare."""
         used, start = self.used, self.end - self.used
-        self.columns = to + used + SPARE_COLUMNS
+        self.columns = to + _with_spare(used)
         for layer in self.layers:
             for name in ("keys", "values"):
                 x = getattr(layer, name)
@@ -155,3 +160,7 @@ class SlotCache(Cache):
                 setattr(layer, name, moved)
         self.start_S += to - start
         self.end = to + used
+
+
+def _with_spare(columns: int) -> int:
+    return columns + max(SPARE_COLUMNS, int(SPARE_SHARE * columns))

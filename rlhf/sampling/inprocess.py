@@ -158,7 +158,7 @@ class _Run:
     def _draw(self, logits_GV: Tensor, index_G: Tensor) -> Tensor:
         """The next token of each row, written down with its logprob."""
         t_G = self.length_B[index_G]
-        probs_GV = torch.softmax(logits_GV.float() / self.temperature, -1)
+        probs_GV = torch.softmax(logits_GV.float().div_(self.temperature), -1)
         token_G = pick_token(probs_GV, keyed_uniform(*self.key, self.prompts.ids_B[index_G], t_G))
         self.tokens_BR[index_G, t_G] = token_G
         self.logprobs_BR[index_G, t_G] = probs_GV.gather(1, token_G[:, None])[:, 0].log()

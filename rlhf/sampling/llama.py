@@ -4,7 +4,7 @@ The same mathematics as transformers' LlamaForCausalLM (softmax and norms in flo
 prompts are packed without padding, query, key and value are one matrix product, and the query heads that share a key
 head are rows of one product with it, so keys and values are not repeated.
 
-N tokens, H hidden size, S rows in the cache, L columns in sight, A query heads, K key heads, D head size.
+N tokens, H hidden size, S rows in the cache, C its columns, A query heads, K key heads, Q = A / K, D head size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from rlhf.models.attention import attend as causal
 from rlhf.sampling.cache import SlotCache
 from rlhf.sampling.linear import Linear
 
@@ -76,9 +77,8 @@ class LlamaDecoder:
                 part = slice(place, place + count * length)
                 q, k, v = (x[part].unflatten(0, (count, length)).transpose(1, 2) for x in (q_NAD, k_NKD, v_NKD))
                 layer.write(rows, cache.end - length, k, v)
-                k, v = (x.repeat_interleave(self.A // self.K, 1) for x in (k, v))
-                mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                out_NAD[part] = mixed.transpose(1, 2).flatten(0, 1)
+                attention = self.model.model.layers[number].self_attn
+                out_NAD[part] = causal(attention, q, k, v, None, is_causal=True)[0].flatten(0, 1)
                 place = part.stop
             return out_NAD
 
@@ -87,14 +87,16 @@ class LlamaDecoder:
 
     def step(self, token_S: Tensor, cache: SlotCache) -> Tensor:
         cache.step()
-        mask_SL = cache.mask_SL()
-        bias_S11L = torch.zeros(mask_SL.shape, dtype=self.model.dtype, device=mask_SL.device)
-        bias_S11L = bias_S11L.masked_fill_(~mask_SL, float("-inf"))[:, None, None]
+        mask_SC, rows, at = cache.mask_SC(), cache.span.rows, cache.span.at
+        bias_SC = torch.zeros(mask_SC.shape, dtype=self.model.dtype, device=mask_SC.device)
+        bias_SC = bias_SC.masked_fill_(~mask_SC, float("-inf"))
+        bias_SKQC = bias_SC[:, None, None].expand(-1, self.K, self.A // self.K, -1).contiguous()
 
         def attend(number: int, q_SAD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
-            k_SKLD, v_SKLD = cache.layer(number).update(k_SKD[:, :, None], v_SKD[:, :, None])
+            layer = cache.layer(number)
+            layer.write(rows, at, k_SKD[:, :, None], v_SKD[:, :, None])
             q_SKQD = q_SAD.unflatten(1, (self.K, -1))
-            return _attention(q_SKQD, k_SKLD, v_SKLD, bias_S11L).flatten(1, 2)
+            return _attention(q_SKQD, layer.keys[rows], layer.values[rows], bias_SKQC).flatten(1, 2)
 
         return self._logits(self._forward(token_S, cache.position_S(), attend))
 
@@ -125,18 +127,17 @@ class LlamaDecoder:
         return torch.cat([cos_NF, cos_NF], 1)[:, None].to(dtype), torch.cat([-sin_NF, sin_NF], 1)[:, None].to(dtype)
 
 
-def _attention(q_SKQD: Tensor, k_SKLD: Tensor, v_SKLD: Tensor, bias_S11L: Tensor) -> Tensor:
+def _attention(q_SKQD: Tensor, k_SKCD: Tensor, v_SKCD: Tensor, bias_SKQC: Tensor) -> Tensor:
     """Softmax(q kᵀ / √D + bias) v, softmax in float32.
 
-    On a CPU torch's kernel takes two tiny products for each row and head; two over all of them take half the time.
+    On a CPU torch's kernel takes two tiny products for each row and head; two over all of them take half the time, where
+    keys and values need no copy: so the whole buffer is read, and the bias hides what is not a row's own.
     """
     if q_SKQD.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_SKQD, k_SKLD, v_SKLD, attn_mask=bias_S11L)
-    k_NLD = k_SKLD.contiguous().flatten(0, 1)  # else the product makes the copy, and slowly
-    scores_NQL = torch.bmm(q_SKQD.flatten(0, 1), k_NLD.transpose(1, 2))
-    scores_SKQL = scores_NQL.view(*q_SKQD.shape[:-1], -1).float().mul_(q_SKQD.shape[-1] ** -0.5).add_(bias_S11L)
-    weight_NQL = scores_SKQL.softmax(-1).flatten(0, 1).to(v_SKLD.dtype)
-    return torch.bmm(weight_NQL, v_SKLD.flatten(0, 1)).view(q_SKQD.shape)
+        return F.scaled_dot_product_attention(q_SKQD, k_SKCD, v_SKCD, attn_mask=bias_SKQC)
+    q_NQD, k_NCD, v_NCD, bias_NQC = (x.flatten(0, 1) for x in (q_SKQD, k_SKCD, v_SKCD, bias_SKQC))
+    scores_NQC = torch.baddbmm(bias_NQC, q_NQD, k_NCD.transpose(1, 2), alpha=q_SKQD.shape[-1] ** -0.5)
+    return torch.bmm(scores_NQC.softmax(-1), v_NCD).view(q_SKQD.shape)
 
 
 def _rotate(x_NCD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:

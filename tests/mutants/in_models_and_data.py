@@ -211,7 +211,7 @@ SAMPLER = (
     bugs_in(
         "rlhf/sampling/inprocess.py",
         ["rlhf/sampling/test_decoders.py", "rlhf/sampling/test_inprocess.py"],
-        ("the sampler ignores the temperature", " / self.temperature", ""),
+        ("the sampler ignores the temperature", ".div_(self.temperature)", ""),
         (
             "all tokens of an answer draw the same number",
             "self.prompts.ids_B[index_G], t_G)",
@@ -235,6 +235,8 @@ SAMPLER = (
         ("a copied row lacks what its source has read", "x[newcomers, :, columns] = x[slot_F, :, columns]", "pass"),
         ("a copied row has the mask of its predecessor", "self.start_S[newcomers] = self.start_S[slot_F]", "pass"),
         ("positions are one too far", "self.end - 1 - self.start_S", "self.end - self.start_S"),
+        ("a row sees columns that are not yet written", " & (column_C < self.end)", ""),
+        ("long rows that have gone keep their room", " or self.columns > 2 * _with_spare(self.used)", ""),
         (
             "a row that moves leaves its last token",
             "x[slot, :, start : self.end] = x[source, :, start : self.end]",
@@ -248,9 +250,10 @@ SAMPLER = (
         ("positions turn the wrong way", "[-sin_NF, sin_NF]", "[sin_NF, -sin_NF]"),
         (
             "key heads go to the wrong query heads",
-            "x.repeat_interleave(self.A // self.K, 1)",
-            "x.repeat(1, self.A // self.K, 1, 1)",
+            "q_SAD.unflatten(1, (self.K, -1))",
+            "q_SAD.unflatten(1, (-1, self.K)).transpose(1, 2)",
         ),
+        ("a row sees what its slot held before", 'float("-inf")', "0.0"),
         ("the first logits are of another row", "length_G.cumsum(0) - 1", "length_G.cumsum(0) - length_G"),
         (
             "a scaled rotation is taken for a plain one",
@@ -353,6 +356,7 @@ VLLM = bugs_in(
     [
         "rlhf/sampling/test_vllm.py::test_every_weight_is_handed_over_and_outlives_its_turn",
         "rlhf/sampling/test_vllm.py::test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples",
+        "rlhf/sampling/test_vllm.py::test_what_a_taker_of_rows_raises_ends_the_other_rows_and_puts_the_engine_to_sleep",
     ],
     ("a weight view outlives its turn", "tensor.to(self.dtype, copy=True)", "tensor.to(self.dtype)"),
     (
@@ -367,6 +371,7 @@ VLLM = bugs_in(
     ),
     ("the engine never sleeps", "        if self.sleeps:", "        if False:"),
     ("weights are loaded into memory that is gone", 'self._wake("weights")', "self._wake()"),
+    ("rows that nobody takes stay in the engine", "(length_B == 0).nonzero()", "(length_B < 0).nonzero()"),
 )
 
 BUGS = [

@@ -43,6 +43,8 @@ class Model:
             assert keys_LHD[mask_L, 0, 0].tolist() == row
             assert position == len(row) - 1
             assert keys_LHD.isfinite().all()
+        for keys_HCD, mask_C, row in zip(self.cache.layer(0).keys, self.cache.mask_SC(), self.rows, strict=False):
+            assert keys_HCD[0, mask_C, 0].tolist() == row
 
     def write(self, keys: list[list[float]]):
         """Every layer, head and coordinate gets a multiple of the key; returns what the last layer shows, [S, L, H, D]."""
@@ -86,3 +88,12 @@ def test_room_is_no_wider_than_the_rows_need(monkeypatch):
         model.step()
         model.keep([False, True])
     assert model.cache.columns <= 3 + 2 + 1 + 4
+
+
+def test_room_of_long_rows_that_have_gone_is_given_back(monkeypatch):
+    monkeypatch.setattr(cache_module, "SPARE_COLUMNS", 4)
+    model = Model()
+    model.admit([30, 3])
+    model.keep([False, True])
+    model.step()
+    assert model.cache.columns == 3 + 4
