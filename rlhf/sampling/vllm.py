@@ -111,12 +111,15 @@ class VLLMSampler:
             return rollout_of(rows(prompts, index), tokens_NR, logprobs_NR, length_N, self.eos_id)
 
         self._wake("weights", "kv_cache")
-        for row, tokens, logprobs in self._answers(prompts, settings, seed, iteration):
-            length_B[row] = n = len(tokens)
-            tokens_BR[row, :n], logprobs_BR[row, :n] = torch.tensor(tokens), torch.tensor(logprobs)
-            if on_rows is not None:
-                on_rows(torch.tensor([row]), rollout(torch.tensor([row])))
-        self._sleep()
+        try:
+            for row, tokens, logprobs in self._answers(prompts, settings, seed, iteration):
+                length_B[row] = n = len(tokens)
+                tokens_BR[row, :n], logprobs_BR[row, :n] = torch.tensor(tokens), torch.tensor(logprobs)
+                if on_rows is not None:
+                    on_rows(torch.tensor([row]), rollout(torch.tensor([row])))
+        finally:  # without it, what `on_rows` raises would leave the other rows to the next call
+            self.llm.llm_engine.abort_request([str(row) for row in (length_B == 0).nonzero()[:, 0].tolist()])
+            self._sleep()
         self.positions = (int(prompts.mask_BP.sum()), int((length_B - 1).sum()))
         return rollout(slice(None))
 

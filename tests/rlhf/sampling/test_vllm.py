@@ -207,6 +207,17 @@ def test_rows_and_positions_are_reported(sampler, many, ppo_config):
 
 
 @installed
+def test_what_a_taker_of_rows_raises_leaves_nothing_behind(sample, sampler, many, ppo_config, answers):
+    def refuse(index_N, rows_N):
+        raise ValueError("no room")
+
+    expected = answers(sample(many))
+    with pytest.raises(ValueError, match="no room"):
+        sampler.sample(many, ppo_config.sampling, 0, 1, refuse)
+    assert answers(sample(many)) == expected
+
+
+@installed
 def test_no_prompts_are_no_answers(sample, prompts):
     assert sample(rows(prompts, slice(0, 0))).tokens_BT.shape == (0, 7 + R)
 
@@ -238,6 +249,10 @@ class Sleeper:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.loaded: dict[str, torch.Tensor] = {}
+        self.llm_engine = self
+
+    def abort_request(self, request_ids: list[str]) -> None:
+        self.told += [f"abort {' '.join(request_ids)}"] if request_ids else []
 
     def wake_up(self, tags: list[str]) -> None:
         self.told.append(f"wake {' '.join(tags)}")
@@ -278,3 +293,12 @@ def test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples(on_a_gpu, pro
     once = ["reload_weights", "sleep 1"]
     again = ["wake weights", "reload_weights", "wake kv_cache", "sleep 1"]
     assert on_a_gpu.llm.told == [*once, *again, "wake kv_cache weights", "sleep 1"]
+
+
+def test_what_a_taker_of_rows_raises_ends_the_other_rows_and_puts_the_engine_to_sleep(on_a_gpu, prompts, ppo_config):
+    def refuse(index_N, rows_N):
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        on_a_gpu.sample(prompts, ppo_config.sampling, 0, 1, refuse)
+    assert on_a_gpu.llm.told == ["abort 1 2 3 4 5 6 7", "sleep 1"]
