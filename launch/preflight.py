@@ -42,7 +42,9 @@ def preflight(config: RunConfig, gang: bool = True) -> None:
 def obstacles(config: RunConfig, gang: bool = True) -> list[Obstacle]:
     """All that is missing: data, then model, then sampling engine, then room on this machine."""
     found = [*_data(config), *_model(config), *_sampling(config), *_disk(config)]
-    return [*found, *_processors(config)] if gang and config.hardware.ray_address is None else found
+    if config.hardware.ray_address is not None:
+        return found
+    return [*found, *_precision(config), *(_processors(config) if gang else ())]
 
 
 def machine_cpus() -> int:
@@ -53,6 +55,14 @@ def machine_cpus() -> int:
     except (OSError, ValueError):
         return cpus
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """False on an x86 CPU for which oneDNN has no bfloat16 product (it wants AVX512 or AVX-NE-CONVERT)."""
+    with suppress(OSError):
+        if found := re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.MULTILINE):
+            return not {"avx512bw", "avx_ne_convert"}.isdisjoint(found[1].split())
+    return True
 
 
 def machine_gpus() -> int | None:
@@ -163,6 +173,12 @@ def head_size(config: RunConfig) -> int | None:
 
 
 # --- machine ----------------------------------------------------------------------------------------------------------
+
+
+def _precision(config: RunConfig) -> Iterator[Obstacle]:
+    if config.hardware.precision == "bf16" and not config.hardware.gpus_per_worker and not multiplies_bf16():
+        text = "this CPU cannot multiply bfloat16, and to imitate it takes about a hundred times as long as float32"
+        yield Obstacle(f"hardware.precision: {text}: set float32", MACHINE_TOO_SMALL)
 
 
 def _processors(config: RunConfig) -> Iterator[Obstacle]:

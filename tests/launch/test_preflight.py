@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import preflight as module
-from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, obstacles, preflight
+from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, multiplies_bf16, obstacles, preflight
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -162,6 +162,41 @@ def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
             assert obstacles(config) == []
         else:
             assert "2 workers × 1 GPUs = 2, this machine has 1" in obstacle(config).message
+
+
+BF16 = ("--hardware.precision", "bf16")
+
+
+def test_bf16_is_refused_on_a_cpu_that_imitates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "multiplies_bf16", lambda: False)
+    error = obstacle(settings(*BF16))
+    assert error.exit_code == 5
+    assert "hardware.precision: this CPU cannot multiply bfloat16" in error.message
+
+
+def test_bf16_is_taken_where_something_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "multiplies_bf16", lambda: True)
+    assert obstacles(settings(*BF16)) == []
+    monkeypatch.setattr(module, "multiplies_bf16", lambda: False)
+    assert obstacles(settings(*BF16, "--hardware.ray_address", "ray://head:10001")) == []
+    monkeypatch.setattr(module, "machine_gpus", lambda: 1)
+    assert obstacles(settings(*BF16, "--hardware.gpus_per_worker", "1")) == []
+    assert obstacles(settings("--hardware.precision", "float32")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "can"),
+    [
+        ("flags\t\t: fpu avx avx2\n", False),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\n", True),
+        ("flags\t\t: fpu avx2 avx_ne_convert\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+    ],
+)
+def test_what_a_cpu_multiplies_is_read_from_its_flags(text: str, can: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert multiplies_bf16(tmp_path / "cpuinfo") is can
+    assert multiplies_bf16(tmp_path / "none")
 
 
 def test_a_cluster_is_not_measured_by_this_machine() -> None:
