@@ -23,7 +23,8 @@ def run_ranks(script: str, folder: Path, ranks: int, timeout: float | None = Non
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        # What stands there already goes first: a copy of the package in which a bug was planted.
+        "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT)))),
     }
     # Files, not pipes: a full pipe that nobody reads stops its rank.
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
