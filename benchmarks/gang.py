@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -58,15 +58,16 @@ def measured(module: str, config: RunConfig, device: str, threads: int, repeats:
         processes=workers,
         threads=max(threads // workers, 1),
         iterations=repeats,
+        device=device_of(device).type,
     )
     if workers == 1:
-        return import_module(module).measure(_open(job, folder, device_of(device)), repeats)
+        return import_module(module).measure(_open(job, folder), repeats)
     job_file, result, log = (folder / f"{workers}-{name}" for name in ("job.json", "result.json", "log"))
     job.write(job_file)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(workers), "-m", "benchmarks.gang", module, str(job_file), str(result)]
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
-    own |= {} if device_of(device).type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    own |= {} if job.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as output:
         subprocess.run(command, env=os.environ | own, stdout=output, stderr=subprocess.STDOUT, check=False)
     if not result.is_file():
@@ -106,10 +107,10 @@ def possible_workers(asked: Sequence[int], device: str) -> list[int]:
     return [count for count in asked if not cuda or count <= torch.cuda.device_count()]
 
 
-def _open(job: Job, folder: Path, device: torch.device) -> Rank:
+def _open(job: Job, folder: Path) -> Rank:
     torch.set_num_threads(job.threads)
     config = RunConfig.model_validate(job.config)
-    context = replace(stage_context(job, folder), device=device)
+    context = stage_context(job, folder)
     models = open_models(config, context)
     cast(Any, models.sampler).eos_id = NEVER  # every answer is as long as asked for
     return Rank(config, context, models, short_prompts(models.tokenizer, load_prompts(config).train, 10**9))
@@ -117,13 +118,12 @@ def _open(job: Job, folder: Path, device: torch.device) -> Rank:
 
 def main(module: str, job: Job, result: Path) -> None:
     """One rank of torchrun."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    cuda = job.device == "cuda"
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")
     measure: Callable[[Rank, int], Any] = import_module(module).measure
-    rank = _open(job, result.parent, device)
+    rank = _open(job, result.parent)
     found = measure(rank, job.iterations)
     if rank.context.is_writer:
         result.write_text(json.dumps(found))

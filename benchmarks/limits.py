@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -20,16 +19,14 @@ def best_of(machines: Sequence[Machine]) -> Machine:
     return Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
 
 
-def measure(dtype: torch.dtype, width: int, inner: int) -> Machine:
+def measure(device: torch.device, dtype: torch.dtype, width: int, inner: int) -> Machine:
     """The faster of torch's product and the packed one, at the shape of the model's largest layers."""
-    x, weight = torch.randn(PRODUCT_ROWS, width).to(dtype), torch.randn(inner, width).to(dtype)
-    packed, buffer = Linear(weight), torch.ones(READ_BYTES // 4)
-    seconds = min(_best(lambda: F.linear(x, weight)), _best(lambda: packed(x)))
-    return Machine(2 * PRODUCT_ROWS * width * inner / seconds, READ_BYTES / _best(buffer.sum))
-
-
-def _best(run: Callable[[], Any]) -> float:
-    return best_seconds(run, torch.device("cpu"), repeats=10)
+    x, weight = (torch.randn(rows, width, device=device).to(dtype) for rows in (PRODUCT_ROWS, inner))
+    packed, buffer = Linear(weight), torch.ones(READ_BYTES // 4, device=device)
+    products = (lambda: F.linear(x, weight), lambda: packed(x))
+    seconds = min(best_seconds(product, device, repeats=10) for product in products)
+    reading = best_seconds(buffer.sum, device, repeats=10)
+    return Machine(2 * PRODUCT_ROWS * width * inner / seconds, READ_BYTES / reading)
 
 
 def least_seconds(

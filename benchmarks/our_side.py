@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.side import NEVER, Job, peak_memory
+from benchmarks.turns import device_of
 from rlhf import ledger, ranks
 from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch
@@ -46,7 +47,7 @@ def main(job: Job, result: Path) -> None:
         figures.append(ppo.iterate(config, context, models, job.prompts, state, clock))
         seconds.append(time.perf_counter() - start)
         figures[-1] |= ledger.close(clock, figures[-1], machine)
-    memory = sum(ranks.gather_objects(peak_memory()))
+    memory = sum(ranks.gather_objects(peak_memory(job.device)))
     if context.is_writer:
         lengths = [one["ppo/length"] for one in figures]
         result.write_text(
@@ -62,7 +63,7 @@ def stage_context(job: Job, folder: Path) -> StageContext:
         stage="ppo",
         rank=ranks.rank(),
         world_size=ranks.world_size(),
-        device=torch.device("cpu"),
+        device=device_of(job.device),
         folder=folder,
         inputs={"sft": artifact(job.model), "reward/reward": artifact(job.reward)},
         tracker=NullTracker(),
@@ -83,7 +84,7 @@ def load_dice(job: Job) -> None:
     answers_BR = torch.tensor(job.answers)
 
     def token_of(seed: int, iteration: int, ids_G: torch.Tensor, t_G: torch.Tensor) -> torch.Tensor:
-        return answers_BR[ids_G, t_G]
+        return answers_BR.to(ids_G.device)[ids_G, t_G]
 
     inprocess.keyed_uniform = token_of
     inprocess.pick_token = lambda probs_GV, token_G: token_G

@@ -67,7 +67,7 @@ def main() -> None:
         report = {
             "settings": settings,
             "torch": torch.__version__,
-            "device": _device().type,
+            "device": turns.device_of("auto").type,
             "workers": ranks.world_size(),
         }
         arguments.out.write_text(json.dumps(report | {"seconds": found}, indent=1, default=str) + "\n")
@@ -133,8 +133,9 @@ def make_config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
 def measure(arguments: argparse.Namespace, config: RunConfig, threads: int) -> dict[str, list[dict[str, float]]]:
     """Figures of each timed iteration, by way."""
     torch.set_num_threads(threads)
-    job: Any = Job(config.model.path, config.model.path, {}, [], [], 0, 0, ranks.world_size(), threads, 0)
-    context = dataclasses.replace(stage_context(job, config.folder), device=_device())
+    path, device = config.model.path, turns.device_of("auto").type
+    job: Any = Job(path, path, {}, [], [], 0, 0, ranks.world_size(), threads, 0, device)
+    context = stage_context(job, config.folder)
     models = open_models(config, context)
     prompts = short_prompts(models.tokenizer, load_prompts(config).train, config.ppo.max_prompt_length)
     ways = {way: (_as(way, config, arguments.chunks), dataclasses.replace(models, ahead=Ahead())) for way in WAYS}
@@ -162,10 +163,6 @@ def _as(way: str, config: RunConfig, chunks: int) -> RunConfig:
         WAYS[2]: {"sampling": ppo.sampling.model_copy(update={"ahead": True})},
     }
     return config.model_copy(update={"ppo": ppo.model_copy(update=changed[way])})
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def table(found: dict[int, dict[str, list[dict[str, float]]]]) -> str:

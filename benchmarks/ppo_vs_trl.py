@@ -2,6 +2,7 @@
 
 Both sides have the same weights (SmolLM2-135M as policy, reference, critic and reward model), prompts, lengths, batch,
 epochs, precision and threads. First both take the same answers and must compute the same losses; then they take turns.
+Memory is the largest resident size of a side's processes; on CUDA that of its tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import turns
+from benchmarks.shapes import SHAPES, random_model
 from benchmarks.side import Job
 from benchmarks.trl_environment import CACHE, trl_python
 from launch import ledger
@@ -72,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ppo_vs_trl", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model, short answers, two rounds: does it work?")
     parser.add_argument("--model", type=Path, help=f"folder of a Llama-like model; else made from {SMOLLM2}")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of that shape in place of a model")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--prompts", type=Path, help="file of HH transcripts; else the shipped prompts")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="on each side (default 1)")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=3, help="ours, with two processes")
@@ -98,14 +102,19 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(response_length=16, rounds=2, iterations=1)
+    arguments.device = turns.device_of(arguments.device).type
     cores = len(os.sched_getaffinity(0))
     arguments.threads = arguments.threads or max(cores // arguments.processes, 1)
     return arguments
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    if arguments.device == "cuda" and arguments.processes > 1:
+        raise UserError("one process on CUDA: leave --processes out, or name --device cpu")
     pythons = {"trl": trl_python(arguments.venv), "ours": Path(sys.executable)}
     config = make_config(arguments, folder)
+    device = turns.name_of(turns.device_of(arguments.device), arguments.threads)
+    print(f"device: {device}; model: {config.model.path}", flush=True)
     job = make_job(arguments, config, folder)
     check = same_losses(job, pythons, folder)
     rounds: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
@@ -168,7 +177,10 @@ def make_config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
             logged_samples=1,
         ),
     ).with_fitting_micro_batches()
-    model = arguments.model or (make_tiny(_tiny(config)) if arguments.quick else smollm2())
+    if arguments.shape:
+        model = random_model(arguments.shape, folder / arguments.shape)
+    else:
+        model = arguments.model or (make_tiny(_tiny(config)) if arguments.quick else smollm2())
     return config.model_copy(update={"model": ModelConfig(path=str(Path(model).absolute()))})
 
 
@@ -219,6 +231,7 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> 
         processes=arguments.processes,
         threads=arguments.threads,
         iterations=iterations,
+        device=arguments.device,
     )
 
 
@@ -240,14 +253,13 @@ def run_side(name: str, python: Path, job: Job, folder: Path) -> dict[str, Any]:
     own = {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(job.threads),
-        "ACCELERATE_USE_CPU": "true",
         "ACCELERATE_MIXED_PRECISION": job.config["hardware"]["precision"].replace("float32", "no"),
-        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
+    own |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"} if job.device == "cpu" else {}
     log = folder / f"{name}.log"
     with log.open("w") as output:
         subprocess.run(command, env=os.environ | own, stdout=output, stderr=subprocess.STDOUT, check=False)
@@ -311,7 +323,7 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
         ("samples/s", "samples_per_second", 1.0, ".3f"),
         ("seconds an iteration, median", "median_seconds", 1.0, ".2f"),
         ("tokens an answer", "mean_length", 1.0, ".1f"),
-        ("resident memory at its peak, GB", "peak_memory", 1e-9, ".2f"),
+        ("memory at its peak, GB", "peak_memory", 1e-9, ".2f"),
     )
     lines = []
     for title, key, scale, form in rows:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -32,8 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import reward_data
 from benchmarks import turns
 from benchmarks.limits import best_of, least_seconds, measure
+from benchmarks.shapes import given_or_random
 from benchmarks.side import NEVER
-from rlhf.batches import PromptBatch, rows
+from rlhf.batches import PromptBatch, moved, rows
 from rlhf.config import SamplingConfig
 from rlhf.data import pad, prompt_batch, short_prompts
 from rlhf.limits import size_of
@@ -42,7 +41,6 @@ from rlhf.sampling import InProcessSampler
 from rlhf.sampling.vllm import VLLMSampler
 
 PROMPTS_PER_ROW = {"fixed": 1, "natural": 2}
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -130,9 +128,9 @@ def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
     prompts = replace(prompts, ids_B=torch.arange(count))
     prompt_lengths = prompts.mask_BP.sum(1).tolist()
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    runs, machines, config = [], [], subject.model.config
+    runs, machines, model = [], [], subject.model
     for seed in range(-1, repeats):
-        machines.append(measure(DTYPES[setting.precision], config.hidden_size, config.intermediate_size))
+        machines.append(measure(model.device, model.dtype, model.config.hidden_size, model.config.intermediate_size))
         for name, side in sides.items():
             start = time.perf_counter()
             lengths = side(subject, setting, prompts, seed)
@@ -142,7 +140,7 @@ def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
             rates[name].append(sum(lengths) / seconds)
             if name == "ours":
                 runs.append((lengths, seconds))
-    machine, size = best_of(machines), size_of(subject.model)
+    machine, size = best_of(machines), size_of(model)
     shares = [least_seconds(machine, size, prompt_lengths, lengths, setting.rows) / s for lengths, s in runs]
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return asdict(setting) | {
@@ -188,7 +186,7 @@ def tiny() -> tuple[Any, PromptBatch, int, int]:
     return LlamaForCausalLM(config).eval(), batch, 2, 0
 
 
-def given(model: str, prompts: str, max_prompt_length: int) -> tuple[Any, PromptBatch, int, int]:
+def given(model: Path, prompts: str, max_prompt_length: int) -> tuple[Any, PromptBatch, int, int]:
     tokenizer = load_tokenizer(model)
     short = short_prompts(tokenizer, reward_data.load("prompts", prompts, bad_rows="skip").rows, max_prompt_length)
     chosen = [short[i] for i in torch.randperm(len(short), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -210,53 +208,51 @@ def open_vllm(subject: Subject, precision: str, count: int, longest: int) -> VLL
     return sampler
 
 
+def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
+    """On the device of the arguments."""
+    torch.manual_seed(0)
+    if args.quick:
+        model, prompts, eos_id, pad_id = tiny()
+    else:
+        model, prompts, eos_id, pad_id = given(
+            given_or_random(args.model, args.shape, folder), args.prompts, args.max_prompt_length
+        )
+    sampler, device = InProcessSampler(model, eos_id, pad_id, args.precision), turns.device_of(args.device)
+    return Subject(model.to(device), sampler, moved(prompts, device), eos_id, pad_id)
+
+
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        subject = open_subject(args, Path(folder))
     results = []
-    for precision in args.precision:
-        torch.manual_seed(0)
-        model, prompts, eos_id, pad_id = (
-            tiny() if args.quick else given(args.model, args.prompts, args.max_prompt_length)
-        )
-        sampler = InProcessSampler(model, eos_id, pad_id, precision)
-        subject = Subject(model, sampler, prompts, eos_id, pad_id)
-        longest = prompts.tokens_BP.shape[1] + max(args.fixed_tokens, args.natural_tokens)
-        for count in args.rows:
-            if vllm_is_there():
-                subject = replace(subject, vllm=None)
-                gc.collect()  # the engine before this one
-                subject = replace(subject, vllm=open_vllm(subject, precision, count, longest))
-            for lengths in args.lengths:
-                limit = args.fixed_tokens if lengths == "fixed" else args.natural_tokens
-                setting = Setting(precision, count, lengths, limit, args.temperature)
-                results.append(compare(subject, setting, args.repeats))
-                print(table(results[-1:]).splitlines()[-1], flush=True)
-    record = {"torch": torch.__version__, "processor": platform.processor(), "arguments": vars(args)}
-    if args.out:
-        Path(args.out).write_text(json.dumps(record | {"results": results}, indent=1))
-    print(f"\nthreads {args.threads}, median of {args.repeats}\n\n{table(results)}")
+    longest = subject.prompts.tokens_BP.shape[1] + max(args.fixed_tokens, args.natural_tokens)
+    for count in args.rows:
+        if vllm_is_there():
+            subject = replace(subject, vllm=None)
+            gc.collect()  # the engine before this one
+            subject = replace(subject, vllm=open_vllm(subject, args.precision, count, longest))
+        for lengths in args.lengths:
+            limit = args.fixed_tokens if lengths == "fixed" else args.natural_tokens
+            results.append(
+                compare(subject, Setting(args.precision, count, lengths, limit, args.temperature), args.repeats)
+            )
+            print(table(results[-1:]).splitlines()[-1], flush=True)
+    turns.report(args, results, table(results))
     return results
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="a model folder or hub name")
-    source.add_argument("--quick", action="store_true", help="a random model of a few thousand parameters")
+    parser = turns.parser_of("sampling", __doc__)
+    parser.set_defaults(threads=1)
     parser.add_argument("--prompts", default="shipped", help="a file that `reward_data` reads as prompts")
-    parser.add_argument("--out", help="write every figure to this JSON file")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--lengths", nargs="+", choices=list(PROMPTS_PER_ROW), default=list(PROMPTS_PER_ROW))
-    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--fixed-tokens", type=int, default=48)
     parser.add_argument("--natural-tokens", type=int, default=128, help="where an answer that does not end is cut")
     parser.add_argument("--max-prompt-length", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
     return parser
 
 

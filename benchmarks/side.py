@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 NEVER = 1 << 30  # an EOS that no token is
 
 
@@ -24,6 +26,7 @@ class Job:
     processes: int
     threads: int
     iterations: int
+    device: str  # cpu, or cuda: the first device
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -33,8 +36,10 @@ class Job:
         return cls(**json.loads(Path(path).read_text()))
 
 
-def peak_memory() -> int:
-    """Bytes: the largest resident size of this process so far (Linux)."""
+def peak_memory(device: str = "cpu") -> int:
+    """Bytes, so far: on CUDA the most that tensors took, else the largest resident size of this process (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -167,7 +167,7 @@ def make_trainer(parts: dict[str, Any], settings: dict[str, Any], folder: str) -
 def loaded_dice(answers: list[list[int]]) -> Iterator[None]:
     """Makes `torch.multinomial`, called once per token, fall as the answers say; they are equally long."""
     columns = iter(torch.tensor(answers).T)
-    fair, torch.multinomial = torch.multinomial, lambda probs, num_samples: next(columns)[:, None]
+    fair, torch.multinomial = torch.multinomial, lambda probs, num_samples: next(columns)[:, None].to(probs.device)
     try:
         yield
     finally:

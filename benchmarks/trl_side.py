@@ -45,7 +45,7 @@ def main(job: Job, result: Path) -> None:
         with loaded_dice(job.answers) if job.answers else nullcontext():
             trainer.train()
     seconds = [end - begin for begin, end in itertools.pairwise([start, *ends])]
-    memory = int(trainer.accelerator.gather(torch.tensor([peak_memory()])).sum())
+    memory = int(trainer.accelerator.gather(torch.tensor([peak_memory(job.device)])).sum())
     if trainer.accelerator.is_main_process:
         result.write_text(
             json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": figures})
@@ -82,7 +82,7 @@ def make_trainer(job: Job, folder: str) -> Any:
         adam_epsilon=optim["eps"],
         weight_decay=0.0,
         bf16=bf16,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         gradient_checkpointing=False,
         num_sample_generations=0,
         report_to="none",

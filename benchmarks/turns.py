@@ -42,17 +42,22 @@ def parser_of(module: str, description: str | None, repeats: int = 5) -> argpars
     subject.add_argument("--quick", action="store_true", help="a tiny random model: does it work?")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default %(default)s)")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"the median counts (default {repeats})")
     parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
     return parser
 
 
 def device_of(name: str) -> torch.device:
-    """`auto`: CUDA where there is one."""
+    """`auto`: CUDA where there is one. On CUDA the device of this rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def name_of(device: torch.device, threads: int) -> str:
+    """As people know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} threads"
 
 
 def settings(args: argparse.Namespace, model: Path, folder: Path, rows: int, **sections: Any) -> RunConfig:
@@ -90,8 +95,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def report(args: argparse.Namespace, results: Any, shown: str) -> None:
     """Prints where it ran and the table; writes all figures to `--out`."""
-    device = device_of(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} threads"
+    name = name_of(device_of(args.device), args.threads)
     subject = args.model or f"random weights, shape {'tiny' if args.quick else args.shape}"
     print(f"\ndevice: {name}; model: {subject}; {args.precision}; median of {args.repeats}\n\n{shown}")
     if args.out:
