@@ -25,14 +25,14 @@ def attend(
     """What transformers asks of an attention: query_BATD, key_BKTD, value_BKTD → (out_BTAD, None)."""
     whole = attention_mask is None and query.shape[2] == key.shape[2] > 1 and value.shape == key.shape
     causal = getattr(module, "is_causal", True) and settings.get("is_causal") is not False
-    if not whole or not causal or settings.get("dropout") or _computed_in(query) is not torch.bfloat16:
+    if not whole or not causal or settings.get("dropout") or computed_in(query) is not torch.bfloat16:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
     scale = settings.get("scaling")
     out_BATD = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     return out_BATD.transpose(1, 2).contiguous(), None
 
 
-def _computed_in(query: Tensor) -> torch.dtype | None:
+def computed_in(query: Tensor) -> torch.dtype | None:
     """The precision of products on a CPU, as autocast decides it where it is on; None on other devices."""
     if query.device.type != "cpu":
         return None
@@ -44,7 +44,7 @@ def causal_attention(q_BATD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: floa
 
     A / K query heads share a key head.
     """
-    dtype, (B, K) = _computed_in(q_BATD), k_BKTD.shape[:2]
+    dtype, (B, K) = computed_in(q_BATD), k_BKTD.shape[:2]
     q_NGTD = q_BATD.to(dtype).reshape(B * K, -1, *q_BATD.shape[2:])
     k_NTD, v_NTD = (x.to(dtype).flatten(0, 1) for x in (k_BKTD, v_BKTD))
     out_NGTD: Any = _CausalAttention.apply(q_NGTD, k_NTD, v_NTD, scale)

@@ -23,6 +23,7 @@ from rlhf import chat
 from rlhf.errors import UserError
 from rlhf.models import lora
 from rlhf.models.attention import attend
+from rlhf.models.norm import tune_norms
 from rlhf.models.packing import pack
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ def load_complete(auto_class: Any, folder: Path, dtype: torch.dtype, attention: 
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"the checkpoint in {folder} lacks weights: {missing[0]} ({len(missing)} in all)", 4)
+    tune_norms(model)
     return model
 
 

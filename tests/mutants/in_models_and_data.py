@@ -85,6 +85,14 @@ ATTENTION = bugs_in(
     ("a mask is overlooked", "whole = attention_mask is None and ", "whole = "),
 )
 
+NORM = bugs_in(
+    "rlhf/models/norm.py",
+    ["rlhf/models/test_norm.py"],
+    ("the gradient forgets that the scale depends on the input", ".sub_(x_hat_NH.mul_(mean_N1))", ""),
+    ("the weight's gradient is that of its input", "product_NH = dy_NH * x_hat_NH", "product_NH = dy_NH * x_NH"),
+    ("heads read a rounded norm", "and name.endswith(OF_LAYERS)", ""),
+)
+
 PRETRAINED = bugs_in(
     "rlhf/models/pretrained.py",
     ["rlhf/models/test_pretrained.py"],
@@ -380,6 +388,7 @@ BUGS = [
     *ZERO,
     *POSITIONS,
     *ATTENTION,
+    *NORM,
     *PRETRAINED,
     *PACKING,
     *SCALAR,
