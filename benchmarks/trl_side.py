@@ -11,15 +11,16 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[reportMissingImports]
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
 from benchmarks.side import Job, peak_memory
 from benchmarks.trl_record import loaded_dice
@@ -42,7 +43,7 @@ def main(job: Job, result: Path) -> None:
         trainer.log = on_log
         trainer.accelerator.wait_for_everyone()
         start = time.perf_counter()
-        with loaded_dice(job.answers) if job.answers else nullcontext():
+        with rollouts_in_bf16(job), loaded_dice(job.answers) if job.answers else nullcontext():
             trainer.train()
     seconds = [end - begin for begin, end in itertools.pairwise([start, *ends])]
     memory = int(trainer.accelerator.gather(torch.tensor([peak_memory(job.device)])).sum())
@@ -50,6 +51,16 @@ def main(job: Job, result: Path) -> None:
         result.write_text(
             json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": figures})
         )
+
+
+def rollouts_in_bf16(job: Job) -> AbstractContextManager[Any]:
+    """Where the job says bf16: sampling and scoring too. TRL's `bf16` is of its update alone; the rest would be float32."""
+    patches = ExitStack()
+    if job.config["hardware"]["precision"] == "bf16":
+        for name in ("batch_generation", "forward", "get_reward"):
+            autocast = torch.autocast(job.device, torch.bfloat16)
+            patches.enter_context(patch.object(ppo_trainer, name, autocast(getattr(ppo_trainer, name))))
+    return patches
 
 
 def make_trainer(job: Job, folder: str) -> Any:
