@@ -95,7 +95,11 @@ def by_workers(module: str, args: argparse.Namespace, micro_batch: int) -> Itera
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = given_or_random(args.model, "tiny" if args.quick else args.shape, Path(folder))
-        for workers in possible_workers(args.workers, args.device):
+        possible = possible_workers(args.workers, args.device)
+        for workers in args.workers:
+            if workers not in possible:
+                print(f"left out: {workers} workers, on {torch.cuda.device_count()} CUDA devices", flush=True)
+        for workers in possible:
             hardware = HardwareConfig(precision=args.precision, workers=workers)
             config = settings(args, model, Path(folder), 512, ppo=ppo, hardware=hardware)
             yield workers, measured(module, config, args.device, args.threads, args.repeats)

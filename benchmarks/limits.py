@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rlhf.limits import Machine, ModelSize, best_seconds, least_steps, tokens_seen
 from rlhf.sampling.linear import Linear
 
-PRODUCT_ROWS = 512  # enough that a product is bound by arithmetic
+PRODUCT_ROWS = {"cpu": 512, "cuda": 16384}  # enough that a product is bound by arithmetic
 READ_BYTES = 1 << 29  # more than any cache
 
 
@@ -21,12 +21,13 @@ def best_of(machines: Sequence[Machine]) -> Machine:
 
 def measure(device: torch.device, dtype: torch.dtype, width: int, inner: int) -> Machine:
     """The faster of torch's product and the packed one, at the shape of the model's largest layers."""
-    x, weight = (torch.randn(rows, width, device=device).to(dtype) for rows in (PRODUCT_ROWS, inner))
+    rows = PRODUCT_ROWS[device.type]
+    x, weight = (torch.randn(count, width, device=device).to(dtype) for count in (rows, inner))
     packed, buffer = Linear(weight), torch.ones(READ_BYTES // 4, device=device)
     products = (lambda: F.linear(x, weight), lambda: packed(x))
     seconds = min(best_seconds(product, device, repeats=10) for product in products)
     reading = best_seconds(buffer.sum, device, repeats=10)
-    return Machine(2 * PRODUCT_ROWS * width * inner / seconds, READ_BYTES / reading)
+    return Machine(2 * rows * width * inner / seconds, READ_BYTES / reading)
 
 
 def least_seconds(

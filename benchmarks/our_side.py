@@ -47,7 +47,9 @@ def main(job: Job, result: Path) -> None:
         figures.append(ppo.iterate(config, context, models, job.prompts, state, clock))
         seconds.append(time.perf_counter() - start)
         figures[-1] |= ledger.close(clock, figures[-1], machine)
-    memory = sum(ranks.gather_objects(peak_memory(job.device)))
+    # On CUDA the clock begins the peak anew in each phase.
+    on_device = [value for one in figures for name, value in one.items() if name.startswith("perf/memory_")]
+    memory = sum(ranks.gather_objects(max(on_device) if job.device == "cuda" else peak_memory()))
     if context.is_writer:
         lengths = [one["ppo/length"] for one in figures]
         result.write_text(

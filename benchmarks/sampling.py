@@ -125,7 +125,7 @@ def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
     sides = {name: side for name, side in SIDES.items() if name != "vllm" or subject.vllm is not None}
     count = setting.rows * PROMPTS_PER_ROW[setting.lengths]
     prompts = rows(subject.prompts, torch.arange(count) % len(subject.prompts.ids_B))
-    prompts = replace(prompts, ids_B=torch.arange(count))
+    prompts = replace(prompts, ids_B=torch.arange(count, device=subject.prompts.ids_B.device))
     prompt_lengths = prompts.mask_BP.sum(1).tolist()
     rates: dict[str, list[float]] = {name: [] for name in sides}
     runs, machines, model = [], [], subject.model
@@ -205,6 +205,7 @@ def open_vllm(subject: Subject, precision: str, count: int, longest: int) -> VLL
         device = subject.model.device
         sampler = VLLMSampler(Path(folder), subject.eos_id, subject.pad_id, precision, device, count, longest)
     sampler.load_weights(subject.model.named_parameters())
+    sampler.sleeps = False  # no trainer wants its memory
     return sampler
 
 

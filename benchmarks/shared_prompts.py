@@ -157,9 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             setting = Setting(args.prompts, prompt_tokens, answers, args.answer_tokens, args.pass_tokens)
             results.append(compare(model, setting, args.repeats))
             print(table(results[-1:]).splitlines()[-1], flush=True)
-    record = {"torch": torch.__version__, "processor": platform.processor(), "arguments": vars(args)}
-    if args.out:
-        Path(args.out).write_text(json.dumps(record | {"results": results}, indent=1))
+    arguments_used = {name: value for name, value in vars(args).items() if name != "out"}
+    record = {"torch": torch.__version__, "processor": platform.processor(), "arguments": arguments_used}
+    args.out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
     print(f"\nthreads {args.threads}, median of {args.repeats}\n\n{table(results)}")
     return results
 
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a model folder or hub name")
     source.add_argument("--quick", action="store_true", help="a random model of some ten thousand parameters")
-    parser.add_argument("--out", help="write every figure to this JSON file")
+    parser.add_argument("--out", type=Path, default=Path("shared_prompts.json"), help="file for every figure")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--answers", type=int, nargs="+", default=[4])

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 NEVER = 1 << 30  # an EOS that no token is
 
 
@@ -36,10 +34,8 @@ class Job:
         return cls(**json.loads(Path(path).read_text()))
 
 
-def peak_memory(device: str = "cpu") -> int:
-    """Bytes, so far: on CUDA the most that tensors took, else the largest resident size of this process (Linux)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+def peak_memory() -> int:
+    """Bytes: the largest resident size of this process so far (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

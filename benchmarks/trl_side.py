@@ -46,7 +46,8 @@ def main(job: Job, result: Path) -> None:
         with rollouts_in_bf16(job), loaded_dice(job.answers) if job.answers else nullcontext():
             trainer.train()
     seconds = [end - begin for begin, end in itertools.pairwise([start, *ends])]
-    memory = int(trainer.accelerator.gather(torch.tensor([peak_memory(job.device)])).sum())
+    memory = torch.cuda.max_memory_allocated() if job.device == "cuda" else peak_memory()
+    memory = int(trainer.accelerator.gather(torch.tensor([memory])).sum())
     if trainer.accelerator.is_main_process:
         result.write_text(
             json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": figures})

@@ -44,7 +44,8 @@ def parser_of(module: str, description: str | None, repeats: int = 5) -> argpars
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default %(default)s)")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"the median counts (default {repeats})")
-    parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
+    out = Path(f"{module}.json")
+    parser.add_argument("--out", type=Path, default=out, help=f"file for every figure (default {out})")
     return parser
 
 
@@ -94,16 +95,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def report(args: argparse.Namespace, results: Any, shown: str) -> None:
-    """Prints where it ran and the table; writes all figures to `--out`."""
+    """Prints where it ran and the table, and writes all figures to `--out`."""
     name = name_of(device_of(args.device), args.threads)
     subject = args.model or f"random weights, shape {'tiny' if args.quick else args.shape}"
     print(f"\ndevice: {name}; model: {subject}; {args.precision}; median of {args.repeats}\n\n{shown}")
-    if args.out:
-        record = {
-            "torch": torch.__version__,
-            "processor": platform.processor(),
-            "device": name,
-            "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-            "results": results,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        "torch": torch.__version__,
+        "processor": platform.processor(),
+        "device": name,
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "results": results,
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{args.out} holds all figures")

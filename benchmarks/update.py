@@ -29,6 +29,7 @@ from benchmarks.turns import device_of, in_turns, parser_of, report, table
 from rlhf.batches import Experience, moved, rows, trim
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
 from rlhf.engine import LocalEngine
+from rlhf.limits import wait
 from rlhf.models import ScalarModel, load_causal
 from rlhf.passes import passes_of_minibatch
 from rlhf.policy import PolicyModel
@@ -37,16 +38,18 @@ from rlhf.update import minibatches, update
 
 def our_seconds(policy: LocalEngine, critic: LocalEngine, given: Experience, config: PPOConfig) -> float:
     start = time.perf_counter()
-    update(policy, critic, given, config, seed=0, iteration=1, rank=0, world=1)
+    update(policy, critic, given, config, seed=0, iteration=1, rank=0, world=1)  # its figures wait for the device
     return time.perf_counter() - start
 
 
-def bare_seconds(policy: Any, critic: Any, given: Experience, config: PPOConfig, device: str, bf16: bool) -> float:
+def bare_seconds(
+    policy: Any, critic: Any, given: Experience, config: PPOConfig, device: torch.device, bf16: bool
+) -> float:
     """The loop that a person would write first, over the passes of `our_seconds`."""
     start = time.perf_counter()
     for index in minibatches(len(given.tokens_BT), config, 0, 1):
         for mine in passes_of_minibatch(given, index, 0, 1, config):
-            part = trim(rows(given, mine))
+            part = moved(trim(rows(given, mine)), device)
             mask_BT = part.mask_BT
             answer_BT = F.pad(part.response_mask_BR, (mask_BT.shape[1] - part.response_mask_BR.shape[1], 0))
             predicts_N = answer_BT.roll(-1, 1)[mask_BT]
@@ -55,13 +58,14 @@ def bare_seconds(policy: Any, critic: Any, given: Experience, config: PPOConfig,
                 "position_ids": (mask_BT.cumsum(1) - 1)[mask_BT][None],
                 "use_cache": False,
             }
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 hidden_NH = policy.model(**inputs).last_hidden_state[0, predicts_N]
                 loss = F.cross_entropy(policy.lm_head(hidden_NH).float(), part.tokens_BT[answer_BT], reduction="sum")
             loss.backward()
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = critic.head(critic.trunk(**inputs).last_hidden_state[0, predicts_N]).float().square().sum()
             loss.backward()
+    wait(device)
     seconds = time.perf_counter() - start
     policy.zero_grad()
     critic.zero_grad()
@@ -83,10 +87,10 @@ def compare(args: Any, path: Path) -> dict[str, Any]:
     critic.packing = True
     engines = [LocalEngine(module, OptimConfig(lr=0.0), 1000, hardware) for module in (policy, critic)]
     bare_critic = nn.ModuleDict({"trunk": causal().base_model, "head": nn.Linear(hidden, 1, bias=False).to(device)})
-    given = moved(experience(vocabulary, args.rows), device)
+    given = experience(vocabulary, args.rows)
     bf16 = args.precision == "bf16"
     sides = {
-        "bare": partial(bare_seconds, causal(), bare_critic, given, config, device.type, bf16),
+        "bare": partial(bare_seconds, causal(), bare_critic, given, config, device, bf16),
         "ours": partial(our_seconds, *engines, given, config),
     }
     in_turns(sides, 1)  # to warm up

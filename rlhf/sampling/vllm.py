@@ -67,9 +67,11 @@ class VLLMSampler:
             kv_cache_memory_bytes=_cache_bytes(self.size, device, rows, max_length),
             enable_prefix_caching=False,  # it would outlive the weights
             enable_sleep_mode=self.sleeps,
+            gpu_memory_utilization=_share_free(device),
             # With several ranks the process group is there, and an engine of one rank is a slice of it.
             distributed_executor_backend="external_launcher" if ranks.world_size() > 1 else "uni",
         )
+        self._sleep()
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
@@ -193,6 +195,14 @@ def tied_names(model: Any) -> dict[str, list[str]]:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(part): f"{name}.weight" for name, part in model.named_modules()}
     return {names[id(table)]: [names[id(head)]]} if head.weight is table.weight else {}
+
+
+def _share_free(device: torch.device) -> float:
+    """Of a device's memory, what vLLM may find free; it refuses to start where others hold more. On a CPU its default."""
+    if device.type != "cuda":
+        return 0.92
+    free, total = torch.cuda.mem_get_info(device)
+    return 0.98 * free / total
 
 
 def _cache_bytes(size: ModelSize, device: torch.device, rows: int, max_length: int) -> int:

@@ -26,13 +26,6 @@ ARGUMENTS = [
 
 
 @pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def without_vllm(monkeypatch):
     monkeypatch.setattr(sampling, "vllm_is_there", lambda: False)
 
@@ -48,13 +41,13 @@ def with_vllm():
     cleanup_dist_env_and_memory()
 
 
-@pytest.mark.usefixtures("without_vllm", "threads")
+@pytest.mark.usefixtures("without_vllm")
 def test_a_quick_run_prints_one_table_and_writes_its_figures(tmp_path, capsys):
     results = check_quick_run(tmp_path / "sampling.json", capsys)
     assert all(result["times_vllm"] is None and "vllm" not in result["median"] for result in results)
 
 
-@pytest.mark.usefixtures("with_vllm", "threads")
+@pytest.mark.usefixtures("with_vllm")
 def test_vllm_takes_part_where_it_is_installed(tmp_path, capsys):
     for result in check_quick_run(tmp_path / "sampling.json", capsys):
         assert result["times_vllm"] == result["median"]["ours"] / result["median"]["vllm"]
@@ -74,7 +67,7 @@ def check_quick_run(out, capsys):
     return results
 
 
-def test_both_sides_count_the_tokens_up_to_the_end_and_no_others(threads):
+def test_both_sides_count_the_tokens_up_to_the_end_and_no_others():
     """The same greedy answers, so the same lengths, in one order or another."""
     torch.manual_seed(0)
     model, prompts, eos_id, pad_id = sampling.tiny()
