@@ -96,6 +96,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument(
+        "--stock-trl", action="store_true", help="in bf16: leave TRL's sampling and scoring in float32, as it does"
+    )
     parser.add_argument("--threads", type=int, help="per process (default: all cores, shared out)")
     parser.add_argument("--rounds", type=int, default=3, help="times that each side runs (default 3)")
     parser.add_argument("--iterations", type=int, default=2, help="timed per round, after one to warm up (default 2)")
@@ -235,6 +238,7 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> 
         threads=arguments.threads,
         iterations=iterations,
         device=arguments.device,
+        stock_trl=arguments.stock_trl,
     )
 
 

@@ -25,6 +25,7 @@ class Job:
     threads: int
     iterations: int
     device: str  # cpu, or cuda: the first device
+    stock_trl: bool = False  # in bf16: TRL's sampling and scoring stay float32, as its own setting leaves them
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

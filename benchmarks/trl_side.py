@@ -57,7 +57,7 @@ def main(job: Job, result: Path) -> None:
 def rollouts_in_bf16(job: Job) -> AbstractContextManager[Any]:
     """Where the job says bf16: sampling and scoring too. TRL's `bf16` is of its update alone; the rest would be float32."""
     patches = ExitStack()
-    if job.config["hardware"]["precision"] == "bf16":
+    if job.config["hardware"]["precision"] == "bf16" and not job.stock_trl:
         for name in ("batch_generation", "forward", "get_reward"):
             autocast = torch.autocast(job.device, torch.bfloat16)
             patches.enter_context(patch.object(ppo_trainer, name, autocast(getattr(ppo_trainer, name))))
