@@ -2,8 +2,8 @@
 
 Under autocast transformers' norm leaves float32 behind, which every matrix product that follows casts and keeps for its
 own gradient; autograd keeps what stands between its small operations as well. Here the norm is cast once, for all of its
-readers, and keeps its input alone: a third less memory of a layer. The values are the same bits. Gradients of the readers
-are added up in bf16, the precision in which each of them comes. The last norm of a model stays float32: heads read it.
+readers, and its input alone is kept. The values are the same bits. Gradients of the readers are added up in bf16, the
+precision in which each of them comes. The last norm of a model stays float32: heads read it.
 
 N tokens, H hidden size.
 """
