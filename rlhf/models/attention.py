@@ -56,8 +56,8 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q_NGTD: Tensor, k_NTD: Tensor, v_NTD: Tensor, scale: float) -> Tensor:
         q_NGTD, k_NTD, v_NTD = q_NGTD.contiguous(), k_NTD.contiguous(), v_NTD.contiguous()
         out_NGTD = torch.empty_like(q_NGTD)
-        for block, L in _blocks(q_NGTD):
-            weight_NXL = _weights(q_NGTD[:, :, block], k_NTD[:, :L], scale).to(v_NTD.dtype).flatten(1, 2)
+        for block, L, bias_1XL in _blocks(q_NGTD):
+            weight_NXL = _weights(q_NGTD[:, :, block], k_NTD[:, :L], bias_1XL, scale)
             out_NGTD[:, :, block] = torch.bmm(weight_NXL, v_NTD[:, :L]).unflatten(1, (q_NGTD.shape[1], -1))
         ctx.save_for_backward(q_NGTD, k_NTD, v_NTD, out_NGTD)
         ctx.scale = scale
@@ -70,28 +70,30 @@ class _CausalAttention(torch.autograd.Function):
         dtype, G = q_NGTD.dtype, q_NGTD.shape[1]
         dq_NGTD = torch.empty_like(q_NGTD)
         dk_NTD, dv_NTD = (torch.zeros(k_NTD.shape, dtype=torch.float32) for _ in range(2))
-        for block, L in _blocks(q_NGTD):
-            q_NXD, grad_NXD = (x[:, :, block].flatten(1, 2) for x in (q_NGTD, grad_NGTD))
-            mean_NX1 = (grad_NXD.float() * out_NGTD[:, :, block].flatten(1, 2)).sum(-1, keepdim=True)
-            weight_NXL = _weights(q_NGTD[:, :, block], k_NTD[:, :L], ctx.scale).flatten(1, 2)
-            dv_NTD[:, :L] += torch.bmm(weight_NXL.to(dtype).transpose(1, 2), grad_NXD)
-            dweight_NXL = torch.bmm(grad_NXD, v_NTD[:, :L].transpose(1, 2))
-            dscore_NXL = (dweight_NXL.float() - mean_NX1).mul_(weight_NXL).mul_(ctx.scale).to(dtype)
+        minus_mean_NGT1 = (grad_NGTD.float() * out_NGTD).sum(-1, keepdim=True).neg_().to(dtype)
+        for block, L, bias_1XL in _blocks(q_NGTD):
+            q_NXD, grad_NXD, minus_mean_NX1 = (
+                x[:, :, block].flatten(1, 2) for x in (q_NGTD, grad_NGTD, minus_mean_NGT1)
+            )
+            weight_NXL = _weights(q_NGTD[:, :, block], k_NTD[:, :L], bias_1XL, ctx.scale)
+            dv_NTD[:, :L] += torch.bmm(weight_NXL.transpose(1, 2), grad_NXD)
+            dscore_NXL = torch.baddbmm(minus_mean_NX1, grad_NXD, v_NTD[:, :L].transpose(1, 2)).mul_(weight_NXL)
             dq_NGTD[:, :, block] = torch.bmm(dscore_NXL, k_NTD[:, :L]).unflatten(1, (G, -1))
             dk_NTD[:, :L] += torch.bmm(dscore_NXL.transpose(1, 2), q_NXD)
-        return dq_NGTD, dk_NTD.to(dtype), dv_NTD.to(dtype), None
+        return dq_NGTD.mul_(ctx.scale), dk_NTD.mul_(ctx.scale).to(dtype), dv_NTD.to(dtype), None
 
 
-def _blocks(q_NGTD: Tensor) -> Iterator[tuple[slice, int]]:
-    """Each block of queries, and how many keys its last one sees."""
-    T = q_NGTD.shape[2]
-    return ((slice(first, min(first + BLOCK, T)), min(first + BLOCK, T)) for first in range(0, T, BLOCK))
+def _blocks(q_NGTD: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
+    """Each block of queries, how many keys its last one sees, and bias_1XL, which hides the others from the rest."""
+    _, G, T, _ = q_NGTD.shape
+    for first in range(0, T, BLOCK):
+        L = min(first + BLOCK, T)
+        Q = L - first
+        bias_QL = torch.zeros(Q, L, dtype=q_NGTD.dtype)
+        bias_QL[:, first:] = torch.full((Q, Q), float("-inf")).triu(1)
+        yield slice(first, L), L, bias_QL.repeat(G, 1)[None]
 
 
-def _weights(q_NGQD: Tensor, k_NLD: Tensor, scale: float) -> Tensor:
-    """weight_NGQL float32; the queries are those of the last Q keys."""
-    Q = q_NGQD.shape[2]
-    score_NXL = torch.bmm(q_NGQD.flatten(1, 2), k_NLD.transpose(1, 2))
-    score_NGQL = score_NXL.float().mul_(scale).unflatten(1, (-1, Q))
-    score_NGQL[..., -Q:].masked_fill_(torch.ones(Q, Q, dtype=torch.bool).triu(1), float("-inf"))
-    return score_NGQL.softmax(-1)
+def _weights(q_NGQD: Tensor, k_NLD: Tensor, bias_1XL: Tensor, scale: float) -> Tensor:
+    """weight_NXL; rounded once, after a softmax in float32."""
+    return torch.baddbmm(bias_1XL, q_NGQD.flatten(1, 2), k_NLD.transpose(1, 2), alpha=scale).softmax(-1)

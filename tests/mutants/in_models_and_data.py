@@ -77,10 +77,11 @@ POSITIONS = bugs_in(
 ATTENTION = bugs_in(
     "rlhf/models/attention.py",
     ["rlhf/models/test_attention.py"],
-    ("a token sees the next one", ".triu(1), float", ".triu(2), float"),
-    ("only the first block of keys is masked", "score_NGQL[..., -Q:]", "score_NGQL[..., :Q]"),
-    ("the mean of weights' gradients stays in", "(dweight_NXL.float() - mean_NX1)", "dweight_NXL.float()"),
-    ("gradients of keys forget the scale", ".mul_(weight_NXL).mul_(ctx.scale)", ".mul_(weight_NXL)"),
+    ("a token sees the next one", ".triu(1)\n", ".triu(2)\n"),
+    ("only the first block of keys is masked", "bias_QL[:, first:] =", "bias_QL[:, :Q] ="),
+    ("the mean of weights' gradients stays in", "minus_mean_NX1, grad_NXD", "0 * minus_mean_NX1, grad_NXD"),
+    ("gradients of keys forget the scale", "dk_NTD.mul_(ctx.scale)", "dk_NTD"),
+    ("scores forget the scale", "alpha=scale", "alpha=1"),
     ("a block's keys get the gradient of one block alone", "dk_NTD[:, :L] +=", "dk_NTD[:, :L] ="),
     ("a mask is overlooked", "whole = attention_mask is None and ", "whole = "),
 )
