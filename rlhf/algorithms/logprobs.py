@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Of float32 logits that are worked on at a time. On a CPU so few that they stay in its cache.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# Words whose gradients are added up at a time: on a CPU so few that their sum is still in its cache when it is cast.
+BLOCK_WORDS = {"cpu": 2048, "cuda": 1 << 30}
 
 
 def logprobs_from_hidden(
@@ -21,7 +23,7 @@ def logprobs_from_hidden(
     """log softmax(hidden @ weight^T / temperature) at the labels without the [B, R, V] logits: float32 [B, R].
 
     `hidden_BRH[:, t]` is the state that predicts `labels_BR[:, t]`. At most `chunk` positions have logits at a time;
-    with gradient they are computed again in the backward pass instead of being kept.
+    with gradient those of the last chunk are kept for the backward pass, and the others are computed again in it.
     """
     return logprobs_and_entropy_from_hidden(hidden_BRH, weight_VH, labels_BR, temperature, chunk, with_entropy=False)[0]
 
@@ -37,62 +39,90 @@ def logprobs_and_entropy_from_hidden(
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_from_hidden`, and from the same logits the entropies -Σ p log p [B, R] in nats, without a gradient;
     zeros in their place where they are not asked for."""
-    device = hidden_BRH.device.type
-    if torch.is_autocast_enabled(device):  # here, because inside it would be done for every chunk
-        dtype = torch.get_autocast_dtype(device)
-        hidden_BRH, weight_VH = hidden_BRH.to(dtype), weight_VH.to(dtype)
-    parts = [
-        _Chunk.apply(hidden_NH, weight_VH, labels_N, temperature, with_entropy)
-        for hidden_NH, labels_N in zip(
-            hidden_BRH.flatten(0, 1).split(chunk), labels_BR.flatten().split(chunk), strict=True
-        )
-    ]
-    logprobs_BR, entropy_BR = (torch.cat(column).view_as(labels_BR) for column in zip(*parts, strict=True))
+    read_2N: Any = _Logprobs.apply(
+        hidden_BRH.flatten(0, 1), weight_VH, labels_BR.flatten(), temperature, chunk, with_entropy
+    )
+    logprobs_BR, entropy_BR = (x_N.view_as(labels_BR) for x_N in read_2N)
     return logprobs_BR, entropy_BR
 
 
-class _Chunk(torch.autograd.Function):
+class _Logprobs(torch.autograd.Function):
     """(logprobs_N, entropy_N) of N positions.
 
-    By hand, because autograd would keep several [N, V] tensors and pass over each: here the logits are made once more
-    in the backward pass, and turned into their gradient in place.
+    By hand, because autograd would keep several [N, V] tensors and pass over each: here logits are turned into their
+    gradient in place, and gradients of the weight are added up where they belong.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, temperature: float, with_entropy: bool
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        labels_N: Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.temperature = temperature
-        ctx.save_for_backward(hidden_NH, weight_VH, labels_N)
+        ctx.temperature, ctx.dtypes = temperature, (hidden_NH.dtype, weight_VH.dtype)
+        device = hidden_NH.device.type
+        if torch.is_autocast_enabled(device):  # here, because a product would cast the weight in every chunk
+            dtype = torch.get_autocast_dtype(device)
+            hidden_NH, weight_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
         logprobs_N = hidden_NH.new_zeros(labels_N.shape, dtype=torch.float32)
         entropy_N = torch.zeros_like(logprobs_N)
         ctx.mark_non_differentiable(entropy_N)
-        logits_NV = F.linear(hidden_NH, weight_VH)
-        for rows in _blocks(logits_NV):
-            all_logprobs_GV = _scaled(logits_NV[rows], temperature).log_softmax(-1)
-            logprobs_N[rows] = all_logprobs_GV.gather(-1, labels_N[rows, None])[:, 0]
-            if with_entropy:
-                entropy_N[rows] = -all_logprobs_GV.exp().mul_(all_logprobs_GV).sum(-1)
+        ctx.chunks = [slice(start, start + chunk) for start in range(0, len(labels_N), chunk)]
+        logits_CV = None
+        for rows in ctx.chunks:
+            logits_CV = F.linear(hidden_NH[rows], weight_VH)
+            _read(logits_CV, labels_N[rows], temperature, logprobs_N[rows], entropy_N[rows] if with_entropy else None)
+        ctx.last_CV = logits_CV
+        ctx.save_for_backward(hidden_NH, weight_VH, labels_N)
         return logprobs_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, labels_N = ctx.saved_tensors
-        gradient_N1 = gradients[0][:, None] / ctx.temperature
-        of_logits_NV = F.linear(hidden_NH, weight_VH)
-        for rows in _blocks(of_logits_NV):
-            # d logprob / d logits = (one-hot of the label - softmax) / temperature
-            probs_GV = _scaled(of_logits_NV[rows], ctx.temperature).softmax(-1)
-            probs_GV.mul_(-gradient_N1[rows]).scatter_add_(1, labels_N[rows, None], gradient_N1[rows])
-            of_logits_NV[rows] = probs_GV
         of_hidden, of_weight = ctx.needs_input_grad[:2]
-        return (
-            of_logits_NV @ weight_VH if of_hidden else None,
-            of_logits_NV.T @ hidden_NH if of_weight else None,
-            None,
-            None,
-            None,
-        )
+        dhidden_NH = torch.empty_like(hidden_NH, dtype=ctx.dtypes[0]) if of_hidden else None
+        dweight_VH = torch.empty_like(weight_VH, dtype=ctx.dtypes[1]) if of_weight else None
+        for number, rows in enumerate(reversed(ctx.chunks)):
+            logits_CV = F.linear(hidden_NH[rows], weight_VH) if ctx.last_CV is None else ctx.last_CV
+            ctx.last_CV = None  # from here on it is overwritten
+            dlogits_CV = _to_gradient(logits_CV, labels_N[rows], ctx.temperature, gradients[0][rows])
+            if dhidden_NH is not None:
+                dhidden_NH[rows] = dlogits_CV @ weight_VH
+            if dweight_VH is not None:
+                _add_product(dweight_VH, dlogits_CV, hidden_NH[rows], is_first=number == 0)
+        return dhidden_NH, dweight_VH, None, None, None, None
+
+
+def _read(
+    logits_CV: Tensor, labels_C: Tensor, temperature: float, logprobs_C: Tensor, entropy_C: Tensor | None
+) -> None:
+    """Writes logprobs, and entropies where there is a place for them."""
+    for rows in _blocks(logits_CV):
+        all_logprobs_GV = _scaled(logits_CV[rows], temperature).log_softmax(-1)
+        logprobs_C[rows] = all_logprobs_GV.gather(-1, labels_C[rows, None])[:, 0]
+        if entropy_C is not None:
+            entropy_C[rows] = -all_logprobs_GV.exp().mul_(all_logprobs_GV).sum(-1)
+
+
+def _to_gradient(logits_CV: Tensor, labels_C: Tensor, temperature: float, gradient_C: Tensor) -> Tensor:
+    """In their place Σ gradient · d logprob / d logits = gradient · (one-hot of the label - softmax) / temperature."""
+    gradient_C1 = gradient_C[:, None] / temperature
+    for rows in _blocks(logits_CV):
+        probs_GV = _scaled(logits_CV[rows], temperature).softmax(-1)
+        logits_CV[rows] = probs_GV.mul_(-gradient_C1[rows]).scatter_add_(1, labels_C[rows, None], gradient_C1[rows])
+    return logits_CV
+
+
+def _add_product(sum_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor, is_first: bool) -> None:
+    """sum += dlogitsᵀ hidden; what stood in `sum` before the first does not count."""
+    words = BLOCK_WORDS[sum_VH.device.type]
+    for sum_WH, dlogits_CW in zip(sum_VH.split(words), dlogits_CV.split(words, 1), strict=True):
+        product_WH = (dlogits_CW.T @ hidden_CH).to(sum_WH.dtype)
+        sum_WH.copy_(product_WH) if is_first else sum_WH.add_(product_WH)
 
 
 def _blocks(logits_NV: Tensor) -> list[slice]:
@@ -102,6 +132,5 @@ def _blocks(logits_NV: Tensor) -> list[slice]:
 
 
 def _scaled(logits_GV: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in float32; what it is given may be overwritten."""
-    scaled_GV = logits_GV.float()
-    return scaled_GV if temperature == 1.0 else scaled_GV.div_(temperature)
+    """logits / temperature in float32."""
+    return logits_GV.float() if temperature == 1.0 else logits_GV.float() / temperature

@@ -1,6 +1,7 @@
 """Chunked logprobs against log_softmax of the whole logits, and the whole logits against plain Python."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_huge_logits_stay_finite():
 @pytest.mark.parametrize("block", [1, 3, 1000])
 def test_chunked_values_and_gradients_are_those_of_the_whole(case, temperature, chunk, block, monkeypatch):
     monkeypatch.setitem(module.BLOCK_BYTES, "cpu", block * 4 * V)
+    monkeypatch.setitem(module.BLOCK_WORDS, "cpu", 7 * block)
     hidden_BRH, weight_VH, labels_BR = case
     weights_BR = torch.linspace(-1, 2, B * R).view(B, R)
 
@@ -116,12 +118,40 @@ def test_logits_of_more_than_a_chunk_never_exist(case, function):
     assert largest.numel == chunk * V
 
 
-def test_no_logits_are_kept_for_the_backward_pass(case):
+class Logits(TorchDispatchMode):
+    """Every tensor of V columns that an operation made and that still exists."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.ndim == 2 and result.shape[1] == V:
+            self.made.append(weakref.ref(result))
+        return result
+
+    def rows(self):
+        return sum(len(tensor) for made in self.made if (tensor := made()) is not None)
+
+
+@pytest.mark.parametrize(("trains", "kept"), [(True, 4), (False, 0)])
+def test_logits_of_the_last_chunk_alone_are_kept(case, trains, kept):
     hidden_BRH, weight_VH, labels_BR = case
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        logprobs_from_hidden(hidden_BRH.requires_grad_(), weight_VH, labels_BR, 1.0, chunk=4)
-    assert all(tensor.shape[-1] != V for tensor in kept if tensor.ndim)
+    with Logits() as logits:
+        logprobs_BR = logprobs_from_hidden(hidden_BRH.requires_grad_(trains), weight_VH, labels_BR, 1.0, chunk=4)
+    assert logits.made and logits.rows() == kept
+    del logprobs_BR
+
+
+def test_a_second_backward_pass_gives_the_same_gradient(case):
+    hidden_BRH, weight_VH, labels_BR = case
+    logprobs_BR = logprobs_from_hidden(hidden_BRH.requires_grad_(), weight_VH.requires_grad_(), labels_BR, 1.7, chunk=5)
+    of = (logprobs_BR.sum(), [hidden_BRH, weight_VH])
+    for first, second in zip(
+        torch.autograd.grad(*of, retain_graph=True), torch.autograd.grad(*of, retain_graph=True), strict=True
+    ):
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
 def test_under_autocast_only_the_matrix_product_is_bfloat16(case):
