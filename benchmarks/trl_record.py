@@ -165,9 +165,14 @@ def make_trainer(parts: dict[str, Any], settings: dict[str, Any], folder: str) -
 
 @contextmanager
 def loaded_dice(answers: list[list[int]]) -> Iterator[None]:
-    """Makes `torch.multinomial`, called once per token, fall as the answers say; they are equally long."""
-    columns = iter(torch.tensor(answers).T)
-    fair, torch.multinomial = torch.multinomial, lambda probs, num_samples: next(columns)[:, None].to(probs.device)
+    """`torch.multinomial`, called once per token, falls as the answers say, after it has drawn; they are equally long."""
+    columns, fair = iter(torch.tensor(answers).T), torch.multinomial
+
+    def multinomial(probs: torch.Tensor, num_samples: int) -> torch.Tensor:
+        fair(probs, num_samples)
+        return next(columns)[:, None].to(probs.device)
+
+    torch.multinomial = multinomial
     try:
         yield
     finally:

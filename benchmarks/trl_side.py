@@ -43,7 +43,7 @@ def main(job: Job, result: Path) -> None:
         trainer.log = on_log
         trainer.accelerator.wait_for_everyone()
         start = time.perf_counter()
-        with rollouts_in_bf16(job), loaded_dice(job.answers) if job.answers else nullcontext():
+        with rollouts_in_bf16(job), dictated(job, trainer.accelerator.process_index) if job.answers else nullcontext():
             trainer.train()
     seconds = [end - begin for begin, end in itertools.pairwise([start, *ends])]
     memory = torch.cuda.max_memory_allocated() if job.device == "cuda" else peak_memory()
@@ -62,6 +62,21 @@ def rollouts_in_bf16(job: Job) -> AbstractContextManager[Any]:
             autocast = torch.autocast(job.device, torch.bfloat16)
             patches.enter_context(patch.object(ppo_trainer, name, autocast(getattr(ppo_trainer, name))))
     return patches
+
+
+def dictated(job: Job, rank: int) -> AbstractContextManager[Any]:
+    """Each sampling draws as ever, and gets the tokens of the job's answers to its prompts in place of what it drew."""
+    generate, ppo = ppo_trainer.batch_generation, job.config["ppo"]
+    count, R = ppo["batch_size"] // job.processes, ppo["sampling"]["max_new_tokens"]
+    starts = itertools.count(rank * count, ppo["batch_size"])
+
+    def generation(*args: Any) -> Any:
+        start = next(starts)
+        answers = [[*row, *[job.pad] * (R - len(row))] for row in job.answers[start : start + count]]
+        with loaded_dice(answers):
+            return generate(*args)
+
+    return patch.object(ppo_trainer, "batch_generation", generation)
 
 
 def make_trainer(job: Job, folder: str) -> Any:

@@ -1,10 +1,16 @@
-"""What needs no TRL: the environment's refusal, and what is made of the timings."""
+"""What needs no TRL: the environment's refusal, dictated answers, and what is made of the timings."""
+
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.our_side import load_dice
 from benchmarks.ppo_vs_trl import ledger_of, summary, table
+from benchmarks.sampling import tiny
 from benchmarks.trl_environment import trl_python
+from rlhf.config import SamplingConfig
 from rlhf.errors import UserError
+from rlhf.sampling import InProcessSampler, inprocess
 
 PARTS = [
     {"seconds": [90.0, 4.0, 2.0], "lengths": [1.0, 10.0, 20.0], "peak_memory": 3e9},
@@ -17,6 +23,18 @@ def test_a_folder_with_other_things_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match="no virtual environment"):
         trl_python(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "all of it"
+
+
+def test_dictated_answers_are_what_the_sampler_gives(monkeypatch):
+    for name in ("keyed_uniform", "pick_token"):  # put back afterwards
+        monkeypatch.setattr(inprocess, name, getattr(inprocess, name))
+    model, prompts, eos_id, pad_id = tiny()
+    answers = [[*range(20, 20 + number), eos_id] for number in range(len(prompts.ids_B))]
+    load_dice(SimpleNamespace(answers=answers, pad=pad_id, config={"ppo": {"sampling": {"max_new_tokens": 9}}}))  # type: ignore[arg-type]
+    settings = SamplingConfig(max_new_tokens=9, batch_size=3)
+    rollout = InProcessSampler(model, eos_id, pad_id).sample(prompts, settings, seed=0, iteration=1)
+    read = zip(rollout.tokens_BT[:, -9:], rollout.response_mask_BR, strict=True)
+    assert [tokens[mask].tolist() for tokens, mask in read] == answers
 
 
 def test_the_first_iteration_of_a_round_warms_up():
