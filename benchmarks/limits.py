@@ -11,7 +11,7 @@ from rlhf.limits import Machine, ModelSize, best_seconds, least_steps, tokens_se
 from rlhf.sampling.linear import Linear
 
 PRODUCT_ROWS = {"cpu": 512, "cuda": 16384}  # enough that a product is bound by arithmetic
-READ_BYTES = 1 << 29  # more than any cache
+READ_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}  # more than any cache; on a GPU long beside the call
 
 
 def best_of(machines: Sequence[Machine]) -> Machine:
@@ -23,11 +23,11 @@ def measure(device: torch.device, dtype: torch.dtype, width: int, inner: int) ->
     """The faster of torch's product and the packed one, at the shape of the model's largest layers."""
     rows = PRODUCT_ROWS[device.type]
     x, weight = (torch.randn(count, width, device=device).to(dtype) for count in (rows, inner))
-    packed, buffer = Linear(weight), torch.ones(READ_BYTES // 4, device=device)
+    packed, buffer = Linear(weight), torch.ones(READ_BYTES[device.type] // 4, device=device)
     products = (lambda: F.linear(x, weight), lambda: packed(x))
     seconds = min(best_seconds(product, device, repeats=10) for product in products)
     reading = best_seconds(buffer.sum, device, repeats=10)
-    return Machine(2 * rows * width * inner / seconds, READ_BYTES / reading)
+    return Machine(2 * rows * width * inner / seconds, READ_BYTES[device.type] / reading)
 
 
 def least_seconds(

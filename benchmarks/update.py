@@ -81,8 +81,9 @@ def compare(args: Any, path: Path) -> dict[str, Any]:
         model: Any = load_causal(path)
         return model.to(device)
 
-    hidden, vocabulary = causal().config.hidden_size, causal().config.vocab_size
-    policy = PolicyModel(causal(), packing=True)
+    learner = causal()
+    hidden, vocabulary = learner.config.hidden_size, learner.config.vocab_size
+    policy = PolicyModel(learner, packing=True)
     critic: Any = ScalarModel(causal().base_model, torch.zeros(1, hidden)).to(device)
     critic.packing = True
     engines = [LocalEngine(module, OptimConfig(lr=0.0), 1000, hardware) for module in (policy, critic)]

@@ -26,6 +26,8 @@ def run_ranks(script: str, folder: Path, ranks: int, timeout: float | None = Non
         # What stands there already goes first: a copy of the package in which a bug was planted.
         "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT)))),
     }
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        common["CUDA_VISIBLE_DEVICES"] = ""  # else DeepSpeed would speak NCCL where there is a GPU
     # Files, not pipes: a full pipe that nobody reads stops its rank.
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
     members = [

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+# On Hopper torch prefers cuDNN's attention in bf16, which makes a plan for every new shape, and answers are of ever other
+# lengths: on an H100 a pass over new lengths took twice as long, sampling three times. The other kernels need no plan.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 BLOCK = 128  # queries whose scores exist at a time: few enough for a processor's cache
 
 

@@ -1,0 +1,235 @@
+"""On a GPU: a step under ZeRO-3 and NCCL, the sampler, and an iteration of PPO. Without one these tests are skipped.
+
+The file is also the program of the rank: `test_cuda.py FOLDER`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf import engine as module
+from rlhf import ledger
+from rlhf.artifacts import Artifact
+from rlhf.batches import PromptBatch, Rollout, moved, rows
+from rlhf.config import HardwareConfig, OptimConfig, PPOConfig, SamplingConfig
+from rlhf.engine import Engine, open_engine
+from rlhf.policy import PolicyModel
+from rlhf.runtime import Progress, StageContext
+from rlhf.sampling import InProcessSampler
+from rlhf.tracking import NullTracker
+from tests.gang import leave, run_ranks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+CUDA = torch.device("cuda", 0)
+EOS, PAD, R, TEMPERATURE = 2, 0, 9, 0.7
+
+# --- a step under ZeRO-3 and NCCL -----------------------------------------------------------------------------------
+
+OPTIM, STEPS = OptimConfig(lr=1e-2), 5
+BF16 = HardwareConfig(precision="bf16")
+
+
+@pytest.fixture(scope="module")
+def steps(make_llama, iteration, tmp_path_factory) -> dict[str, Any]:
+    """What a rank found: device, backend, and of both engines the loss and the gradient norm of each step."""
+    folder = tmp_path_factory.mktemp("rank")
+    torch.save({"policy": PolicyModel(make_llama(0)), "rollout": iteration.rollout}, folder / "given.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cuda")
+        run_ranks(__file__, folder, 1, timeout=170)
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.integration
+def test_a_rank_on_a_gpu_speaks_nccl(steps):
+    assert (steps["device"], steps["backend"]) == ("cuda:0", "nccl")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("figure", ["loss", "norm"])
+def test_the_first_step_under_zero_on_a_gpu_is_that_of_one_process(steps, figure):
+    zero, local = (steps[name][0][figure] for name in ("zero", "local"))
+    assert zero == pytest.approx(local, rel=2e-2)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["zero", "local"])
+def test_steps_on_a_gpu_lower_the_loss(steps, name):
+    losses = [step["loss"] for step in steps[name]]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def learn(engine: Engine, rollout: Rollout) -> list[dict[str, float]]:
+    """Steps on the answers as if they were demonstrations: the mean of -log p per token, and the gradient's norm."""
+    part, found = moved(rollout, engine.device), []
+    count = float(part.response_mask_BR.sum())
+    for _ in range(STEPS):
+        with engine.steady():
+            logprobs_BR, _ = engine(part.tokens_BT, part.mask_BT, R, TEMPERATURE)
+            engine.backward(-logprobs_BR.sum(), count, last=True)
+        found.append({"loss": -float(logprobs_BR.detach().sum()) / count, "norm": engine.step()})
+    return found
+
+
+def main(folder: Path) -> None:
+    """The rank: the same steps by both engines."""
+    module.import_deepspeed()
+    given = torch.load(folder / "given.pt", weights_only=False)
+    zero_config = module.zero_config
+
+    def sharp(*arguments: Any) -> dict[str, Any]:
+        config = zero_config(*arguments)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else weights this small stay whole
+        return config
+
+    module.zero_config = sharp
+    found: dict[str, Any] = {"backend": torch.distributed.get_backend()}
+    for name, local in (("zero", False), ("local", True)):
+        engine = open_engine(copy.deepcopy(given["policy"]).to(CUDA), OPTIM, STEPS, BF16, local)
+        found |= {name: learn(engine, given["rollout"]), "device": str(engine.device)}
+    torch.save(found, folder / "found.pt")
+
+
+# --- the sampler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sample(make_llama, prompts, ppo_config):
+    """sample(device, …) answers the prompts there; the answers come back to the CPU."""
+
+    def sample(
+        device: torch.device, precision: str = "float32", given: PromptBatch = prompts, **settings: Any
+    ) -> Rollout:
+        sampler = InProcessSampler(make_llama(0).to(device), EOS, PAD, precision)
+        settings_ = ppo_config.sampling.model_copy(update=settings)
+        return moved(sampler.sample(moved(given, device), settings_, 0, 1), torch.device("cpu"))
+
+    return sample
+
+
+def test_a_gpu_gives_the_answers_of_a_cpu(sample):
+    on_cuda, on_cpu = sample(CUDA), sample(torch.device("cpu"))
+    assert on_cuda.tokens_BT.tolist() == on_cpu.tokens_BT.tolist()
+    torch.testing.assert_close(on_cuda.behaviour_logprobs_BR, on_cpu.behaviour_logprobs_BR, atol=1e-4, rtol=0)
+
+
+def test_a_gpu_reads_the_logprobs_that_a_cpu_sampled(sample, make_llama):
+    rollout = sample(torch.device("cpu"))
+    part = moved(rollout, CUDA)
+    with torch.no_grad():
+        read_BR, _ = PolicyModel(make_llama(0)).to(CUDA)(part.tokens_BT, part.mask_BT, R, TEMPERATURE)
+    torch.testing.assert_close(read_BR.cpu(), rollout.behaviour_logprobs_BR, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_sampler_on_a_gpu_reports_what_the_exact_model_reads(sample, make_llama, precision):
+    rollout = sample(CUDA, precision)
+    with torch.no_grad():
+        read_BR, _ = PolicyModel(make_llama(0))(rollout.tokens_BT, rollout.mask_BT, R, TEMPERATURE)
+    gap = (read_BR - rollout.behaviour_logprobs_BR)[rollout.response_mask_BR].abs().max()
+    assert gap < (1e-4 if precision == "float32" else 0.1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_on_a_gpu_the_number_of_rows_sampled_together_changes_no_answer(sample, batch_size):
+    assert sample(CUDA, batch_size=batch_size).tokens_BT.tolist() == sample(CUDA).tokens_BT.tolist()
+
+
+def test_on_a_gpu_rows_that_share_their_prompt_have_the_same_answers_alone(sample, prompts):
+    given = dataclasses.replace(rows(prompts, [0, 1, 2] * 3), ids_B=torch.arange(9))
+    together = sample(CUDA, given=given).tokens_BT
+    apart = [sample(CUDA, given=rows(given, [row])).tokens_BT[0].tolist() for row in range(9)]
+    assert together.tolist() == apart
+
+
+# --- an iteration of PPO --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def iterate(tmp_path_factory):
+    """iterate(precision, …) → all figures of the first iteration of a tiny Llama, as the stage makes them."""
+    from benchmarks.shapes import random_model
+    from benchmarks.turns import settings
+    from rlhf.data import load_prompts, short_prompts
+    from stages import ppo as stage
+
+    folder = tmp_path_factory.mktemp("ppo")
+    path = random_model("tiny", folder / "base")
+    artifact = Artifact("model", path, "", {}, "", "", {})
+    context = StageContext(
+        stage="ppo",
+        rank=0,
+        world_size=1,
+        device=CUDA,
+        folder=folder,
+        inputs={"sft": artifact, "reward/reward": artifact},
+        tracker=NullTracker(),
+        progress=Progress(folder, is_writer=False),
+        local=True,
+    )
+    ppo = PPOConfig(
+        batch_size=8,
+        minibatch_size=8,
+        micro_batch_size=4,
+        max_prompt_length=64,
+        sampling=SamplingConfig(max_new_tokens=R, batch_size=4),
+        logged_samples=1,
+    )
+
+    def iterate(precision: str, **changed: Any) -> dict[str, float]:
+        config = settings(Namespace(precision=precision), path, folder, 64, ppo=ppo.model_copy(update=changed))
+        models = stage.open_models(config, context)
+        prompts = short_prompts(models.tokenizer, load_prompts(config).train, ppo.max_prompt_length)
+        machine, clock = ledger.all_machines(CUDA, precision), ledger.Clock(CUDA)
+        state = {"iteration": 1, "beta": ppo.beta}
+        figures = stage.iterate(config, context, models, prompts, state, clock)
+        return figures | ledger.close(clock, figures, machine)
+
+    return iterate
+
+
+@pytest.fixture(scope="module", params=["float32", "bf16"])
+def figures(request, iterate) -> dict[str, float]:
+    return iterate(request.param)
+
+
+@pytest.mark.integration
+def test_all_figures_of_an_iteration_on_a_gpu_are_finite(figures):
+    assert [name for name, value in figures.items() if not math.isfinite(value)] == []
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("phase", ledger.COMPUTING)
+def test_a_phase_on_a_gpu_tells_its_memory_and_its_share_of_the_limit(figures, phase):
+    assert figures[f"perf/memory_{phase}"] > 0
+    assert 0 < figures[f"perf/flop_utilisation_{phase}"] < 1
+
+
+@pytest.mark.integration
+def test_on_a_gpu_the_first_update_starts_from_a_ratio_of_one(figures):
+    assert figures["ppo/approx_kl"] < 1e-4
+    assert figures["ppo/clip_share"] == 0
+    assert figures["ppo/grad_norm"] > 0 and figures["ppo/critic_grad_norm"] > 0
+
+
+@pytest.mark.integration
+def test_on_a_gpu_scoring_beside_sampling_changes_no_figure(iterate):
+    """The two have streams of their own."""
+    in_turn, beside = (iterate("float32", scoring_chunks=chunks) for chunks in (1, 3))
+    told = [name for name in in_turn if name.startswith("ppo/")]
+    assert {name: beside[name] for name in told} == pytest.approx({name: in_turn[name] for name in told}, abs=1e-4)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave()
