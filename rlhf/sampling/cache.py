@@ -59,6 +59,11 @@ class SlotLayer(CacheLayerMixin):
         self.keys[rows, :, columns] = key_states
         self.values[rows, :, columns] = value_states
 
+    def write_column(self, at_1: Tensor, key_SKD: Tensor, value_SKD: Tensor) -> None:
+        """One column of the first S slots. Its number is a tensor, so that the device need not tell it."""
+        for x, new in ((self.keys, key_SKD), (self.values, value_SKD)):
+            x[: len(new)].index_copy_(2, at_1, new[:, :, None])
+
     def get_seq_length(self) -> int:
         return self.cache.span.at - self.cache.span.first
 
@@ -75,6 +80,7 @@ class SlotCache(Cache):
     def __init__(self, slots: int, device: torch.device) -> None:
         super().__init__(layers=[])
         self.slots, self.columns = slots, 0
+        self.moves = 0  # how often all that is kept went elsewhere
         self.rows = 0
         self.end = 0  # the column of the next token
         self.start_S = torch.zeros(slots, dtype=torch.int64, device=device)  # the first column of each row
@@ -160,6 +166,7 @@ class SlotCache(Cache):
                 setattr(layer, name, moved)
         self.start_S += to - start
         self.end = to + used
+        self.moves += 1
 
 
 def _with_spare(columns: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from rlhf.models.attention import attend as causal
 from rlhf.sampling.cache import SlotCache
+from rlhf.sampling.graph import StepGraphs, StepInput
 from rlhf.sampling.linear import Linear
 
 
@@ -64,6 +66,7 @@ class LlamaDecoder:
         self.eps = config.rms_norm_eps
         self.layers = [_pack(layer) for layer in model.model.layers]
         self.head = Linear(model.lm_head.weight)
+        self.graphs: StepGraphs | None = None
 
     def prefill(self, tokens_GW: Tensor, mask_GW: Tensor, cache: SlotCache) -> Tensor:
         length_G = mask_GW.sum(1)
@@ -87,6 +90,8 @@ class LlamaDecoder:
 
     def step(self, token_S: Tensor, cache: SlotCache) -> Tensor:
         cache.step()
+        if token_S.device.type == "cuda":
+            return self._graphs(cache)(token_S)
         mask_SC, rows, at = cache.mask_SC(), cache.span.rows, cache.span.at
         bias_SC = torch.zeros(mask_SC.shape, dtype=self.model.dtype, device=mask_SC.device)
         bias_SC = bias_SC.masked_fill_(~mask_SC, float("-inf"))
@@ -99,6 +104,23 @@ class LlamaDecoder:
             return _attention(q_SKQD, layer.keys[rows], layer.values[rows], bias_SKQC).flatten(1, 2)
 
         return self._logits(self._forward(token_S, cache.position_S(), attend))
+
+    def _graphs(self, cache: SlotCache) -> StepGraphs:
+        if self.graphs is None or self.graphs.cache is not cache:
+            step, heads = partial(self._whole_step, cache), (self.K, self.A // self.K)
+            self.graphs = StepGraphs(step, cache, heads, self.model.dtype)
+        return self.graphs
+
+    def _whole_step(self, cache: SlotCache, given: StepInput) -> Tensor:
+        """As `step`, by tensors alone."""
+
+        def attend(number: int, q_SAD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+            layer, S = cache.layer(number), len(q_SAD)
+            layer.write_column(given.at_1, k_SKD, v_SKD)
+            q_SKQD = q_SAD.unflatten(1, (self.K, -1))
+            return _attention(q_SKQD, layer.keys[:S], layer.values[:S], given.bias_SKQC).flatten(1, 2)
+
+        return self._logits(self._forward(given.token_S, given.position_S, attend))
 
     def _forward(
         self, token_N: Tensor, position_N: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]

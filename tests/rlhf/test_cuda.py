@@ -145,6 +145,16 @@ def test_on_a_gpu_the_number_of_rows_sampled_together_changes_no_answer(sample, 
     assert sample(CUDA, batch_size=batch_size).tokens_BT.tolist() == sample(CUDA).tokens_BT.tolist()
 
 
+@pytest.mark.parametrize("slots", [5, 17])
+def test_steps_that_are_replayed_give_the_answers_of_a_cpu(sample, prompts, slots):
+    """Long enough that the cache moves; rows come and go meanwhile."""
+    given = dataclasses.replace(rows(prompts, torch.arange(24) % len(prompts.ids_B)), ids_B=torch.arange(24))
+    on_cuda, on_cpu = (
+        sample(device, given=given, batch_size=slots, max_new_tokens=50) for device in (CUDA, torch.device("cpu"))
+    )
+    assert on_cuda.tokens_BT.tolist() == on_cpu.tokens_BT.tolist()
+
+
 def test_on_a_gpu_rows_that_share_their_prompt_have_the_same_answers_alone(sample, prompts):
     given = dataclasses.replace(rows(prompts, [0, 1, 2] * 3), ids_B=torch.arange(9))
     together = sample(CUDA, given=given).tokens_BT
