@@ -253,6 +253,21 @@ SAMPLER = (
         ),
     )
     + bugs_in(
+        "rlhf/sampling/graph.py",
+        ["rlhf/sampling/test_graph.py"],
+        (
+            "a graph outlives the cache that it was recorded for",
+            "if self.cache.moves != self.moves:",
+            "if self.moves < 0:",
+        ),
+        (
+            "rows that are gone see nothing",
+            "bias_SC[:rows].masked_fill_",
+            "bias_SC[rows:] = -torch.inf; bias_SC[:rows].masked_fill_",
+        ),
+        ("a graph has fewer rows than the cache", "-(-rows // part) * part", "max(rows // part, 1) * part"),
+    )
+    + bugs_in(
         "rlhf/sampling/llama.py",
         ["rlhf/sampling/test_decoders.py"],
         ("prompts see what follows", "is_causal=True", "is_causal=False"),
