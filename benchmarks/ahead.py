@@ -38,7 +38,6 @@ BETA = 0.5
 WAYS = ("in time", "ahead", "ahead, not weighed")
 RATES = (5e-3, 2e-2, 5e-2)
 SHOWN = (5, 10, 20, 40, 80)  # iterations of the table
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "ahead.png"
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,13 @@ class Curve:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=8, help="at least 2, for an interval (default 8)")
     parser.add_argument("--quick", action="store_true", help="two seeds and ten iterations: does it work?")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("ahead.json"))
+    parser.add_argument("--out", type=Path, default=Path("ahead.json"), help="the picture goes beside it, as .png")
     arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error("--seeds: at least 2")
     iterations = SHOWN[1] if arguments.quick else SHOWN[-1]
     runs = [Run(*each) for each in product(WAYS, RATES, range(2 if arguments.quick else arguments.seeds))]
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
@@ -69,8 +70,7 @@ def main() -> None:
     print(table(curves))
     told = [{**asdict(run), **asdict(curve)} for run, curve in curves.items()]
     arguments.out.write_text(json.dumps({"beta": BETA, "length": LENGTH, "curves": told}, indent=1) + "\n")
-    if not arguments.quick:
-        PICTURE.write_bytes(picture(curves))
+    arguments.out.with_suffix(".png").write_bytes(picture(curves))
 
 
 def learn(run: Run, iterations: int) -> Curve:
