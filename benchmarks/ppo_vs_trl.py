@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,7 +26,7 @@ from benchmarks.shapes import SHAPES, random_model
 from benchmarks.side import Job
 from benchmarks.trl_environment import CACHE, trl_python
 from launch import ledger
-from rlhf.batches import PromptBatch
+from rlhf.batches import PromptBatch, moved
 from rlhf.config import (
     DataConfig,
     HardwareConfig,
@@ -123,16 +123,17 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = make_config(arguments, folder)
     device = turns.name_of(turns.device_of(arguments.device), arguments.threads)
     print(f"device: {device}; model: {config.model.path}", flush=True)
-    job = make_job(arguments, config, folder)
-    check = same_losses(job, pythons, folder)
+    jobs = [make_job(arguments, config, folder, number) for number in range(arguments.rounds)]
+    check = same_losses(jobs[0], pythons, folder)
     rounds: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
-    for number in range(1, arguments.rounds + 1):
+    for number, job in enumerate(jobs, 1):
         for name, parts in rounds.items():
             parts.append(run_side(name, pythons[name], job, folder))
             shown = ", ".join(f"{s:.1f}" for s in parts[-1]["seconds"])
             print(f"round {number}, {name:4}: {shown} s (the first warms up)", flush=True)
     sides = {name: summary(parts, config.ppo.batch_size) for name, parts in rounds.items()}
-    if job.answers and sides["trl"]["mean_length"] != sides["ours"]["mean_length"]:
+    lengths = {name: [part["lengths"] for part in parts] for name, parts in rounds.items()}
+    if jobs[0].answers and lengths["trl"] != lengths["ours"]:
         raise UserError("the two sides did not read the same answers", 6)
     ours = ledger_of(rounds["ours"])
     print("\n" + table(sides))
@@ -215,13 +216,14 @@ def smollm2() -> Path:
     return folder
 
 
-def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> Job:
-    """The timed job."""
+def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path, number: int) -> Job:
+    """That of a round, which has prompts of its own."""
     tokenizer = load_tokenizer(config.model.path)
     prompts = short_prompts(tokenizer, load_prompts(config).train, config.ppo.max_prompt_length)
     iterations = 1 + arguments.iterations
     # One more batch than TRL trains on: in the last batch of its data accelerate steps after every micro-batch.
-    batches = [draw_prompts(tokenizer, prompts, config, number) for number in range(1, iterations + 2)]
+    first = 1 + number * (iterations + 1)
+    batches = [draw_prompts(tokenizer, prompts, config, first + each) for each in range(iterations + 1)]
     reward = load_scalar(config.model.path)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -237,7 +239,7 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> 
         reward=str(folder / "reward"),
         config=config.model_dump(mode="json"),
         prompts=given,
-        answers=[] if fixed else answers_of(config, tokenizer, given),
+        answers=[] if fixed else answers_of(config, tokenizer, given, number, arguments.device),
         pad=tokenizer.pad_token_id,
         eos=None if fixed else tokenizer.eos_token_id,
         processes=arguments.processes,
@@ -248,15 +250,18 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> 
     )
 
 
-def answers_of(config: RunConfig, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+def answers_of(
+    config: RunConfig, tokenizer: Any, prompts: list[list[int]], number: int, device_name: str
+) -> list[list[int]]:
     """The model's answers, each up to its own EOS: both sides get them dictated, or chance would decide who has more to do."""
     tokens_BP, mask_BP = pad(prompts, tokenizer.pad_token_id, left=True)
     count = len(prompts)
     batch = PromptBatch(tokens_BP, mask_BP, torch.zeros(count, dtype=torch.bool), torch.arange(count))
     ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-    sampler = InProcessSampler(load_causal(config.model.path), *ends, config.hardware.precision)
+    model, device = cast(Any, load_causal(config.model.path)), turns.device_of(device_name)
+    sampler = InProcessSampler(model.to(device), *ends, config.hardware.precision)
     settings = config.ppo.sampling.model_copy(update={"batch_size": count})
-    rollout = sampler.sample(batch, settings, config.seed, iteration=1)
+    rollout = moved(sampler.sample(moved(batch, device), settings, config.seed, number), torch.device("cpu"))
     R = settings.max_new_tokens
     return [
         tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BT[:, -R:], rollout.response_mask_BR, strict=True)
@@ -334,6 +339,7 @@ def summary(parts: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "median_seconds": median,
+        "mean_seconds": statistics.fmean(seconds),
         "samples_per_second": batch_size / median,
         "mean_length": statistics.fmean(value for part in parts for value in part["lengths"][1:]),
         "peak_memory": max(part["peak_memory"] for part in parts),
@@ -350,6 +356,7 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
     rows = (
         ("samples/s", "samples_per_second", 1.0, ".3f"),
         ("seconds an iteration, median", "median_seconds", 1.0, ".2f"),
+        ("seconds an iteration, mean", "mean_seconds", 1.0, ".2f"),
         ("tokens an answer", "mean_length", 1.0, ".1f"),
         ("memory at its peak, GB", "peak_memory", 1e-9, ".2f"),
     )

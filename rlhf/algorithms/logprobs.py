@@ -74,6 +74,7 @@ class _Logprobs(torch.autograd.Function):
         ctx.chunks = [slice(start, start + chunk) for start in range(0, len(labels_N), chunk)]
         logits_CV = None
         for rows in ctx.chunks:
+            logits_CV = None  # before the next are made
             logits_CV = F.linear(hidden_NH[rows], weight_VH)
             _read(logits_CV, labels_N[rows], temperature, logprobs_N[rows], entropy_N[rows] if with_entropy else None)
         ctx.last_CV = logits_CV
@@ -85,7 +86,8 @@ class _Logprobs(torch.autograd.Function):
         hidden_NH, weight_VH, labels_N = ctx.saved_tensors
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         dhidden_NH = torch.empty_like(hidden_NH, dtype=ctx.dtypes[0]) if of_hidden else None
-        dweight_VH = torch.empty_like(weight_VH, dtype=ctx.dtypes[1]) if of_weight else None
+        make = torch.empty_like if ctx.chunks else torch.zeros_like
+        dweight_VH = make(weight_VH, dtype=ctx.dtypes[1]) if of_weight else None
         for number, rows in enumerate(reversed(ctx.chunks)):
             logits_CV = F.linear(hidden_NH[rows], weight_VH) if ctx.last_CV is None else ctx.last_CV
             ctx.last_CV = None  # from here on it is overwritten
@@ -94,6 +96,7 @@ class _Logprobs(torch.autograd.Function):
                 dhidden_NH[rows] = dlogits_CV @ weight_VH
             if dweight_VH is not None:
                 _add_product(dweight_VH, dlogits_CV, hidden_NH[rows], is_first=number == 0)
+            del logits_CV, dlogits_CV  # before the next are made
         return dhidden_NH, dweight_VH, None, None, None, None
 
 

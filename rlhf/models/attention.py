@@ -2,6 +2,7 @@
 
 torch's kernel takes products of its own for each row, head and block; these take half of its time. They stand in for
 what transformers calls `sdpa`, which still does all else: other devices, float32, masks, dropout, a step of sampling.
+On a GPU that is torch's kernels but for cuDNN's, which this module switches off.
 
 N rows times key heads, G query heads of a key head, T tokens, D head size, Q queries of a block, L keys that they see,
 X = G · Q.
@@ -99,5 +100,5 @@ def _blocks(q_NGTD: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
 
 
 def _weights(q_NGQD: Tensor, k_NLD: Tensor, bias_1XL: Tensor, scale: float) -> Tensor:
-    """weight_NXL; rounded once, after a softmax in float32."""
+    """weight_NXL; the softmax is computed in float32, and its result rounded."""
     return torch.baddbmm(bias_1XL, q_NGQD.flatten(1, 2), k_NLD.transpose(1, 2), alpha=scale).softmax(-1)

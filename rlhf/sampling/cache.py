@@ -7,6 +7,7 @@ positions are column differences, and a newcomer of any length joins by ending w
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache = weakref.proxy(cache)  # a circle would keep its memory until the next garbage collection
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, because a masked column still takes part with weight 0, and 0 · NaN is NaN.

@@ -66,7 +66,8 @@ class InProcessSampler:
         numbers of the rows that have just ended, and these rows: each row once, and often none. What it raises ends the
         sampling.
         """
-        run = _Run(decoder_of(self.model), self.eos_id, self.pad_id, prompts, settings, (seed, iteration))
+        alone = on_rows is None  # else rows are scored beside their sampling, or sampled beside an update
+        run = _Run(decoder_of(self.model, alone), self.eos_id, self.pad_id, prompts, settings, (seed, iteration))
         while run.unfinished:
             ended_N = run.admit() if run.has_room else run.step()
             if on_rows is not None:
@@ -75,9 +76,9 @@ class InProcessSampler:
         return run.rollout(slice(None))
 
 
-def decoder_of(model: nn.Module) -> Decoder:
+def decoder_of(model: nn.Module, alone: bool = False) -> Decoder:
     """The tuned forward pass where it computes what the model computes, else the model's own."""
-    return LlamaDecoder(model) if is_plain_llama(model) else CausalDecoder(model)
+    return LlamaDecoder(model, alone) if is_plain_llama(model) else CausalDecoder(model)
 
 
 class _Run:

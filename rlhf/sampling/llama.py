@@ -59,8 +59,9 @@ class LlamaDecoder:
 
     packs = True
 
-    def __init__(self, model: Any) -> None:
-        self.model, config = model, model.config
+    def __init__(self, model: Any, alone: bool = False) -> None:
+        """`alone`: nothing else works on the device until the run has ended."""
+        self.model, self.alone, config = model, alone, model.config
         self.A, self.K = config.num_attention_heads, config.num_key_value_heads
         self.D = model.model.layers[0].self_attn.head_dim
         self.eps = config.rms_norm_eps
@@ -90,8 +91,8 @@ class LlamaDecoder:
 
     def step(self, token_S: Tensor, cache: SlotCache) -> Tensor:
         cache.step()
-        if token_S.device.type == "cuda":
-            return self._graphs(cache)(token_S)
+        if self.alone and token_S.device.type == "cuda":
+            return self._by_graph(token_S, cache)
         mask_SC, rows, at = cache.mask_SC(), cache.span.rows, cache.span.at
         bias_SC = torch.zeros(mask_SC.shape, dtype=self.model.dtype, device=mask_SC.device)
         bias_SC = bias_SC.masked_fill_(~mask_SC, float("-inf"))
@@ -105,11 +106,10 @@ class LlamaDecoder:
 
         return self._logits(self._forward(token_S, cache.position_S(), attend))
 
-    def _graphs(self, cache: SlotCache) -> StepGraphs:
+    def _by_graph(self, token_S: Tensor, cache: SlotCache) -> Tensor:
         if self.graphs is None or self.graphs.cache is not cache:
-            step, heads = partial(self._whole_step, cache), (self.K, self.A // self.K)
-            self.graphs = StepGraphs(step, cache, heads, self.model.dtype)
-        return self.graphs
+            self.graphs = StepGraphs(cache, (self.K, self.A // self.K), self.model.dtype)
+        return self.graphs(partial(self._whole_step, cache), token_S)
 
     def _whole_step(self, cache: SlotCache, given: StepInput) -> Tensor:
         """As `step`, by tensors alone."""

@@ -262,8 +262,8 @@ SAMPLER = (
         ),
         (
             "rows that are gone see nothing",
-            "bias_SC[:rows].masked_fill_",
-            "bias_SC[rows:] = -torch.inf; bias_SC[:rows].masked_fill_",
+            "bias_SC[:N].masked_fill_",
+            "bias_SC[N:] = -torch.inf; bias_SC[:N].masked_fill_",
         ),
         ("a graph has fewer rows than the cache", "-(-rows // part) * part", "max(rows // part, 1) * part"),
     )

@@ -24,7 +24,7 @@ from rlhf.config import HardwareConfig, OptimConfig, PPOConfig, SamplingConfig
 from rlhf.engine import Engine, open_engine
 from rlhf.policy import PolicyModel
 from rlhf.runtime import Progress, StageContext
-from rlhf.sampling import InProcessSampler
+from rlhf.sampling import InProcessSampler, graph
 from rlhf.tracking import NullTracker
 from tests.gang import leave, run_ranks
 
@@ -146,13 +146,16 @@ def test_on_a_gpu_the_number_of_rows_sampled_together_changes_no_answer(sample, 
 
 
 @pytest.mark.parametrize("slots", [5, 17])
-def test_steps_that_are_replayed_give_the_answers_of_a_cpu(sample, prompts, slots):
+def test_steps_that_are_replayed_give_the_answers_of_a_cpu(sample, prompts, slots, monkeypatch):
     """Long enough that the cache moves; rows come and go meanwhile."""
+    recorded, record = [], graph.record
+    monkeypatch.setattr(graph, "record", lambda *given: recorded.append(1) or record(*given))
     given = dataclasses.replace(rows(prompts, torch.arange(24) % len(prompts.ids_B)), ids_B=torch.arange(24))
     on_cuda, on_cpu = (
         sample(device, given=given, batch_size=slots, max_new_tokens=50) for device in (CUDA, torch.device("cpu"))
     )
     assert on_cuda.tokens_BT.tolist() == on_cpu.tokens_BT.tolist()
+    assert recorded
 
 
 def test_on_a_gpu_rows_that_share_their_prompt_have_the_same_answers_alone(sample, prompts):

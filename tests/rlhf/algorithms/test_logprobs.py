@@ -144,6 +144,22 @@ def test_logits_of_the_last_chunk_alone_are_kept(case, trains, kept):
     del logprobs_BR
 
 
+def test_a_chunk_has_its_logits_after_the_one_before_has_lost_them(case, monkeypatch):
+    hidden_BRH, weight_VH, labels_BR = case
+    linear, there = torch.nn.functional.linear, []
+
+    def counted(*given):
+        there.append(logits.rows())
+        return linear(*given)
+
+    monkeypatch.setattr(module.F, "linear", counted)
+    with Logits() as logits:
+        logprobs_from_hidden(
+            hidden_BRH.requires_grad_(), weight_VH.requires_grad_(), labels_BR, 1.7, chunk=4
+        ).sum().backward()
+    assert there == [0] * len(there) and len(there) == 2 * B * R // 4 - 1
+
+
 def test_a_second_backward_pass_gives_the_same_gradient(case):
     hidden_BRH, weight_VH, labels_BR = case
     logprobs_BR = logprobs_from_hidden(hidden_BRH.requires_grad_(), weight_VH.requires_grad_(), labels_BR, 1.7, chunk=5)
@@ -167,6 +183,9 @@ def test_under_autocast_only_the_matrix_product_is_bfloat16(case):
     assert weight_VH.grad is not None and weight_VH.grad.isfinite().all() and weight_VH.grad.any()
 
 
-def test_a_batch_without_responses_gives_an_empty_result(case):
+def test_a_batch_without_responses_gives_an_empty_result_and_no_gradient(case):
     hidden_BRH, weight_VH, labels_BR = case
-    assert logprobs_from_hidden(hidden_BRH[:, :0], weight_VH, labels_BR[:, :0]).shape == (B, 0)
+    logprobs_BR = logprobs_from_hidden(hidden_BRH[:, :0], weight_VH.requires_grad_(), labels_BR[:, :0])
+    assert logprobs_BR.shape == (B, 0)
+    logprobs_BR.sum().backward()
+    assert weight_VH.grad is not None and not weight_VH.grad.any()

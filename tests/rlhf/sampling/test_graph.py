@@ -5,12 +5,15 @@ it gives stands until the next time. tests/rlhf/test_cuda.py has real ones.
 """
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
 
 from rlhf.batches import rows
 from rlhf.sampling import graph
+from rlhf.sampling.cache import SlotCache
 from rlhf.sampling.graph import PARTS, rows_of_graph
 from rlhf.sampling.llama import LlamaDecoder
 
@@ -20,7 +23,7 @@ def recorded(monkeypatch):
     """Every decoder steps by graphs; the numbers of rows of those that were recorded."""
     made = []
 
-    def replayed(step, given):
+    def replayed(step, given, stream):
         made.append(len(given.token_S))
         result = step(given)
 
@@ -33,7 +36,7 @@ def recorded(monkeypatch):
 
     def step(self, token_S, cache):
         cache.step()
-        return self._graphs(cache)(token_S)
+        return self._by_graph(token_S, cache)
 
     monkeypatch.setattr(graph, "record", replayed)
     monkeypatch.setattr(LlamaDecoder, "step", step)
@@ -59,14 +62,14 @@ def test_the_answers_are_those_of_plain_steps(sample, given, slots, request, exp
 def test_slots_without_a_row_stay_finite(sample, given, recorded):
     """NaN in one of them would reach the row that gets the slot next."""
     seen = []
-    write = graph.SlotCache.keep
+    write = SlotCache.keep
 
     def keep(cache, alive_S):
         seen.extend(x.isfinite().all() for layer in cache.layers for x in (layer.keys, layer.values))
         return write(cache, alive_S)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph.SlotCache, "keep", keep)
+        patch.setattr(SlotCache, "keep", keep)
         sample(given, batch_size=17)
     assert seen and all(seen)
 
@@ -83,3 +86,25 @@ def test_a_cache_that_moved_has_new_graphs(sample, given, recorded):
     once = len(recorded)
     sample(given, batch_size=1, max_new_tokens=60, eos=-1)
     assert len(recorded) > 2 * once
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_nothing_of_a_run_outlives_it(sample, given, record, request, monkeypatch):
+    """Keys, values, graphs and weights of its own layout are the trainer's memory afterwards."""
+    if record:
+        request.getfixturevalue("recorded")
+    made = []
+    for kind in (LlamaDecoder, SlotCache):
+
+        def begin(self, *arguments, kind=kind, init=kind.__init__, **settings):
+            made.append(weakref.ref(self))
+            init(self, *arguments, **settings)
+
+        monkeypatch.setattr(kind, "__init__", begin)
+    gc.collect()
+    gc.disable()
+    try:
+        sample(given, batch_size=3)
+        assert len(made) == 2 and not any(run() for run in made)
+    finally:
+        gc.enable()
