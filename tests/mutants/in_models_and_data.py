@@ -274,8 +274,8 @@ SAMPLER = (
         ("positions turn the wrong way", "[-sin_NF, sin_NF]", "[sin_NF, -sin_NF]"),
         (
             "key heads go to the wrong query heads",
-            "q_SAD.unflatten(1, (self.K, -1))",
-            "q_SAD.unflatten(1, (-1, self.K)).transpose(1, 2)",
+            "q_SAD.unflatten(1, (self.K, -1))\n            return _attention(q_SKQD, layer.keys[rows]",
+            "q_SAD.unflatten(1, (-1, self.K)).transpose(1, 2)\n            return _attention(q_SKQD, layer.keys[rows]",
         ),
         ("a row sees what its slot held before", 'float("-inf")', "0.0"),
         ("the first logits are of another row", "length_G.cumsum(0) - 1", "length_G.cumsum(0) - length_G"),
