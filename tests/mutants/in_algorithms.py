@@ -135,6 +135,7 @@ LOGPROBS = bugs_in(
         "            ctx.last_CV = None  # from here on it is overwritten\n",
         "",
     ),
+    ("two chunks have logits at once", "            del logits_CV, dlogits_CV  # before the next are made\n", ""),
     ("the logits of all positions exist at once", "range(0, len(labels_N), chunk)", "range(0, len(labels_N), 10**9)"),
 )
 

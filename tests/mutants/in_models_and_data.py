@@ -253,6 +253,11 @@ SAMPLER = (
         ),
     )
     + bugs_in(
+        "rlhf/sampling/cache.py",
+        ["rlhf/sampling/test_graph.py"],
+        ("keys and values wait for the garbage collection", "weakref.proxy(cache)", "cache"),
+    )
+    + bugs_in(
         "rlhf/sampling/graph.py",
         ["rlhf/sampling/test_graph.py"],
         (
