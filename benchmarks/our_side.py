@@ -83,8 +83,7 @@ def prompts_of(job: Job, tokenizer: Any, prompts: Any, config: RunConfig, iterat
 
 def load_dice(job: Job) -> None:
     """The sampler draws as ever, and gets the token of the job's answer in place of what it drew."""
-    R = job.config["ppo"]["sampling"]["max_new_tokens"]
-    answers_BR, _ = pad([[*tokens, *[job.pad] * (R - len(tokens))] for tokens in job.answers], job.pad)
+    answers_BR, _ = pad(job.answers, job.pad)
     draw, pick = inprocess.keyed_uniform, inprocess.pick_token
     dictated: list[torch.Tensor] = []
 

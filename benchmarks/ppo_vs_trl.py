@@ -123,7 +123,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = make_config(arguments, folder)
     device = turns.name_of(turns.device_of(arguments.device), arguments.threads)
     print(f"device: {device}; model: {config.model.path}", flush=True)
-    jobs = [make_job(arguments, config, folder, number) for number in range(arguments.rounds)]
+    reward = make_reward(config, folder)
+    jobs = [make_job(arguments, config, reward, number) for number in range(arguments.rounds)]
     check = same_losses(jobs[0], pythons, folder)
     rounds: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
     for number, job in enumerate(jobs, 1):
@@ -216,7 +217,17 @@ def smollm2() -> Path:
     return folder
 
 
-def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path, number: int) -> Job:
+def make_reward(config: RunConfig, folder: Path) -> Path:
+    """The folder of reward model and critic: the model with a head of random weights."""
+    reward = load_scalar(config.model.path)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        reward.head.weight.normal_(0, 0.02)
+    reward.save(folder / "reward", load_tokenizer(config.model.path))
+    return folder / "reward"
+
+
+def make_job(arguments: argparse.Namespace, config: RunConfig, reward: Path, number: int) -> Job:
     """That of a round, which has prompts of its own."""
     tokenizer = load_tokenizer(config.model.path)
     prompts = short_prompts(tokenizer, load_prompts(config).train, config.ppo.max_prompt_length)
@@ -224,11 +235,6 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path, num
     # One more batch than TRL trains on: in the last batch of its data accelerate steps after every micro-batch.
     first = 1 + number * (iterations + 1)
     batches = [draw_prompts(tokenizer, prompts, config, first + each) for each in range(iterations + 1)]
-    reward = load_scalar(config.model.path)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        reward.head.weight.normal_(0, 0.02)
-    reward.save(folder / "reward", tokenizer)
     natural = [
         tokens[mask].tolist() for batch in batches for tokens, mask in zip(batch.tokens_BP, batch.mask_BP, strict=True)
     ]
@@ -236,7 +242,7 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, folder: Path, num
     given = [widened(tokens, config.ppo.max_prompt_length) for tokens in natural] if fixed else natural
     return Job(
         model=config.model.path,
-        reward=str(folder / "reward"),
+        reward=str(reward),
         config=config.model_dump(mode="json"),
         prompts=given,
         answers=[] if fixed else answers_of(config, tokenizer, given, number, arguments.device),

@@ -30,7 +30,7 @@ def test_dictated_answers_are_what_the_sampler_gives(monkeypatch):
         monkeypatch.setattr(inprocess, name, getattr(inprocess, name))
     model, prompts, eos_id, pad_id = tiny()
     answers = [[*range(20, 20 + number), eos_id] for number in range(len(prompts.ids_B))]
-    load_dice(SimpleNamespace(answers=answers, pad=pad_id, config={"ppo": {"sampling": {"max_new_tokens": 9}}}))  # type: ignore[arg-type]
+    load_dice(SimpleNamespace(answers=answers, pad=pad_id))  # type: ignore[arg-type]
     settings = SamplingConfig(max_new_tokens=9, batch_size=3)
     rollout = InProcessSampler(model, eos_id, pad_id).sample(prompts, settings, seed=0, iteration=1)
     read = zip(rollout.tokens_BT[:, -9:], rollout.response_mask_BR, strict=True)
