@@ -32,7 +32,16 @@ from rlhf.hf_trainer import (
     trainer_arguments,
 )
 from rlhf.metrics import Means
-from rlhf.models import add_lora, check_length, lm_head, load_causal, load_tokenizer, resolve, save_causal
+from rlhf.models import (
+    add_lora,
+    check_length,
+    follows_row_ends,
+    lm_head,
+    load_causal,
+    load_tokenizer,
+    resolve,
+    save_causal,
+)
 from rlhf.runtime import StageContext
 
 IGNORED = -100  # the label of tokens without loss, as transformers has it
@@ -108,7 +117,12 @@ def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
 
 
 def answer_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
-    """logprobs_N, float32: the forward pass of a causal model for its answer tokens, those whose label is one."""
+    """logprobs_N, float32: the forward pass of a causal model for its answer tokens, those whose label is one.
+
+    Where rows are packed TRL gives their positions, and where they end.
+    """
+    if not follows_row_ends(causal):
+        inputs = {name: value for name, value in inputs.items() if not name.startswith(("cu_seq_lens", "max_length"))}
     hidden_BTH = cast(Any, causal).base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     labels_BT = labels[:, 1:]
     answer_BT = labels_BT != IGNORED

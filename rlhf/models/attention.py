@@ -1,8 +1,9 @@
-"""Causal attention of whole rows on a CPU in bf16: products over all rows and heads at once, a block of queries at a time.
+"""Causal attention in bf16, where what transformers calls `sdpa` is slow. That still does all else: float32, masks,
+dropout, a step of sampling.
 
-torch's kernel takes products of its own for each row, head and block; these take half of its time. They stand in for
-what transformers calls `sdpa`, which still does all else: other devices, float32, masks, dropout, a step of sampling.
-On a GPU that is torch's kernels but for cuDNN's, which this module switches off.
+On a CPU whole rows are products over all rows and heads at once, a block of queries at a time: torch's kernel takes
+products of its own for each row, head and block, and twice the time. On a GPU packed rows go to flash attention as they
+are, one behind the other: with a mask every token is compared with those of all other rows.
 
 N rows times key heads, G query heads of a key head, T tokens, D head size, Q queries of a block, L keys that they see,
 X = G · Q.
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # On Hopper torch prefers cuDNN's attention in bf16, which makes a plan for every new shape, and answers are of ever other
@@ -27,21 +29,54 @@ BLOCK = 128  # queries whose scores exist at a time: few enough for a processor'
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """What transformers asks of an attention: query_BATD, key_BKTD, value_BKTD → (out_BTAD, None)."""
-    whole = attention_mask is None and query.shape[2] == key.shape[2] > 1 and value.shape == key.shape
+    """What transformers asks of an attention: query_BATD, key_BKTD, value_BKTD → (out_BTAD, None).
+
+    Packed rows are a batch of one; `cu_seq_lens_q` and `max_length_q` say where they end, as transformers and TRL name
+    it. The mask says the same, and is not read.
+    """
     causal = getattr(module, "is_causal", True) and settings.get("is_causal") is not False
-    if not whole or not causal or settings.get("dropout") or computed_in(query) is not torch.bfloat16:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
-    scale = settings.get("scaling")
-    out_BATD = causal_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
-    return out_BATD.transpose(1, 2).contiguous(), None
+    plain = not settings.get("dropout") and settings.get("position_bias") is None
+    whole = query.shape[2] == key.shape[2] > 1 and value.shape == key.shape
+    ours = causal and plain and whole and computed_in(query) is torch.bfloat16
+    scale = settings.get("scaling") or query.shape[-1] ** -0.5
+    if ours and settings.get("cu_seq_lens_q") is not None and _is_for_flash(module, query):
+        return packed_attention(query, key, value, settings["cu_seq_lens_q"], settings["max_length_q"], scale), None
+    if ours and attention_mask is None and query.device.type == "cpu":
+        return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
 
 
-def computed_in(query: Tensor) -> torch.dtype | None:
-    """The precision of products on a CPU, as autocast decides it where it is on; None on other devices."""
-    if query.device.type != "cpu":
-        return None
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+def computed_in(x: Tensor) -> torch.dtype:
+    """The precision of matrix products with `x`, as autocast decides it where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def has_windows(config: Any) -> bool:
+    """Whether a token of such a model does not see all that stands before it."""
+    return any(getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+
+
+def _is_for_flash(module: Any, query_BATD: Tensor) -> bool:
+    """Whether torch's flash attention computes what this layer wants of packed rows."""
+    B, D = query_BATD.shape[0], query_BATD.shape[-1]
+    return B == 1 and D % 8 == 0 and D <= 256 and not has_windows(module.config) and _has_flash(query_BATD.device)
+
+
+def _has_flash(device: torch.device) -> bool:
+    """An Ampere or a newer GPU has."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def packed_attention(
+    q_1ATD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, ends: Tensor, longest: int, scale: float
+) -> Tensor:
+    """out_1TAD of rows that stand one behind the other: row i from `ends[i]` to `ends[i + 1]`, int32."""
+    q_TAD, k_TKD, v_TKD = (x[0].transpose(0, 1).to(torch.bfloat16).contiguous() for x in (q_1ATD, k_1KTD, v_1KTD))
+    out_TAD: Any = varlen_attn(
+        q_TAD, k_TKD, v_TKD, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
+    )
+    return out_TAD[None]
 
 
 def causal_attention(q_BATD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:

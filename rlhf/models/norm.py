@@ -1,9 +1,10 @@
-"""RMS norms of a Llama's layers on a CPU in bf16, as one operation.
+"""RMS norms of a Llama's layers in bf16, as one operation.
 
 Under autocast transformers' norm leaves float32 behind, which every matrix product that follows casts and keeps for its
 own gradient; autograd keeps what stands between its small operations as well. Here the norm is cast once, for all of its
-readers, and its input alone is kept. The values are the same bits. Gradients of the readers are added up in bf16, the
-precision in which each of them comes. The last norm of a model stays float32: heads read it.
+readers, and its input alone is kept. On a CPU the values are the same bits; a GPU has a kernel for it. Gradients of the
+readers are added up in bf16, the precision in which each of them comes. The last norm of a model stays float32: heads
+read it.
 
 N tokens, H hidden size.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.models.attention import computed_in
@@ -25,6 +27,8 @@ class RMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype is not torch.float32 or computed_in(hidden_states) is not torch.bfloat16:
             return super().forward(hidden_states)
+        if hidden_states.device.type != "cpu":
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon).to(torch.bfloat16)
         normed: Any = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         return normed
 

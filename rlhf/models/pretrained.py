@@ -22,7 +22,7 @@ from transformers.utils import logging as logs
 from rlhf import chat
 from rlhf.errors import UserError
 from rlhf.models import lora
-from rlhf.models.attention import attend
+from rlhf.models.attention import attend, has_windows
 from rlhf.models.norm import tune_norms
 from rlhf.models.packing import pack
 
@@ -272,7 +272,8 @@ def hidden_states(
 
     `packing`: the model reads the real tokens of all rows as one row of N tokens, and each prompt, which is what stands
     before the last `response_length` columns, once. Where no prompt comes twice, positions that begin again without an
-    attention mask tell transformers where a row ends; else a mask says what sees what.
+    attention mask tell transformers where a row ends, and `_row_ends` tells flash attention; else a mask says what sees
+    what.
     """
     mask_BT = mask_BT.bool()
     read = partial(without_adapter_wrapper(model).base_model, use_cache=False)
@@ -282,7 +283,7 @@ def hidden_states(
         read_1NH = read(
             input_ids=tokens_BT[packed.read_BT][None],
             position_ids=position_BT[packed.read_BT][None],
-            attention_mask=None if packed.sees_NN is None else _mask_for(model, packed.sees_NN[None, None]),
+            **_row_ends(model, mask_BT) if packed.sees_NN is None else _mask_for(model, packed.sees_NN[None, None]),
         ).last_hidden_state
         hidden_NH = read_1NH[0].index_select(0, packed.place_BT[mask_BT])
     else:
@@ -299,17 +300,31 @@ def hidden_states(
 def can_share_prompts(model: nn.Module) -> bool:
     """Whether the model's attention follows a mask of our own: not in flash attention, and not where it has windows."""
     config = without_adapter_wrapper(model).config.get_text_config()
-    windows = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
-    return config._attn_implementation in ("sdpa", "eager") and not any(windows)
+    return config._attn_implementation in ("sdpa", "eager") and not has_windows(config)
 
 
-def _mask_for(model: nn.Module, sees_11NN: Tensor) -> Tensor:
+def follows_row_ends(model: nn.Module) -> bool:
+    """Whether a packed row's mask says no more than where rows end; in other families it may, and must be read."""
+    return without_adapter_wrapper(model)._supports_flash_attn
+
+
+def _row_ends(model: nn.Module, mask_BT: Tensor) -> dict[str, Any]:
+    """Where packed rows end, by transformers' names; nothing for families that have no use for it."""
+    if not follows_row_ends(model):
+        return {}
+    length_B = mask_BT.sum(1)
+    longest, ends = int(length_B.max()), nn.functional.pad(length_B.cumsum(0), (1, 0)).to(torch.int32)
+    of_keys = {"cu_seq_lens_k": ends, "max_length_k": longest}
+    return {"cu_seq_lens_q": ends, "max_length_q": longest, "seq_idx": mask_BT.nonzero()[None, :, 0].int()} | of_keys
+
+
+def _mask_for(model: nn.Module, sees_11NN: Tensor) -> dict[str, Tensor]:
     """As the model's attention wants it: bool for sdpa, what is added to the scores for eager."""
     whole = without_adapter_wrapper(model)
     if whole.config.get_text_config()._attn_implementation == "sdpa":
-        return sees_11NN
+        return {"attention_mask": sees_11NN}
     unseen_11NN = torch.zeros(sees_11NN.shape, dtype=whole.dtype, device=sees_11NN.device)
-    return unseen_11NN.masked_fill_(~sees_11NN, torch.finfo(whole.dtype).min)
+    return {"attention_mask": unseen_11NN.masked_fill_(~sees_11NN, torch.finfo(whole.dtype).min)}
 
 
 @torch.no_grad()

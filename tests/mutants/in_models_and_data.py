@@ -83,7 +83,23 @@ ATTENTION = bugs_in(
     ("gradients of keys forget the scale", "dk_NTD.mul_(ctx.scale)", "dk_NTD"),
     ("scores forget the scale", "alpha=scale", "alpha=1"),
     ("a block's keys get the gradient of one block alone", "dk_NTD[:, :L] +=", "dk_NTD[:, :L] ="),
-    ("a mask is overlooked", "whole = attention_mask is None and ", "whole = "),
+    ("a mask is overlooked", "if ours and attention_mask is None and ", "if ours and "),
+    ("packed rows forget the scale", "scale=scale, window_size", "scale=1.0, window_size"),
+    ("packed rows see what follows", "window_size=(-1, 0)", "window_size=(-1, -1)"),
+    ("packed rows are read without their windows", " and not has_windows(module.config)", ""),
+    ("flash attention gets values of another size", " and value.shape == key.shape", ""),
+    ("flash attention gets heads that it cannot read", " and D % 8 == 0", ""),
+    ("packed rows are read in float32", ".to(torch.bfloat16).contiguous()", ".float().contiguous()"),
+) + bugs_in(
+    "rlhf/models/pretrained.py",
+    ["rlhf/models/test_attention.py"],
+    ("packed rows are told as one", "length_B.cumsum(0), (1, 0)", "length_B.sum()[None], (1, 0)"),
+    (
+        "the first packed row is told as the longest",
+        "longest, ends = int(length_B.max())",
+        "longest, ends = int(length_B[0])",
+    ),
+    ("masks that say more are not read", "    if not follows_row_ends(model):\n", "    if False:\n"),
 )
 
 NORM = bugs_in(
@@ -130,7 +146,7 @@ PACKING = bugs_in(
         "position_BT[packed.read_BT][None]",
         "(packed.read_BT.long().cumsum(1) - 1)[packed.read_BT][None]",
     ),
-    ("windows of attention are lost by sharing", " and not any(windows)", ""),
+    ("windows of attention are lost by sharing", " and not has_windows(config)", ""),
 )
 
 SCALAR = bugs_in(
@@ -245,7 +261,7 @@ SAMPLER = (
         ("a copied row has the mask of its predecessor", "self.start_S[newcomers] = self.start_S[slot_F]", "pass"),
         ("positions are one too far", "self.end - 1 - self.start_S", "self.end - self.start_S"),
         ("a row sees columns that are not yet written", " & (column_C < self.end)", ""),
-        ("long rows that have gone keep their room", " or self.columns > 2 * _with_spare(self.used)", ""),
+        ("long rows that have gone keep their room", " or self.columns > 2 * self._with_spare(self.used)", ""),
         (
             "a row that moves leaves its last token",
             "x[slot, :, start : self.end] = x[source, :, start : self.end]",

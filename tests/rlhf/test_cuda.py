@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf import engine as module
 from rlhf import ledger
@@ -22,6 +24,8 @@ from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch, Rollout, moved, rows
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig, SamplingConfig
 from rlhf.engine import Engine, open_engine
+from rlhf.models import attention
+from rlhf.models.norm import RMSNorm
 from rlhf.policy import PolicyModel
 from rlhf.runtime import Progress, StageContext
 from rlhf.sampling import InProcessSampler, graph
@@ -163,6 +167,62 @@ def test_on_a_gpu_rows_that_share_their_prompt_have_the_same_answers_alone(sampl
     together = sample(CUDA, given=given).tokens_BT
     apart = [sample(CUDA, given=rows(given, [row])).tokens_BT[0].tolist() for row in range(9)]
     assert together.tolist() == apart
+
+
+# --- packed rows --------------------------------------------------------------------------------------------------
+
+
+def test_packed_rows_on_a_gpu_are_read_by_flash_attention_as_rows_of_their_own(make_llama, iteration, monkeypatch):
+    """In bf16, two query heads to a key head, with the gradients. Both ways round every product, 2^-9; a row that saw
+    another would be off by as much as itself."""
+    asked, real = [], attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *given, **more: asked.append(1) or real(*given, **more))
+    config = copy.deepcopy(make_llama(0).config)
+    config.num_key_value_heads = 1
+    torch.manual_seed(0)
+    model, part, found = LlamaForCausalLM(config).eval(), moved(iteration.rollout, CUDA), []
+    for packing in (False, True):
+        policy = PolicyModel(copy.deepcopy(model), packing).to(CUDA)
+        with torch.autocast("cuda", torch.bfloat16):
+            logprobs_BR, _ = policy(part.tokens_BT, part.mask_BT, R, TEMPERATURE)
+        logprobs_BR[part.response_mask_BR].sum().backward()
+        gradients = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+        found.append((logprobs_BR.detach()[part.response_mask_BR], torch.cat(gradients)))
+    assert len(asked) == config.num_hidden_layers
+    for padded, packed in zip(*found, strict=True):
+        assert (packed - padded).norm() < 0.03 * padded.norm()
+
+
+@pytest.mark.parametrize("rows_of_prompt", [1, 2])
+def test_a_gpu_reads_packed_rows_as_a_cpu_does_also_where_they_share_their_prompt(
+    make_llama, iteration, rows_of_prompt
+):
+    given = rows(iteration.rollout, torch.arange(3).repeat_interleave(rows_of_prompt))
+    read = []
+    for device in (CUDA, torch.device("cpu")):
+        part, policy = moved(given, device), PolicyModel(make_llama(0), packing=True).to(device)
+        with torch.no_grad():
+            read.append(policy(part.tokens_BT, part.mask_BT, R, TEMPERATURE)[0].cpu()[given.response_mask_BR])
+    torch.testing.assert_close(*read, atol=1e-3, rtol=0)
+
+
+def test_a_norm_on_a_gpu_is_that_of_transformers():
+    """Rounded to bf16 once, as a reader of transformers' norm would; float32 sums differ in their order. Some rows are so
+    small that eps counts."""
+    ours, theirs = RMSNorm(64, 1e-5).to(CUDA), LlamaRMSNorm(64, 1e-5).to(CUDA)
+    size_51 = torch.logspace(-3, 1, 5, device=CUDA)[:, None]
+    x, grad = torch.randn(5, 64, device=CUDA) * size_51, torch.randn(5, 64, device=CUDA).bfloat16()
+    found = []
+    for norm in (ours, theirs):
+        norm.weight.data = torch.linspace(0.2, 2, 64, device=CUDA)
+        given = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = norm(given)
+            assert (y.dtype is torch.bfloat16) == (norm is ours)
+            y = y.to(torch.bfloat16)
+        found.append((y.detach().float(), *torch.autograd.grad(y, [given, norm.weight], grad)))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=2**-7, atol=1e-5 * float(other.abs().max()))
 
 
 # --- an iteration of PPO --------------------------------------------------------------------------------------------
