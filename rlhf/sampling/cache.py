@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# Columns added when a cache is full: at least so many, and this share of those in use. Making room copies the cache, once
-# in so many steps, and every step reads them.
-SPARE_COLUMNS, SPARE_SHARE = 32, 0.125
+# Columns added when a cache is full: at least so many, and this share of those in use. Making room copies the cache once
+# in so many steps, on a GPU graphs are recorded anew, and every step reads all columns.
+SPARE_COLUMNS, SPARE_SHARE = 32, {"cpu": 0.125, "cuda": 0.25}
 
 
 @dataclass
@@ -118,7 +118,7 @@ class SlotCache(Cache):
 
     def step(self) -> None:
         """The coming forward pass writes one token per row."""
-        if self.end == self.columns or self.columns > 2 * _with_spare(self.used):
+        if self.end == self.columns or self.columns > 2 * self._with_spare(self.used):
             self._move(0)
         self.span = Span(slice(0, self.rows), self.end - self.used, self.end)
         self.end += 1
@@ -158,7 +158,7 @@ class SlotCache(Cache):
     def _move(self, to: int) -> None:
         """What is used goes to column `to` of a buffer with room to spare."""
         used, start = self.used, self.end - self.used
-        self.columns = to + _with_spare(used)
+        self.columns = to + self._with_spare(used)
         for layer in self.layers:
             for name in ("keys", "values"):
                 x = getattr(layer, name)
@@ -169,6 +169,5 @@ class SlotCache(Cache):
         self.end = to + used
         self.moves += 1
 
-
-def _with_spare(columns: int) -> int:
-    return columns + max(SPARE_COLUMNS, int(SPARE_SHARE * columns))
+    def _with_spare(self, columns: int) -> int:
+        return columns + max(SPARE_COLUMNS, int(SPARE_SHARE[self.start_S.device.type] * columns))

@@ -73,11 +73,13 @@ def rows_of_graph(rows: int, slots: int) -> int:
 
 
 def record(step: Step, given: StepInput, stream: Any) -> Step:
-    """`step` as a graph, recorded on `stream`, for inputs of the shapes of `given`, which may be computed twice."""
+    """`step` as a graph, recorded on `stream`, for inputs of the shapes of `given`.
+
+    A step of these shapes must have been computed before: a recording cannot wait for libraries that load a kernel.
+    """
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(given)  # libraries make their plans and workspaces, which a recording may not
         # Threads that never touch the device, MLflow's say, are none of a recording's business.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
