@@ -5,7 +5,8 @@
 All sides run the same weights on the same prompts at one temperature, take turns, and use the same threads. A useful
 token is one that belongs to an answer, its end included; what `generate` computes for rows that have ended is not.
 `generate` gets its prompts sorted by length, `rows` at a time, so little of its batches is padding. vLLM takes part
-where it is installed (`make vllm`), in the same process, compiled, with `rows` rows at once.
+where it is installed (`make vllm`), in the same process, compiled, with `rows` rows at once. On a CPU freed memory is kept
+for all of them, as PPO has it.
 
 fixed: as many prompts as rows, every answer of one length, as if no token could end it.
 natural: twice as many prompts as rows; an answer ends where the model ends it.
@@ -36,6 +37,7 @@ from rlhf.batches import PromptBatch, moved, rows
 from rlhf.config import SamplingConfig
 from rlhf.data import pad, prompt_batch, short_prompts
 from rlhf.limits import size_of
+from rlhf.memory import keep_freed_memory
 from rlhf.models import load_causal, load_tokenizer
 from rlhf.sampling import InProcessSampler
 from rlhf.sampling.vllm import VLLMSampler
@@ -225,6 +227,7 @@ def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         subject = open_subject(args, Path(folder))
     results = []
