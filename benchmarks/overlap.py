@@ -57,7 +57,8 @@ def settings_of(way: str, config: RunConfig) -> RunConfig:
 
 
 def summary(workers: int, found: Turns) -> list[dict[str, Any]]:
-    """One line a way: median seconds, and the median over the turns of its iteration over that in turn."""
+    """One line a way: median seconds, those of work beside another phase, and the median over the turns of its iteration
+    over that in turn."""
     in_turn = [one["perf/seconds_iteration"] for one in found[IN_TURN]]
     lines = []
     for way, turns in found.items():
@@ -69,6 +70,9 @@ def summary(workers: int, found: Turns) -> list[dict[str, Any]]:
                 "way": way,
                 "seconds": {phase: medians[phase] for phase in SHOWN},
                 "other": sum(seconds for phase, seconds in medians.items() if phase not in SHOWN),
+                "beside": statistics.median(
+                    sum(one[f"perf/overlapped_seconds_{p}"] for p in COMPUTING) for one in turns
+                ),
                 "iteration": statistics.median(whole),
                 "of_in_turn": statistics.median(own / other for own, other in zip(whole, in_turn, strict=True)),
             }
@@ -79,10 +83,10 @@ def summary(workers: int, found: Turns) -> list[dict[str, Any]]:
 def shown(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for line in lines:
-        seconds = (*line["seconds"].values(), line["other"], line["iteration"])
+        seconds = (*line["seconds"].values(), line["other"], line["iteration"], line["beside"])
         cells = [*(f"{value:.2f} s" for value in seconds), f"{line['of_in_turn']:.2f}"]
         rows.append([str(line["workers"]), line["way"], *cells])
-    return table(["workers", "way", *SHOWN, "other", "iteration", "of in turn"], rows)
+    return table(["workers", "way", *SHOWN, "other", "iteration", "beside it", "of in turn"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
 """Two things at once on a random model: that each way does what it says, and what is made of the times."""
 
 from benchmarks import overlap
-from rlhf.ledger import PHASES
+from rlhf.ledger import COMPUTING, PHASES
 
-QUICK = ["--quick", "--threads", "1", "--repeats", "2", "--rows", "8", "--length", "6"]
+QUICK = ["--quick", "--threads", "1", "--repeats", "2", "--rows", "8", "--length", "24"]
 
 
 def test_each_way_does_beside_what_it_says(capsys, monkeypatch):
-    found = {}
+    found, by_workers = {}, overlap.by_workers
     monkeypatch.setattr(overlap, "by_workers", lambda *given: found.setdefault("raw", [*by_workers(*given)]))
     lines = overlap.main([*QUICK, "--workers", "1"])
     ((workers, turns),) = found["raw"]
@@ -19,13 +19,11 @@ def test_each_way_does_beside_what_it_says(capsys, monkeypatch):
     assert overlap.shown(lines) in capsys.readouterr().out
 
 
-by_workers = overlap.by_workers
-
-
-def turn(iteration, **seconds):
-    return {f"perf/seconds_{phase}": seconds.get(phase, 0.0) for phase in PHASES} | {
-        "perf/seconds_iteration": iteration
-    }
+def turn(iteration, beside=0.0, **seconds):
+    """Of which `beside` in each phase that can be beside another."""
+    times = {f"perf/seconds_{phase}": seconds.get(phase, 0.0) for phase in PHASES}
+    times |= {f"perf/overlapped_seconds_{phase}": beside for phase in COMPUTING}
+    return times | {"perf/seconds_iteration": iteration}
 
 
 def test_an_iteration_is_held_against_that_of_its_own_turn():
@@ -36,9 +34,10 @@ def test_an_iteration_is_held_against_that_of_its_own_turn():
             turn(40.0, sampling=8.0),
             turn(11.0, sampling=5.0, other=2.0),
         ],
-        "scoring beside sampling": [turn(8.0), turn(30.0), turn(9.9)],
+        "scoring beside sampling": [turn(8.0, 0.5), turn(30.0, 9.0), turn(9.9, 1.0)],
     }
     plain, beside = overlap.summary(2, found)
     assert (plain["iteration"], plain["of_in_turn"], plain["seconds"]["sampling"]) == (11.0, 1.0, 5.0)
     assert (beside["iteration"], beside["of_in_turn"]) == (9.9, 0.8)
+    assert (plain["beside"], beside["beside"]) == (0.0, 3.0)
     assert "| 2 | scoring beside sampling | 0.00 s |" in overlap.shown([plain, beside])
