@@ -1,12 +1,12 @@
-"""Causal attention in bf16, where what transformers calls `sdpa` is slow. That still does all else: float32, masks,
-dropout, a step of sampling.
+"""Causal attention in bf16, where what transformers calls `sdpa` is slow. That still does all else: float32, masks (but
+for those of packed rows), dropout, a step of sampling.
 
 On a CPU whole rows are products over all rows and heads at once, a block of queries at a time: torch's kernel takes
 products of its own for each row, head and block, and twice the time. On a GPU packed rows go to flash attention as they
 are, one behind the other: with a mask every token is compared with those of all other rows.
 
-N rows times key heads, G query heads of a key head, T tokens, D head size, Q queries of a block, L keys that they see,
-X = G · Q.
+B rows, A query heads, K key heads, T tokens, D head size; N = B · K, G query heads of a key head, Q queries of a block, L
+keys that they see, X = G · Q.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # On Hopper torch prefers cuDNN's attention in bf16, which makes a plan for every new shape, and answers are of ever other
-# lengths: on an H100 a pass over new lengths took twice as long, sampling three times. The other kernels need no plan.
+# lengths: on an H100 a pass over new lengths took twice as long, sampling two and a half times. The other kernels need no plan.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 BLOCK = 128  # queries whose scores exist at a time: few enough for a processor's cache
