@@ -2,8 +2,8 @@
 
 pretrained.py  folders ↔ tokenizers and causal models      scalar.py  reward and value model
 lora.py        adapters                                    tiny.py    a small Llama made on the spot
-gguf.py        GGUF files → ordinary folders              attention.py  causal attention on a CPU
-packing.py     rows one behind the other
+gguf.py        GGUF files → ordinary folders              attention.py  causal attention in bf16
+packing.py     rows one behind the other                  norm.py    norms of a Llama's layers in bf16
 """
 
 from pathlib import Path

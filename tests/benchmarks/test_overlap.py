@@ -1,17 +1,18 @@
 """Two things at once on a random model: that each way does what it says, and what is made of the times."""
 
+import json
+
 from benchmarks import overlap
 from rlhf.ledger import COMPUTING, PHASES
 
 QUICK = ["--quick", "--threads", "1", "--repeats", "2", "--rows", "8", "--length", "24"]
 
 
-def test_each_way_does_beside_what_it_says(capsys, monkeypatch):
-    found, by_workers = {}, overlap.by_workers
-    monkeypatch.setattr(overlap, "by_workers", lambda *given: found.setdefault("raw", [*by_workers(*given)]))
-    lines = overlap.main([*QUICK, "--workers", "1"])
-    ((workers, turns),) = found["raw"]
-    assert workers == 1 and [len(of_way) for of_way in turns.values()] == [2, 2, 2]
+def test_each_way_does_beside_what_it_says(capsys, tmp_path):
+    out = tmp_path / "overlap.json"
+    lines = overlap.main([*QUICK, "--workers", "1", "--out", str(out)])
+    ((workers, turns),) = json.loads(out.read_text())["results"]["turns"].items()
+    assert workers == "1" and [len(of_way) for of_way in turns.values()] == [2, 2, 2]
     for way, of_way in turns.items():
         for one in of_way:
             assert (one["perf/overlapped_seconds_scoring"] > 0) == (way == "scoring beside sampling")

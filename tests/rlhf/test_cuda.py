@@ -169,7 +169,7 @@ def test_on_a_gpu_rows_that_share_their_prompt_have_the_same_answers_alone(sampl
     assert together.tolist() == apart
 
 
-# --- packed rows --------------------------------------------------------------------------------------------------
+# --- packed rows ----------------------------------------------------------------------------------------------------
 
 
 def test_packed_rows_on_a_gpu_are_read_by_flash_attention_as_rows_of_their_own(make_llama, iteration, monkeypatch):

@@ -1,4 +1,4 @@
-"""Causal attention in blocks, against its definition in float64."""
+"""Causal attention in blocks, against its definition in float64; and when packed rows go to flash attention."""
 
 import itertools
 
@@ -14,6 +14,8 @@ from rlhf.models.attention import BLOCK, attend, causal_attention
 from stages.sft import answer_logprobs
 
 SCALE = 0.3
+TOKENS_3T = torch.randint(3, 50, (3, 20), generator=torch.Generator().manual_seed(0))
+MASK_3T = torch.arange(20) >= torch.tensor([[7], [0], [15]])
 
 
 def tensors(T, dtype, A=6, K=2, D=8):
@@ -74,13 +76,11 @@ def llama():
 
 
 def test_a_model_takes_it_in_bf16_and_reads_what_torchs_kernel_reads(llama, calls):
-    tokens_BT = torch.randint(3, 50, (3, 20), generator=torch.Generator().manual_seed(0))
-    mask_BT = torch.arange(20) >= torch.tensor([[0], [7], [15]])
     read = {}
     for name in ("sdpa", "eager"):
         llama.config._attn_implementation = name
         with torch.autocast("cpu", torch.bfloat16):
-            read[name] = hidden_states(llama, tokens_BT, mask_BT).float()
+            read[name] = hidden_states(llama, TOKENS_3T, MASK_3T).float()
     assert len(calls) == 2  # layers
     assert (read["sdpa"] - read["eager"]).norm() < 0.02 * read["eager"].norm()
 
@@ -118,10 +118,6 @@ def flash(monkeypatch):
     monkeypatch.setattr(room, "varlen_attn", varlen_attn)
     monkeypatch.setattr(room, "_has_flash", lambda device: True)
     return asked
-
-
-TOKENS_3T = torch.randint(3, 50, (3, 20), generator=torch.Generator().manual_seed(0))
-MASK_3T = torch.arange(20) >= torch.tensor([[7], [0], [15]])
 
 
 def test_flash_attention_reads_packed_rows_as_they_are(llama, flash):
