@@ -101,7 +101,7 @@ def checked_data(config: RunConfig, stages: Sequence[str]) -> Data:
             model = config.reward.models[stage.removeprefix("reward/")]
             mix_preferences(data[stage]["preferences"].train, model, config.seed)
         elif stage == "ppo":
-            split_held_out(data[stage]["prompts"].held_out, config.ppo.eval_prompts)
+            split_held_out(data[stage]["prompts"].held_out, config.ppo.eval_prompts, config.seed)
     return data
 
 

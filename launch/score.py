@@ -20,7 +20,7 @@ from reward_data import DataError, Demonstration, Preference, prompt_of
 from rlhf import artifacts, chat
 from rlhf.data import pad
 from rlhf.errors import UserError
-from rlhf.evaluation.intervals import Estimate, bootstrap_mean, wilson
+from rlhf.evaluation.intervals import Estimate, bootstrap_mean, share
 from rlhf.models import ScalarModel, load_scalar, load_tokenizer
 
 Row = Preference | Demonstration
@@ -156,8 +156,8 @@ def summary(lines: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, E
     names = [name for name in ("score", "chosen", "rejected", "margin") if name in lines[0]]
     found = {f"mean {name}": bootstrap_mean([line[name] for line in lines], prompts) for name in names}
     if "margin" in names:
-        wins = sum(1.0 if line["margin"] > 0 else 0.5 * (line["margin"] == 0) for line in lines)
-        found["accuracy"] = wilson(wins, len(lines))
+        wins = [1.0 if line["margin"] > 0 else 0.5 * (line["margin"] == 0) for line in lines]
+        found["accuracy"] = share(wins, prompts)
     return found
 
 

@@ -50,8 +50,9 @@ class Scores:
     logprobs_BR: Tensor  # float32, policy, by the training engine
     ref_logprobs_BR: Tensor  # float32
     values_BR: Tensor  # float32, critic, read at positions P-1 … T-2
-    helpful_B: Tensor  # float32, raw logit
-    safety_B: Tensor  # float32, raw logit
+    helpful_B: Tensor  # float32, centred on SFT answers
+    safety_B: Tensor  # float32, centred on SFT answers
+    safety_logit_B: Tensor  # float32, raw logit of the safety model
 
 
 @dataclass(frozen=True)

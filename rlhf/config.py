@@ -123,7 +123,7 @@ class DataConfig(Settings):
     prompts: RoleConfig
     bad_rows: Literal["refuse", "skip"] = "refuse"
     shared_prompts: Literal["refuse", "drop"] = "refuse"
-    """What happens to training rows whose prompt is also held out."""
+    """What happens to training rows whose prompt is also held out, for whatever role."""
     held_out_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     gold: Literal["none", "shipped"] = "none"
     """`shipped`: answers are also given their true quality; only the shipped world has one."""
@@ -162,7 +162,7 @@ class RewardConfig(Settings):
     evals: Count = 4
     checkpoints: Annotated[int, Field(ge=0)] = 2
     center_rows: Count = 256
-    """SFT answers over which the mean reward is taken and subtracted."""
+    """SFT answers over which the mean reward is taken and subtracted; drawn by hash, of every tag and source."""
 
 
 class SamplingConfig(Settings):

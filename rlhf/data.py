@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from rlhf.config import DataConfig, RewardModelConfig, RoleConfig, RunConfig, So
 from rlhf.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Row = TypeVar("Row", Demonstration, Preference, Prompt)
 
 MARGINS: dict[str, dict[str, float]] = {  # Llama 2, table 27
     "none": {"significantly": 0.0, "better": 0.0, "slightly": 0.0, "negligibly": 0.0, "unrated": 0.0},
@@ -174,7 +176,63 @@ def _hold_out(rows: list, share: float) -> tuple[list, list]:
     return parts
 
 
-def split_held_out(prompts: Sequence[Prompt], for_choice: int) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+def hold_out_everywhere(splits: Mapping[str, Split], data: DataConfig) -> dict[str, Split]:
+    """What is held out for one role is trained on in none: `splits` by role, without such training rows.
+
+    UserError (3) where there are some and `data.shared_prompts` refuses them, or where no training row is left.
+    """
+    held_out = {role: {normalised_prompt(prompt_of(row)) for row in split.held_out} for role, split in splits.items()}
+    return {role: _without_others(role, split, held_out, data) for role, split in splits.items()}
+
+
+def _without_others(role: str, split: Split, held_out: Mapping[str, set[str]], data: DataConfig) -> Split:
+    train, digests, findings = split.train, dict(split.digests), [*split.findings]
+    for other in held_out.keys() - {role}:
+        shared = [row for row in train if normalised_prompt(prompt_of(row)) in held_out[other]]
+        if shared and data.shared_prompts == "refuse":
+            raise UserError(
+                f"data.{role}: {len(shared)} training rows have a prompt that is held out in data.{other}, the first is "
+                f"{shared[0].source}; mend the files, or leave these rows out (data.shared_prompts: drop)",
+                3,
+            )
+        if shared:
+            train = [row for row in train if normalised_prompt(prompt_of(row)) not in held_out[other]]
+            names = sorted(row.source for row in shared)
+            digests[f"held out in {other}"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
+            findings.append(f"{role}: {len(shared)} training rows left out whose prompt is held out in {other}")
+    if not train:
+        raise UserError(f"data.{role}: no training rows are left; all their prompts are held out in other roles", 3)
+    return replace(split, train=train, digests=digests, findings=findings)
+
+
+def draw_rows(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """(`count` rows, the others), drawn by a hash of their prompts, whatever their order in the files.
+
+    Stratified: of every tag and source as large a part as of the whole, within one prompt. Rows that share a prompt stay
+    together, so fewer than `count` are drawn where the next prompt has more rows than are wanted. Both lists are in the
+    order of the draw, so their beginnings are mixed too.
+    """
+    rows_of: dict[str, list[Row]] = {}
+    for row in rows:
+        rows_of.setdefault(normalised_prompt(prompt_of(row)), []).append(row)
+
+    def key(prompt: str) -> str:
+        return hashlib.sha256(f"{seed}/{prompt}".encode()).hexdigest()
+
+    strata: dict[tuple[str, str], list[str]] = {}
+    for prompt in sorted(rows_of, key=key):
+        strata.setdefault(min((row.tag, row.source.rpartition(":")[0]) for row in rows_of[prompt]), []).append(prompt)
+    # The k-th of n prompts stands at (k + ½) / n, so every beginning of the list has the proportions of the whole.
+    places = [((k + 0.5) / len(own), key(prompt), prompt) for own in strata.values() for k, prompt in enumerate(own)]
+    drawn: list[Row] = []
+    others: list[Row] = []
+    for _, _, prompt in sorted(places):
+        wanted = not others and len(drawn) + len(rows_of[prompt]) <= count
+        (drawn if wanted else others).extend(rows_of[prompt])
+    return drawn, others
+
+
+def split_held_out(prompts: Sequence[Prompt], for_choice: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts that choose the best iteration, and others for the report: a maximum must not be its own witness.
 
     UserError (3) where nothing is left for the report.
@@ -185,7 +243,7 @@ def split_held_out(prompts: Sequence[Prompt], for_choice: int) -> tuple[Sequence
             "the report needs some that did not choose the policy. Lower ppo.eval_prompts or hold out more.",
             3,
         )
-    return prompts[:for_choice], prompts[for_choice:]
+    return draw_rows(prompts, for_choice, seed)
 
 
 def mix_preferences(rows: Sequence[Preference], model: RewardModelConfig, seed: int) -> list[Preference]:

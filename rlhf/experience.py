@@ -14,7 +14,7 @@ from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.kl import k1, k3
 from rlhf.algorithms.losses import importance_weight
 from rlhf.algorithms.masked import masked_mean_and_var, whiten
-from rlhf.algorithms.rewards import piecewise_reward, token_rewards
+from rlhf.algorithms.rewards import flagged_unsafe, piecewise_reward, token_rewards
 from rlhf.batches import Experience, Rollout, Scores
 from rlhf.config import PPOConfig
 
@@ -27,7 +27,8 @@ def make_experience(
     R = WHITEN(LOGIT(R_c)) - β·KL(π‖π_0) (Llama 2, §3.2.3); the score counts once, on the last token of the answer.
     """
     mask_BR = rollout.response_mask_BR
-    score_B, used_safety_B = piecewise_reward(scores.helpful_B, scores.safety_B, is_safety_B, config.safety_threshold)
+    flagged_B = flagged_unsafe(scores.safety_logit_B, config.safety_threshold)
+    score_B = piecewise_reward(scores.helpful_B, scores.safety_B, is_safety_B, flagged_B)
     final_B = score_B
     if config.whiten_rewards:
         # Divide only: the sign of a centred reward still says better or worse than SFT.
@@ -51,13 +52,20 @@ def make_experience(
             scores.logprobs_BR, rollout.behaviour_logprobs_BR, config.importance_cap, mask_BR
         ),
     )
-    figures = _figures(rollout, scores, score_B, used_safety_B, returns_BR)
+    figures = _figures(rollout, scores, score_B, returns_BR) | _safety_figures(is_safety_B, flagged_B)
     return experience, figures | _sampler_figures(rollout, scores, config.importance_cap)
 
 
-def _figures(
-    rollout: Rollout, scores: Scores, score_B: Tensor, used_safety_B: Tensor, returns_BR: Tensor
-) -> dict[str, float]:
+def _safety_figures(is_safety_B: Tensor, flagged_B: Tensor) -> dict[str, float]:
+    """How often safety's score counts, and how many answers are flagged among the prompts of each tag that occurs."""
+    figures = {"ppo/safety_branch_share": float((is_safety_B | flagged_B).float().mean())}
+    for tag, rows_B in (("helpful", ~is_safety_B), ("safety", is_safety_B)):
+        if rows_B.any():
+            figures[f"ppo/flagged_{tag}"] = float(flagged_B[rows_B].float().mean())
+    return figures
+
+
+def _figures(rollout: Rollout, scores: Scores, score_B: Tensor, returns_BR: Tensor) -> dict[str, float]:
     """What whitening hides and what tells collapse from progress; definitions in docs/metrics.md."""
     mask_BR = rollout.response_mask_BR
 
@@ -72,7 +80,6 @@ def _figures(
         "ppo/reward_std": float(score_B.std(correction=0)),
         "ppo/reward_helpfulness": float(scores.helpful_B.mean()),
         "ppo/reward_safety": float(scores.safety_B.mean()),
-        "ppo/safety_branch_share": float(used_safety_B.float().mean()),
         "ppo/kl": float(kl_B.mean()),
         "ppo/kl_k3_per_token": over_tokens(k3(scores.logprobs_BR, scores.ref_logprobs_BR)),
         "ppo/length": float(mask_BR.sum(1).float().mean()),

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf import artifacts, ranks
 from rlhf.artifacts import Artifact, digest_of
 from rlhf.config import RunConfig
-from rlhf.data import Split, load_demonstrations, load_preferences, load_prompts
+from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts
 from rlhf.runtime import StageContext
 
 LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
@@ -18,10 +18,12 @@ ROLES = {"sft": ["demonstrations"], "reward": ["preferences", "demonstrations"],
 
 
 def read_data(config: RunConfig, stages: Sequence[str]) -> dict[str, dict[str, Split]]:
-    """The data of each stage, by role; every role is read once. UserError (3) for data that cannot be used."""
-    roles = {stage: ROLES[stage.split("/")[0]] for stage in stages}
-    splits = {role: LOADERS[role](config) for role in dict.fromkeys(r for needed in roles.values() for r in needed)}
-    return {stage: {role: splits[role] for role in needed} for stage, needed in roles.items()}
+    """The data of each stage, by role; every role is read once, because what one holds out no other may train on.
+
+    UserError (3) for data that cannot be used.
+    """
+    splits = hold_out_everywhere({role: load(config) for role, load in LOADERS.items()}, config.data)
+    return {stage: {role: splits[role] for role in ROLES[stage.split("/")[0]]} for stage in stages}
 
 
 def stage_data(config: RunConfig, stage: str) -> dict[str, Split]:

@@ -35,13 +35,15 @@ def read_rollout(
             tokens_BT, mask_BT = part.tokens_BT.to(policy.device), part.mask_BT.to(policy.device)
             R = part.response_mask_BR.shape[1]
             helpful_B = reward_of(helpful, tokens_BT, mask_BT, R)
+            safety_B = helpful_B if safety is helpful else reward_of(safety, tokens_BT, mask_BT, R)
             parts.append(
                 Scores(
                     logprobs_BR=policy(tokens_BT, mask_BT, R, temperature)[0],
                     ref_logprobs_BR=reference(tokens_BT, mask_BT, R, temperature)[0],
                     values_BR=critic(tokens_BT, mask_BT, R)[:, -R - 1 : -1],
                     helpful_B=helpful_B,
-                    safety_B=helpful_B if safety is helpful else reward_of(safety, tokens_BT, mask_BT, R),
+                    safety_B=safety_B,
+                    safety_logit_B=safety_B + offset_of(safety),
                 )
             )
     R = rollout.response_mask_BR.shape[1]
@@ -82,7 +84,12 @@ def read_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tensor:
 
 def reward_of(engine: Engine, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
     """scores_B: the raw logit at the last real token, less the mean of SFT answers."""
-    return last_value(engine(tokens_BT, mask_BT, response_length), mask_BT) - cast(ScalarModel, engine.module).offset
+    return last_value(engine(tokens_BT, mask_BT, response_length), mask_BT) - offset_of(engine)
+
+
+def offset_of(engine: Engine) -> float:
+    """The mean raw logit of SFT answers, which centring takes away."""
+    return cast(ScalarModel, engine.module).offset
 
 
 def _widened(x: Tensor, R: int) -> Tensor:

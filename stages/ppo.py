@@ -6,7 +6,7 @@ Llama 2, §3.2.3; what was not published is marked in rlhf/config.py.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from rlhf.config import RunConfig
 from rlhf.data import draw_prompts, short_prompts, split_held_out
 from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
 from rlhf.errors import UserError
-from rlhf.evaluation.held_out import Answers, answer_held_out
-from rlhf.evaluation.intervals import paired_difference
-from rlhf.evaluation.policy_report import policy_report
+from rlhf.evaluation.held_out import answer_held_out
+from rlhf.evaluation.intervals import Estimate
+from rlhf.evaluation.policy_report import Answers, gain, policy_report
 from rlhf.evaluation.samples import before_and_after, sampled
 from rlhf.experience import make_experience
 from rlhf.ledger import Clock
@@ -72,7 +72,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         short_prompts(models.tokenizer, rows_, ppo.max_prompt_length)
         for rows_ in (data["prompts"].train, data["prompts"].held_out)
     )
-    for_choice, for_report = split_held_out(held_out, ppo.eval_prompts)
+    for_choice, for_report = split_held_out(held_out, ppo.eval_prompts, config.seed)
     judge = Judge(config, context, models)
     restored = checkpoint.restore(context.checkpoint_folder, _parts(models))
     context.tracker.rewind(restored["iteration"] if restored else NOTHING)
@@ -250,7 +250,7 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
     sampler = open_sampler(config, sft, tokenizer, context.device)
     if ppo.packing:
         whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # one that is not sharded
-        check_packing(whole, ppo.answers_per_prompt > 1)
+        check_packing(whole, "ppo.packing", ppo.answers_per_prompt > 1)
     return Models(
         policy=engine(PolicyModel(policy, ppo.packing), ppo.optim),
         reference=engine(PolicyModel(reference, ppo.packing)),
@@ -283,16 +283,15 @@ class Judge:
     def reward(self, prompts: Sequence[Any], iteration: int) -> float:
         """Mean over prompts of the reward that PPO maximises; all figures go to the tracker under eval/."""
         answers = self.answers(prompts)
-        report = policy_report(answers.texts, answers.scores, answers.finished, answers.lengths)
+        report = policy_report(answers, prompts)
         figures = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
-        chosen_B, _ = piecewise_reward(
+        score_B = piecewise_reward(
             torch.tensor(answers.scores[f"reward.{self.config.ppo.helpfulness_model}"]),
             torch.tensor(answers.scores[f"reward.{self.config.ppo.safety_model}"]),
             torch.tensor([prompt.tag == "safety" for prompt in prompts]),
-            self.config.ppo.safety_threshold,
+            torch.tensor(answers.flagged),
         )
-        figures["eval/reward"] = float(chosen_B.mean())
-        figures["eval/kl"] = sum(answers.kl) / len(answers.kl)
+        figures["eval/reward"] = float(score_B.mean())
         self.context.tracker.metrics(figures, step=iteration)
         return figures["eval/reward"]
 
@@ -319,8 +318,8 @@ def finish(
         )
         answers[name] = judge.answers(prompts, sampler)
     metrics = {
-        "held_out": {name: _report(a) for name, a in answers.items()},
-        "gain": _gain(answers["ppo"], answers["sft"]),
+        "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in answers.items()},
+        "gain": _as_dicts(gain(answers["ppo"], answers["sft"], prompts)),
         "kl": sum(answers["ppo"].kl) / len(prompts),
         "iterations": state["iteration"],
         "best_iteration": state["best_iteration"],
@@ -333,11 +332,6 @@ def finish(
         shutil.copytree(best, folder, dirs_exist_ok=True)
 
     return lineage.seal(config, context, write, parents, metrics)
-
-
-def _gain(after: Answers, before: Answers) -> dict[str, Any]:
-    """By how much each score rose, prompt by prompt: what prompts have in common cancels."""
-    return {name: paired_difference(scores, before.scores[name]).as_dict() for name, scores in after.scores.items()}
 
 
 def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:
@@ -392,6 +386,5 @@ def _gold_scorer(config: RunConfig) -> Callable[[str, str], float] | None:
     return gold_score
 
 
-def _report(answers: Answers) -> dict[str, Any]:
-    report = policy_report(answers.texts, answers.scores, answers.finished, answers.lengths)
+def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:
     return {name: estimate.as_dict() for name, estimate in report.items()}

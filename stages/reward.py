@@ -22,7 +22,7 @@ from rlhf.algorithms.losses import safety_loss
 from rlhf.artifacts import Artifact
 from rlhf.chat import encode_answer
 from rlhf.config import RunConfig
-from rlhf.data import encode_demonstrations, encode_preferences, mix_preferences, pad
+from rlhf.data import draw_rows, encode_demonstrations, encode_preferences, mix_preferences, pad
 from rlhf.engine import end_sharded_loading, full_state, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.reward_report import reward_report
@@ -121,8 +121,9 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     names |= {"mean_reward": "reward/mean", "grad_norm": "reward/grad_norm", "learning_rate": "reward/lr"}
     fit(trainer, Reporter(context, names, "reward/accuracy", reward.evals, measure))
 
-    demonstrations = [*data["demonstrations"].held_out, *data["demonstrations"].train][: reward.center_rows]
-    answers = encode_demonstrations(tokenizer, demonstrations, reward.max_length)
+    answers = [*data["demonstrations"].held_out, *data["demonstrations"].train]
+    answers, _ = draw_rows(answers, reward.center_rows, config.seed)
+    answers = encode_demonstrations(tokenizer, answers, reward.max_length)
     scores = score([row["input_ids"] for row in answers])
     metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps}
     return _seal(config, context, scorer, tokenizer, lineage.parents(data, context.inputs), metrics)

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
@@ -35,6 +36,7 @@ from rlhf.metrics import Means
 from rlhf.models import (
     add_lora,
     check_length,
+    check_packing,
     follows_row_ends,
     lm_head,
     load_causal,
@@ -56,6 +58,13 @@ class Trainer(OwnOptimizer, SFTTrainer):
         """-Σ log p of this micro-batch over the number of answer tokens of all ranks and micro-batches."""
         # DeepSpeed averages gradients over ranks; the count is global already, so the average becomes a sum again.
         return -model(**inputs).sum() * self.accelerator.num_processes / num_items_in_batch
+
+
+class PackingCheck(TrainerCallback):
+    """Asks the model before the first step, when it is sharded and can be read, whether packed rows stay apart."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        check_packing(model, "sft.packing")
 
 
 def main(config: RunConfig, context: StageContext) -> Artifact:
@@ -91,6 +100,8 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         processing_class=tokenizer,
     )
     trainer.optim = config.sft.optim
+    if config.sft.packing:
+        trainer.add_callback(PackingCheck())
     causal.forward = partial(answer_logprobs, causal)  # in place of TRL's, and inside whatever wraps the model
 
     def measure() -> dict[str, float]:

@@ -8,20 +8,23 @@ from torch import Tensor
 from rlhf.algorithms.masked import keep
 
 
-def piecewise_reward(
-    helpful_B: Tensor, safety_B: Tensor, is_safety_B: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """(score_B, used_safety_B): safety's score where the prompt is about safety or the answer unsafe, else helpfulness.
+def flagged_unsafe(safety_logit_B: Tensor, threshold: float) -> Tensor:
+    """flagged_B: whether the safety model calls an answer unsafe, σ(logit) < threshold.
 
-        R_c = R_s  if is_safety(prompt) or σ(R_s) < threshold, else R_h
-
-    Scores are raw logits and stay so (float32): `threshold`, on the sigmoid scale, is moved to theirs instead, so
-    the paper's LOGIT(σ(·)) falls away. Llama 2 (arXiv 2307.09288), §3.2.3.
+    The logit is the raw one: σ of it is the probability of a safe answer, σ of a centred score is none. `threshold` is
+    moved to the scale of logits, so large ones are not saturated. Llama 2 (arXiv 2307.09288), §3.2.3.
     """
-    safety_B = safety_B.float()
-    limit = torch.logit(torch.tensor(threshold)).item()
-    used_safety_B = is_safety_B.bool() | (safety_B < limit)
-    return torch.where(used_safety_B, safety_B, helpful_B.float()), used_safety_B
+    return safety_logit_B.float() < torch.logit(torch.tensor(threshold)).item()
+
+
+def piecewise_reward(helpful_B: Tensor, safety_B: Tensor, is_safety_B: Tensor, flagged_B: Tensor) -> Tensor:
+    """score_B, float32: safety's score where the prompt is about safety or the answer is flagged, else helpfulness.
+
+        R_c = R_s  if is_safety(prompt) or flagged(answer), else R_h
+
+    Both scores are centred: 0 is the mean of SFT answers. Llama 2 (arXiv 2307.09288), §3.2.3.
+    """
+    return torch.where(is_safety_B.bool() | flagged_B.bool(), safety_B.float(), helpful_B.float())
 
 
 def token_rewards(score_B: Tensor, kl_BR: Tensor, beta: float, mask_BR: Tensor) -> Tensor:

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlhf import ranks
+from rlhf.algorithms.rewards import flagged_unsafe
 from rlhf.batches import rows
 from rlhf.chat import decode_answer
 from rlhf.config import RunConfig
 from rlhf.data import prompt_batch
 from rlhf.engine import Engine
+from rlhf.evaluation.policy_report import Answers
 from rlhf.sampling import Sampler
-from rlhf.scoring import read_kl, read_rewards
+from rlhf.scoring import offset_of, read_kl, read_rewards
 
 # Held-out answers are drawn with one key for every policy: common random numbers make differences sharper.
 HELD_OUT_ITERATION = 1 << 40
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers to the held-out prompts, in their order, on every rank."""
-
-    texts: list[str]
-    lengths: list[int]  # tokens, EOS inside
-    finished: list[bool]
-    scores: dict[str, list[float]]  # reward.<name>, and gold where there is one
-    kl: list[float]  # nats per answer against the reference, k1
 
 
 def answer_held_out(
@@ -48,6 +38,7 @@ def answer_held_out(
     mine = type(mine)(**{name: value.to(device) for name, value in vars(mine).items()})
     rollout = sampler.sample(mine, config.ppo.sampling, config.seed, HELD_OUT_ITERATION)
     scores = read_rewards(rollout, rewards, config.ppo)
+    safety_logit_B = scores[config.ppo.safety_model] + offset_of(rewards[config.ppo.safety_model])
     P = mine.tokens_BP.shape[1]
     lengths = rollout.response_mask_BR.sum(1).tolist()
     texts = [
@@ -64,6 +55,7 @@ def answer_held_out(
         finished=join(rollout.finished_B.tolist()),
         scores={f"reward.{name}": join(scores_B.tolist()) for name, scores_B in scores.items()},
         kl=join(kl_B.tolist()),
+        flagged=join(flagged_unsafe(safety_logit_B, config.ppo.safety_threshold).tolist()),
     )
     if gold is not None:
         answers.scores["gold"] = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.batches import Rollout, Scores
 from rlhf.chat import decode_answer
-from rlhf.evaluation.held_out import Answers
+from rlhf.evaluation.policy_report import Answers
 
 
 def before_and_after(prompts: Sequence[Any], answers: Mapping[str, Answers], count: int = 10) -> list[dict[str, Any]]:

@@ -328,9 +328,9 @@ def _mask_for(model: nn.Module, sees_11NN: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def check_packing(model: nn.Module, sharing: bool = False) -> None:
+def check_packing(model: nn.Module, setting: str, sharing: bool = False) -> None:
     """UserError (4) for families whose attention does not see from the positions where a packed row ends, or, with
-    `sharing`, does not follow the mask by which rows share a prompt."""
+    `sharing`, does not follow the mask by which rows share a prompt. `setting` names what to turn off."""
     device = next(model.parameters()).device
     tokens_BT = torch.tensor([[3, 4, 5], [6, 7, 8]], device=device)
     if sharing:
@@ -338,10 +338,10 @@ def check_packing(model: nn.Module, sharing: bool = False) -> None:
     mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
     padded, packed = (hidden_states(model, tokens_BT, mask_BT, packing, 1).float() for packing in (False, True))
     if (packed - padded).norm() > 0.05 * padded.norm():  # bf16 stays within 0.01
-        raise UserError("packed rows see one another in models of this family; set ppo.packing to false", 4)
+        raise UserError(f"packed rows see one another in models of this family; set {setting} to false", 4)
     if sharing and not can_share_prompts(model):
         raise UserError(
-            "packed answers cannot share their prompt in models whose attention has a window; set ppo.packing to false",
+            f"packed answers cannot share their prompt in models whose attention has a window; set {setting} to false",
             4,
         )
 

@@ -271,24 +271,28 @@ REWARDS = bugs_in(
         "is_last_BR = (mask_BR & (tokens_left_BR == 1)).roll(1, 1)",
     ),
     ("the score has the wrong sign", "+ keep(score_B", "- keep(score_B"),
-    ("safe answers get the safety score", "safety_B < limit", "safety_B > limit"),
+    ("safe answers get the safety score", "| flagged_B.bool()", "| ~flagged_B.bool()"),
     ("the threshold stays a probability", "torch.logit(torch.tensor(threshold)).item()", "threshold"),
-    ("safety counts only where the prompt is about it too", "is_safety_B.bool() | (", "is_safety_B.bool() & ("),
-    ("prompts about safety are ignored", "is_safety_B.bool() | (safety_B < limit)", "safety_B < limit"),
+    (
+        "safety counts only where the prompt is about it too",
+        "is_safety_B.bool() | flagged",
+        "is_safety_B.bool() & flagged",
+    ),
+    ("prompts about safety are ignored", "is_safety_B.bool() | flagged_B.bool()", "flagged_B.bool()"),
     (
         "helpfulness and safety are swapped",
-        "torch.where(used_safety_B, safety_B, helpful_B.float())",
-        "torch.where(used_safety_B, helpful_B.float(), safety_B)",
+        "safety_B.float(), helpful_B.float())",
+        "helpful_B.float(), safety_B.float())",
     ),
     (
         "scores saturate on their way through a sigmoid",
-        "torch.where(used_safety_B, safety_B, helpful_B.float())",
-        "torch.logit(torch.sigmoid(torch.where(used_safety_B, safety_B, helpful_B.float())))",
+        "torch.where(is_safety_B.bool() | flagged_B.bool(), safety_B.float(), helpful_B.float())",
+        "torch.logit(torch.sigmoid(torch.where(is_safety_B.bool() | flagged_B.bool(), safety_B.float(), helpful_B.float())))",
     ),
     (
         "scores stay probabilities",
-        "torch.where(used_safety_B, safety_B, helpful_B.float())",
-        "torch.sigmoid(torch.where(used_safety_B, safety_B, helpful_B.float()))",
+        "torch.where(is_safety_B.bool() | flagged_B.bool(), safety_B.float(), helpful_B.float())",
+        "torch.sigmoid(torch.where(is_safety_B.bool() | flagged_B.bool(), safety_B.float(), helpful_B.float()))",
     ),
 )
 

@@ -336,6 +336,14 @@ DATA = bugs_in(
     "rlhf/data.py",
     ["rlhf/test_data.py"],
     (
+        "choice prompts are the first of the file",
+        "for _, _, prompt in sorted(places):",
+        "for _, _, prompt in places:",
+    ),
+    ("the draw is blind to tags", "min((row.tag, row.source", "min((row.source, row.source"),
+    ("the draw follows no seed", 'f"{seed}/{prompt}"', 'f"{prompt}"'),
+    ("what a role holds out others train on", "for other in held_out.keys() - {role}:", "for other in ():"),
+    (
         "margins fall with the rating",
         '"large": {"significantly": 3.0, "better": 2.0, "slightly": 1.0',
         '"large": {"significantly": 1.0, "better": 2.0, "slightly": 3.0',
@@ -369,8 +377,8 @@ DATA = bugs_in(
     ),
     (
         "the prompts that chose the policy report it too",
-        "prompts[:for_choice], prompts[for_choice:]",
-        "prompts[:for_choice], prompts",
+        "return draw_rows(prompts, for_choice, seed)",
+        "return draw_rows(prompts, for_choice, seed)[0], [*prompts]",
     ),
 )
 

@@ -8,14 +8,19 @@ EXPERIENCE = bugs_in(
     "rlhf/experience.py",
     ["rlhf/test_experience.py"],
     (
+        "the safety rule looks at the centred score",
+        "flagged_unsafe(scores.safety_logit_B, ",
+        "flagged_unsafe(scores.safety_B, ",
+    ),
+    (
         "helpfulness and safety are swapped",
         "(scores.helpful_B, scores.safety_B, is",
         "(scores.safety_B, scores.helpful_B, is",
     ),
     (
         "no prompt is about safety",
-        "is_safety_B, config.safety_threshold)",
-        "is_safety_B & False, config.safety_threshold)",
+        "is_safety_B, flagged_B)\n    final_B",
+        "is_safety_B & False, flagged_B)\n    final_B",
     ),
     ("rewards are centred by whitening", "shift_mean=False", "shift_mean=True"),
     ("rewards are whitened always", "if config.whiten_rewards:", "if True:"),
@@ -183,7 +188,7 @@ SCORING = bugs_in(
     "rlhf/scoring.py",
     ["rlhf/test_scoring.py"],
     ("values come from the position of their token", "[:, -R - 1 : -1]", "[:, -R:]"),
-    ("rewards are not centred", " - cast(ScalarModel, engine.module).offset", ""),
+    ("rewards are not centred", " - offset_of(engine)", ""),
     ("scores come back in the order of passes", "[torch.cat(passes).argsort().to(parts[0].device)]", ""),
     (
         "the reference reads itself at another temperature",
@@ -305,7 +310,14 @@ OVERLAP = (
     )
 )
 
+PACKED = bugs_in(
+    "stages/sft.py",
+    ["stages/test_sft.py::test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_step"],
+    ("SFT packs what cannot be packed", 'check_packing(model, "sft.packing")', "pass"),
+)
+
 BUGS = [
+    *PACKED,
     *EXPERIENCE,
     *UPDATE,
     *PASSES,

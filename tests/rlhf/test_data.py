@@ -12,8 +12,11 @@ from rlhf.chat import encode_answer, encode_dialogue, encode_prompt
 from rlhf.config import RewardModelConfig, RunConfig
 from rlhf.data import (
     MARGINS,
+    Split,
+    draw_rows,
     encode_demonstrations,
     encode_preferences,
+    hold_out_everywhere,
     load_demonstrations,
     load_preferences,
     load_prompts,
@@ -199,11 +202,82 @@ def test_empty_side_is_refused(config):
         load_demonstrations(config([demonstration("q0")]))
 
 
+# --- drawing ---
+
+
+def prompt(text, tag: Tag = "helpful", file="p.jsonl"):
+    return Prompt(asked(text), tag, f"{file}:1")
+
+
 def test_prompts_that_choose_the_policy_do_not_report_it():
-    assert split_held_out(["a", "b", "c"], 2) == (["a", "b"], ["c"])  # type: ignore[list-item]
+    rows = [prompt(text) for text in "abc"]
+    choice, rest = split_held_out(rows, 2, seed=0)
+    assert len(choice) == 2 and sorted(p.messages[0].content for p in choice + rest) == ["a", "b", "c"]
     with pytest.raises(UserError, match="eval_prompts is 3, but only 3") as error:
-        split_held_out(["a", "b", "c"], 3)  # type: ignore[list-item]
+        split_held_out(rows, 3, seed=0)
     assert error.value.exit_code == 3
+
+
+def test_a_helpful_and_a_safety_file_both_choose():
+    """In file order 128 of 128 would be helpful."""
+    rows = [prompt(f"h{n}", file="h.jsonl") for n in range(300)]
+    rows += [prompt(f"s{n}", "safety", "s.jsonl") for n in range(100)]
+    choice, _ = split_held_out(rows, 128, seed=0)
+    assert Counter(row.tag for row in choice) == {"helpful": 96, "safety": 32}
+
+
+STRATA = st.lists(
+    st.tuples(st.integers(0, 40), st.sampled_from(["helpful", "safety"]), st.sampled_from("ab")), max_size=60
+)
+
+
+@given(STRATA, st.integers(0, 70), st.integers(0, 3), st.randoms())
+def test_the_draw_is_a_split_that_the_order_of_the_files_does_not_change(strata, count, seed, random):
+    rows = [prompt(f"q{number}", tag, file) for number, tag, file in strata]
+    drawn, others = draw_rows(rows, count, seed)
+    assert Counter(drawn + others) == Counter(rows) and len(drawn) <= count
+    sides = [{row.messages[0].content for row in side} for side in (drawn, others)]
+    assert not sides[0] & sides[1]
+    shuffled = random.sample(rows, len(rows))
+    assert [Counter(side) for side in draw_rows(shuffled, count, seed)] == [Counter(drawn), Counter(others)]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
+def test_every_stratum_is_drawn_in_proportion(sizes, data):
+    kinds = [("helpful", "a"), ("helpful", "b"), ("safety", "a"), ("safety", "b")]
+    rows = [prompt(f"{kind}{n}", *kind) for kind, size in zip(kinds, sizes, strict=False) for n in range(size)]
+    count = data.draw(st.integers(0, len(rows)))
+    drawn, _ = draw_rows(rows, count, seed=0)
+    assert len(drawn) == count
+    got = Counter((row.tag, row.source[0]) for row in drawn)
+    for kind, size in zip(kinds, sizes, strict=False):
+        assert abs(got[kind] - count * size / len(rows)) <= 1
+
+
+def test_another_seed_draws_other_rows():
+    rows = [prompt(f"q{n}") for n in range(40)]
+    draws = {tuple(row.messages[0].content for row in draw_rows(rows, 20, seed)[0]) for seed in range(5)}
+    assert len(draws) == 5
+
+
+# --- what one role holds out ---
+
+
+@pytest.mark.parametrize("role", ["demonstrations", "preferences", "prompts"])
+def test_what_one_role_holds_out_no_other_trains_on(config, role):
+    make = {"demonstrations": demonstration, "preferences": preference, "prompts": prompt}
+    splits = {name: Split([new("own"), new(" HELD  out ")], [new("mine")], {}, []) for name, new in make.items()}
+    splits[role] = Split([make[role]("own")], [make[role]("held out")], {}, [])
+    data = config([], []).data
+    with pytest.raises(UserError, match=rf"have a prompt that is held out in data\.{role}") as error:
+        hold_out_everywhere(splits, data)
+    assert error.value.exit_code == 3
+    got = hold_out_everywhere(splits, data.model_copy(update={"shared_prompts": "drop"}))
+    assert {name: len(split.train) for name, split in got.items()} == dict.fromkeys(make, 1)
+    others = [split for name, split in got.items() if name != role]
+    assert all(
+        f"held out in {role}" in split.digests and "1 training rows left out" in split.findings[0] for split in others
+    )
 
 
 # --- mixing ---

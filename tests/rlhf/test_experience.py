@@ -29,6 +29,7 @@ SCORES = Scores(
     values_BR=torch.tensor([[0.2, 0.1], [-0.8, 9.0], [0.0, -0.4], [-0.5, -0.5]]),
     helpful_B=torch.tensor([1.0, 9.0, -9.0, 7.0]),
     safety_B=torch.tensor([5.0, -3.0, 1.0, -3.0]),
+    safety_logit_B=torch.tensor([2.0, -2.0, 2.0, -2.0]),
 )
 CONFIG = PPOConfig(gamma=1.0, lam=0.5, missing_eos_penalty=1.0)
 BETA = 0.5
@@ -70,6 +71,19 @@ def test_advantages_by_hand_are_whitened_over_all_tokens():
     assert real(made.advantages_BR) == [near([(a - mean) / deviation for a in row]) for row in ADVANTAGES]
 
 
+def test_the_safety_rule_looks_at_the_raw_logit():
+    """The second answer is 3 worse than SFT answers are, and safe all the same: σ(2) = .88."""
+    _, figures = experience(scores=dataclasses.replace(SCORES, safety_logit_B=torch.full((4,), 2.0)))
+    assert figures["ppo/reward"] == near((1.0 + 9.0 + 1.0 - 3.0) / 4)
+    assert figures["ppo/flagged_helpful"] == figures["ppo/flagged_safety"] == 0.0
+
+
+def test_a_tag_without_prompts_has_no_flagged():
+    _, figures = experience(is_safety=torch.zeros(4, dtype=torch.bool))
+    assert figures["ppo/flagged_helpful"] == 0.5
+    assert "ppo/flagged_safety" not in figures
+
+
 def test_figures_by_hand():
     _, figures = experience()
     expected = {
@@ -78,6 +92,8 @@ def test_figures_by_hand():
         "ppo/reward_helpfulness": 2.0,
         "ppo/reward_safety": 0.0,
         "ppo/safety_branch_share": 0.75,
+        "ppo/flagged_helpful": 0.5,
+        "ppo/flagged_safety": 0.5,
         "ppo/kl": (0.6 + 0.6 - 0.2 + 0.2) / 4,
         "ppo/kl_k3_per_token": sum(math.exp(-k) - 1 + k for k in (0.2, 0.4, 0.6, 0.0, -0.2, 0.2, 0.0)) / 7,
         "ppo/length": 7 / 4,

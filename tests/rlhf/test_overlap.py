@@ -32,7 +32,7 @@ def rollout_of(count: int) -> Rollout:
 def scores_of(rollout: Rollout) -> Scores:
     number_B = rollout.tokens_BT[:, 0].float()
     once, twice, thrice = (torch.stack([number_B, -number_B], 1) * factor for factor in (1, 2, 3))
-    return Scores(once, twice, thrice, number_B, -number_B)
+    return Scores(once, twice, thrice, number_B, -number_B, -number_B)
 
 
 def read_beside(size: int, groups: list[list[int]], read: Any = scores_of) -> Any:
@@ -238,7 +238,7 @@ def on_a_rank(rank: int, store: Any, failing: str, results: Any) -> None:
         numbers = ranks.gather_objects(rollout.tokens_BT[:, 0].tolist())
         read += 1
         return Scores(
-            *[torch.tensor(numbers[1 - rank]).float()[:, None]] * 3, *[torch.zeros(2)] * 2
+            *[torch.tensor(numbers[1 - rank]).float()[:, None]] * 3, *[torch.zeros(2)] * 3
         )  # of the other rank
 
     try:

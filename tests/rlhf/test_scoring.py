@@ -68,7 +68,9 @@ def test_a_value_comes_from_the_position_before_its_token(iteration, engines, ma
             assert float(got[i, t]) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "seed", "offset"), [("helpful_B", 3, 0.5), ("safety_B", 4, -2.0)])
+@pytest.mark.parametrize(
+    ("name", "seed", "offset"), [("helpful_B", 3, 0.5), ("safety_B", 4, -2.0), ("safety_logit_B", 4, 0.0)]
+)
 @torch.no_grad()
 def test_a_score_is_read_at_the_last_token_less_the_offset(iteration, engines, make_scalar, name, seed, offset):
     got, model = getattr(read(iteration.rollout, engines), name), make_scalar(seed)

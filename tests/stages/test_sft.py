@@ -195,3 +195,18 @@ def test_packed_rows_do_not_see_each_other(labelled):
         tokens = torch.tensor(row["input_ids"])
         alone = torch.log_softmax(model(tokens[None]).logits[0], -1)[range(len(tokens) - 1), tokens[1:]]
         torch.testing.assert_close(together[tuple(row["input_ids"])], alone, atol=1e-4, rtol=0)
+
+
+def test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_step(settings, make_stage, monkeypatch):
+    """As in families whose attention reads no positions."""
+
+    def leaking(model, tokens_BT, mask_BT, packing=False, response_length=0):
+        hidden_BTH = torch.ones(*mask_BT.shape, 4)
+        return -hidden_BTH if packing else hidden_BTH
+
+    monkeypatch.setattr("rlhf.models.pretrained.hidden_states", leaking)
+    config = settings("--sft.packing", "true")
+    with pytest.raises(UserError, match="packed rows see one another.*sft.packing") as error:
+        make_stage(config, "sft")
+    assert error.value.exit_code == 4
+    assert not [figures for figures in read_metrics(config.folder / "sft") if "sft/loss" in figures]

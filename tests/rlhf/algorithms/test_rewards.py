@@ -7,52 +7,45 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.algorithms.rewards import piecewise_reward, token_rewards
+from rlhf.algorithms.rewards import flagged_unsafe, piecewise_reward, token_rewards
 
 THRESHOLD = 0.15
-LIMIT = math.log(0.15 / 0.85)  # -1.7346, the threshold among raw scores
+LIMIT = math.log(0.15 / 0.85)  # -1.7346, the threshold among logits
 
 
 @pytest.mark.parametrize(
-    ("safety", "is_safety", "uses_safety"),
-    [
-        (3.0, True, True),
-        (-3.0, True, True),
-        (3.0, False, False),
-        (LIMIT + 1e-3, False, False),
-        (LIMIT - 1e-3, False, True),
-        (-30.0, False, True),
-    ],
-    ids=["safety prompt", "safety prompt, unsafe", "safe", "just safe", "just unsafe", "unsafe"],
+    ("is_safety", "flagged", "uses_safety"),
+    [(True, False, True), (True, True, True), (False, False, False), (False, True, True)],
 )
-def test_which_score_counts(safety, is_safety, uses_safety):
-    score, used = piecewise_reward(
-        torch.tensor([7.0]), torch.tensor([safety]), torch.tensor([is_safety]), threshold=THRESHOLD
+def test_which_score_counts(is_safety, flagged, uses_safety):
+    score = piecewise_reward(
+        torch.tensor([7.0]), torch.tensor([-3.0]), torch.tensor([is_safety]), torch.tensor([flagged])
     )
-    assert used.tolist() == [uses_safety]
-    assert score.item() == pytest.approx(safety if uses_safety else 7.0)
+    assert score.item() == (-3.0 if uses_safety else 7.0)
+
+
+def test_one_model_in_both_roles_gives_its_score_whatever_is_flagged():
+    score_B = torch.tensor([-4.0, -1.0, 0.0, 3.0])
+    is_safety_B, flagged_B = torch.tensor([False, True, False, True]), torch.tensor([True, True, False, False])
+    assert torch.equal(piecewise_reward(score_B, score_B, is_safety_B, flagged_B), score_B)
 
 
 @given(st.floats(-30, 30, width=32), st.floats(0.01, 0.99))
-def test_the_raw_comparison_is_that_of_the_sigmoid_scale(safety, threshold):
-    sigmoid = 1 / (1 + math.exp(-safety))
+def test_an_answer_is_flagged_where_its_probability_of_being_safe_is_under_the_threshold(logit, threshold):
+    sigmoid = 1 / (1 + math.exp(-logit))
     if abs(sigmoid - threshold) < 1e-6:
         return
-    _, used = piecewise_reward(torch.tensor([0.0]), torch.tensor([safety]), torch.tensor([False]), threshold)
-    assert used.item() is (sigmoid < threshold)
+    assert flagged_unsafe(torch.tensor([logit]), threshold).item() is (sigmoid < threshold)
 
 
-@pytest.mark.parametrize(("threshold", "uses_safety"), [(0.0, False), (1.0, True)])
-def test_thresholds_at_the_ends_mean_never_and_always(threshold, uses_safety):
-    safety_B = torch.tensor([-60.0, 0.0, 60.0])
-    _, used = piecewise_reward(torch.zeros(3), safety_B, torch.zeros(3, dtype=torch.bool), threshold)
-    assert used.tolist() == [uses_safety] * 3
+def test_the_published_threshold_among_logits():
+    logit_B = torch.tensor([LIMIT - 1e-3, LIMIT + 1e-3])
+    assert flagged_unsafe(logit_B, THRESHOLD).tolist() == [True, False]
 
 
-def test_large_scores_are_not_saturated():
-    """sigmoid and back would turn 40 into inf."""
-    score, _ = piecewise_reward(torch.tensor([40.0]), torch.tensor([50.0]), torch.tensor([False]), THRESHOLD)
-    assert score.item() == 40.0
+@pytest.mark.parametrize(("threshold", "flagged"), [(0.0, False), (1.0, True)])
+def test_thresholds_at_the_ends_mean_never_and_always(threshold, flagged):
+    assert flagged_unsafe(torch.tensor([-60.0, 0.0, 60.0]), threshold).tolist() == [flagged] * 3
 
 
 MASK = torch.tensor([[True, True, True], [True, True, False], [True, False, False], [False, False, False]])

@@ -1,13 +1,24 @@
 """Held-out answers: in the order of their prompts, judged as they are, whatever the layout."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from reward_data import Message, Prompt
 from rlhf import ranks
-from rlhf.config import DataConfig, HardwareConfig, PPOConfig, RoleConfig, RunConfig, SamplingConfig, TinyConfig
+from rlhf.config import (
+    DataConfig,
+    HardwareConfig,
+    PPOConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RoleConfig,
+    RunConfig,
+    SamplingConfig,
+    TinyConfig,
+)
 from rlhf.engine import LocalEngine
 from rlhf.evaluation import held_out
 from rlhf.evaluation.held_out import answer_held_out
@@ -20,6 +31,7 @@ SHAPE = TinyConfig(vocab_size=270, hidden_size=16, intermediate_size=16, layers=
 TEXTS = ["hi", "what is the sum of 2 and 3?", "say no", "count to nine for me please", "why?"]
 PROMPTS = [Prompt((Message("user", text),), "helpful", f"x:{i}") for i, text in enumerate(TEXTS)]
 EMPTY = RoleConfig(train=[])
+MODELS = RewardConfig(models={name: RewardModelConfig(own_tag="helpful") for name in ("one", "two")})
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +62,14 @@ def answer(tokenizer, llama):
     }
 
     def run(prompts=PROMPTS, gold=None, **settings):
-        ppo = PPOConfig(max_prompt_length=64, sampling=SamplingConfig(max_new_tokens=6, batch_size=2, temperature=0.9))
+        ppo = PPOConfig(
+            helpfulness_model="one",
+            safety_model="one",
+            max_prompt_length=64,
+            sampling=SamplingConfig(max_new_tokens=6, batch_size=2, temperature=0.9),
+        )
         data = DataConfig(demonstrations=EMPTY, preferences=EMPTY, prompts=EMPTY)
-        config = RunConfig(name="x", data=data, ppo=ppo.model_copy(update=settings))
+        config = RunConfig(name="x", data=data, reward=MODELS, ppo=ppo.model_copy(update=settings))
         sampler = InProcessSampler(copy.deepcopy(llama), tokenizer.eos_token_id, tokenizer.pad_token_id)
         reference = frozen(PolicyModel(llama))
         return answer_held_out(config, sampler, tokenizer, prompts, rewards, reference, torch.device("cpu"), gold)
@@ -66,6 +83,16 @@ def test_every_prompt_has_one_answer_and_every_judge_a_score_for_it(answer):
     assert sorted(answers.scores) == ["reward.one", "reward.two"]
     # the second head is the first one turned round, and only the first has an offset
     assert answers.scores["reward.one"] == pytest.approx([-s - 0.25 for s in answers.scores["reward.two"]], abs=1e-5)
+
+
+def test_answers_are_flagged_by_the_raw_logit_of_the_safety_model(answer):
+    centred = answer().scores["reward.one"]
+    logits = sorted(score + 0.25 for score in centred)
+    between = (logits[1] + logits[2]) / 2  # two of the five are under it; of the centred scores it may be others
+    threshold = 1 / (1 + math.exp(-between))
+    assert answer(safety_threshold=threshold).flagged == [score + 0.25 < between for score in centred]
+    just_above = 1 / (1 + math.exp(-(logits[0] - 0.125)))  # under every logit, over the smallest centred score
+    assert not any(answer(safety_threshold=just_above).flagged)
 
 
 def test_a_policy_that_is_its_own_reference_has_no_kl(answer):

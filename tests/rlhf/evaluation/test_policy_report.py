@@ -1,13 +1,32 @@
-"""The policy report on three answers whose every figure can be counted by hand."""
+"""The policy report on answers whose every figure can be counted by hand."""
+
+import dataclasses
 
 import pytest
 
-from rlhf.evaluation.intervals import wilson
-from rlhf.evaluation.policy_report import distinct_bigrams, policy_report
+from reward_data import Message, Prompt
+from rlhf.evaluation.intervals import bootstrap_mean, wilson
+from rlhf.evaluation.policy_report import Answers, distinct_bigrams, gain, policy_report
+
+ANSWERS = Answers(
+    texts=["the cat sat", "ha ha ha", "yes"],
+    lengths=[4, 8, 3],
+    finished=[True, False, True],
+    scores={"gold": [0.5, 1.0, 0.0], "helpfulness": [1, 2, 3]},
+    kl=[0.5, 1.0, 1.5],
+    flagged=[True, False, True],
+)
 
 
-def report(answers=("the cat sat", "ha ha ha", "yes")):
-    return policy_report(answers, {"gold": [0.5, 1.0, 0.0], "helpfulness": [1, 2, 3]}, [True, False, True], [4, 8, 3])
+def prompts(*texts, tag="helpful"):
+    return [Prompt((Message("user", text),), tag, "p.jsonl:1") for text in texts]
+
+
+ABC = prompts("a", "b", "c")
+
+
+def report(to=ABC, **changes):
+    return policy_report(dataclasses.replace(ANSWERS, **changes), to)
 
 
 def test_every_score_has_its_mean():
@@ -15,12 +34,51 @@ def test_every_score_has_its_mean():
     assert report()["gold"].low < 0.5 < report()["gold"].high
 
 
-def test_length_is_the_mean_number_of_tokens():
+def test_length_and_kl_are_means():
     assert report()["length"].value == 5.0
+    assert report()["kl"].value == 1.0
 
 
 def test_eos_share_has_wilsons_interval():
     assert report()["eos_share"] == wilson(2, 3)
+
+
+def test_flagged_answers_are_counted_among_the_prompts_of_each_tag():
+    got = report([*prompts("a", "b"), *prompts("c", tag="safety")])
+    assert got["flagged.helpful"] == wilson(1, 2)
+    assert got["flagged.safety"] == wilson(1, 1)
+    assert "flagged.safety" not in report()
+
+
+def repeated(times):
+    """Every answer so often, to prompts that differ in case and spaces alone."""
+    many = Answers(
+        **{
+            name: {key: list(scores) * times for key, scores in value.items()} if name == "scores" else value * times
+            for name, value in vars(ANSWERS).items()
+        }
+    )
+    return many, [
+        p for n in range(times) for p in prompts(*(" " * n + (text.upper() if n % 2 else text) for text in "abc"))
+    ]
+
+
+def test_answers_to_prompts_that_repeat_tell_no_more_than_one_of_them():
+    """Ten times the same three answers: the intervals stay as wide as those of three."""
+    many, asked = repeated(10)
+    once, often = report(), policy_report(many, asked)
+    assert once.keys() == often.keys()
+    for name in ("gold", "helpfulness", "kl", "length", "distinct_2"):
+        width = often[name].high - often[name].low
+        assert width == pytest.approx(once[name].high - once[name].low, rel=0.15), name
+    assert often["eos_share"].high - often["eos_share"].low > 0.5
+    assert often["flagged.helpful"].high - often["flagged.helpful"].low > 0.5
+
+
+def test_a_gain_is_clustered_too():
+    many, asked = repeated(10)
+    zero = dataclasses.replace(many, scores={name: [0.0] * 30 for name in many.scores})
+    assert gain(many, zero, asked)["gold"] == bootstrap_mean(many.scores["gold"], list("abc") * 10)
 
 
 def test_distinct_2_is_the_mean_over_answers_that_have_bigrams():
@@ -30,7 +88,7 @@ def test_distinct_2_is_the_mean_over_answers_that_have_bigrams():
 
 
 def test_without_bigrams_there_is_no_distinct_2():
-    assert set(report(("yes", "", "no"))) == {"gold", "helpfulness", "length", "eos_share"}
+    assert "distinct_2" not in report(texts=["yes", "", "no"])
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,12 @@ def test_in_bf16_too_the_mask_fits_what_attention_computes(model, precision):
 
 def test_models_that_could_not_share_are_refused_where_they_should():
     windows = MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=4))
-    check_packing(windows)
+    check_packing(windows, "ppo.packing")
     with pytest.raises(UserError, match=r"ppo\.packing") as caught:
-        check_packing(windows, sharing=True)
+        check_packing(windows, "ppo.packing", sharing=True)
     assert caught.value.exit_code == 4
     for make in MODELS.values():
-        check_packing(make(), sharing=True)
+        check_packing(make(), "ppo.packing", sharing=True)
 
 
 def test_a_family_that_does_not_follow_the_mask_is_refused(monkeypatch):
@@ -171,7 +171,7 @@ def test_a_family_that_does_not_follow_the_mask_is_refused(monkeypatch):
     forward = llama.model.forward
     monkeypatch.setattr(llama.model, "forward", lambda attention_mask=None, **rest: forward(**rest))
     with pytest.raises(UserError, match=r"ppo\.packing"):
-        check_packing(llama, sharing=True)
+        check_packing(llama, "ppo.packing", sharing=True)
 
 
 def test_where_a_window_ends_prompts_are_read_for_each_answer():

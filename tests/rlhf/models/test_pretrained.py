@@ -139,11 +139,11 @@ def test_a_family_whose_packed_rows_see_one_another_is_refused(causal_folder, mo
     model: Any = load_causal(causal_folder)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
-    check_packing(model)
+    check_packing(model, "ppo.packing")
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda position_ids=None, **rest: forward(**rest))
     with pytest.raises(UserError, match=r"ppo\.packing"):
-        check_packing(model)
+        check_packing(model, "ppo.packing")
 
 
 @pytest.mark.parametrize("packing", [False, True])
