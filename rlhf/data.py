@@ -18,6 +18,7 @@ from torch import Tensor
 
 import reward_data
 from reward_data import DataError, Demonstration, Message, Preference, Prompt, normalised_prompt, prompt_of
+from reward_data.files import is_hub_name
 from rlhf import batches, chat
 from rlhf.batches import PreferenceBatch, PromptBatch
 from rlhf.config import DataConfig, RewardModelConfig, RoleConfig, RunConfig, SourceConfig
@@ -90,7 +91,9 @@ def _read(kind: Any, sources: Sequence[SourceConfig], data: DataConfig) -> tuple
         loaded = _load_source(kind, source, data)
         fit, unfit = _without_unfit(loaded.rows, data)
         rows += fit
-        digests[":".join(filter(None, (source.path, source.split, source.select_key)))] = loaded.digest
+        name = ":".join(filter(None, (source.path, source.config, source.split, source.select_key)))
+        digests[name] = loaded.digest
+        findings += [f"{kind}: {finding}" for finding in loaded.findings]
         if loaded.refused:
             counts = ", ".join(f"{n} {reason}" for reason, n in sorted(loaded.refused_kinds.items()))
             findings.append(f"{kind}: {len(loaded.refused)} rows of {source.path} skipped ({counts})")
@@ -112,6 +115,8 @@ def _load_source(kind: Any, source: SourceConfig, data: DataConfig) -> reward_da
             format=source.format,
             tag=source.tag,
             split=source.split,
+            config=source.config,
+            columns=source.columns,
             select=select,
             limit=source.limit,
             bad_rows=data.bad_rows,
@@ -125,7 +130,7 @@ def _place(path: str, root: Path) -> str:
     if path == "shipped":
         return path
     place = root / path
-    return str(place) if place.exists() or path.count("/") != 1 or Path(path).suffix else path
+    return str(place) if place.exists() or not is_hub_name(path) else path
 
 
 def _without_unfit(rows: list, data: DataConfig) -> tuple[list, list[str]]:

@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import ModuleType
 
 from reward_data.converters import (
     alpaca,
+    answers,
+    compared,
     helpsteer,
     hh,
     messages,
@@ -18,6 +21,7 @@ from reward_data.converters import (
     pairs,
     pandalm,
     prompts,
+    ranked,
     sharegpt,
     ultrafeedback,
 )
@@ -32,24 +36,49 @@ FORMATS: dict[str, ModuleType] = {  # in the order of detection
     "helpsteer": helpsteer,
     "oasst": oasst,
     "pandalm": pandalm,
+    "compared": compared,
+    "ranked": ranked,
     "pairs": pairs,
     "sharegpt": sharegpt,
     "alpaca": alpaca,
     "messages": messages,
+    "answers": answers,
     "prompts": prompts,
 }
 
 
+DETECTED = 1000  # rows of a file that tell its form
+
+
 def converter_for(format: str, first: Row) -> ModuleType:
-    """The converter named `format`; for `auto` the first one that knows the form of the first row."""
+    """The converter named `format`; for `auto` the first one that knows the form of the row."""
     if format != "auto":
         if format not in FORMATS:
             raise DataError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
         return FORMATS[format]
-    for converter in FORMATS.values():
-        if not first.fault and converter.matches(first.value):
-            return converter
-    raise DataError(f"{first.place}: cannot tell the format of {_look(first)}; name one of {', '.join(FORMATS)}")
+    name = _name_of(first)
+    if name is None:
+        raise DataError(
+            f"{first.place}: cannot tell the format of {_look(first)}; name its columns (columns: {{prompt: …, "
+            "chosen: …, rejected: …}, or prompt and completion), or convert to pairs: {prompt, chosen, rejected}; "
+            f"formats that are read: {', '.join(FORMATS)}"
+        )
+    return FORMATS[name]
+
+
+def form_of(rows: list[Row]) -> Row:
+    """A row of the form that most rows have: the first may be the broken one."""
+    names = {row.place: name for row in rows[:DETECTED] if (name := _name_of(row))}
+    if not names:
+        return next((row for row in rows if not row.fault), rows[0])
+    most = Counter(names.values()).most_common(1)[0][0]
+    return next(row for row in rows if names.get(row.place) == most)
+
+
+def _name_of(row: Row) -> str | None:
+    if row.fault:
+        return None
+    return next((name for name, converter in FORMATS.items() if converter.matches(row.value)), None)
 
 
 def _look(row: Row) -> str:

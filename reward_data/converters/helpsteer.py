@@ -25,10 +25,20 @@ def matches(value: Any) -> bool:
 
 
 def group(rows: list[Row]) -> Iterator[Row]:
-    """Rows that answer one prompt as one row, whose value is the list of them."""
-    for _, same in groupby(rows, key=lambda row: row.value.get("prompt") if isinstance(row.value, dict) else row.place):
+    """Rows that answer one prompt as one row, whose value is the list of them; a bad one stands alone."""
+    bad = [row for row in rows if not _is_whole(row)]
+    yield from (Row([row], row.place) for row in bad)
+    for _, same in groupby((row for row in rows if row not in bad), key=lambda row: str(row.value.get("prompt"))):
         rows_of_prompt = list(same)
         yield Row(rows_of_prompt, rows_of_prompt[0].place)
+
+
+def _is_whole(row: Row) -> bool:
+    try:
+        _answer(row)
+    except BadRow:
+        return False
+    return True
 
 
 def convert(row: Row, tag: Tag) -> list[Record]:

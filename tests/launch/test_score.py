@@ -225,5 +225,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 
 
 def test_pairs_are_recognised_as_pairs(tmp_path: Path) -> None:
-    rows, _ = load_rows(write(tmp_path / "pairs.jsonl", PAIRS), "refuse")
+    rows, *_ = load_rows(write(tmp_path / "pairs.jsonl", PAIRS), "refuse")
     assert {type(row) for row in rows} == {Preference}

@@ -46,10 +46,13 @@ ROWS: dict[str, Any] = {
         "annotator2": 2,
         "annotator3": 0,
     },
+    "compared": {"prompt": "Hi", "response_0": "Hello!", "response_1": "What?", "better_response_id": 0},
+    "ranked": {"prompt": "Hi", "answers": [{"answer": "Hello!", "rank": 1}, {"answer": "What?", "rank": 2}]},
     "pairs": {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?", "strength": 2},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
     "alpaca": {"instruction": "Greet", "input": "Ann", "output": "Hello Ann!", "history": [["Hi", "Hello!"]]},
     "messages": {"messages": DIALOGUE},
+    "answers": {"question": "Hi", "answer": "Hello!", "system_prompt": "Be brief."},
     "prompts": {"prompt": "Hi", "system": "Be brief."},
 }
 SPOILS = st.sampled_from(
@@ -67,10 +70,8 @@ def test_form_is_told_by_the_keys(name):
 
 
 def test_unknown_form_is_named_with_its_keys():
-    with pytest.raises(
-        DataError, match=r"rows.jsonl:1: cannot tell the format of a row with the keys question, answer"
-    ):
-        converter_for("auto", Row({"question": "?", "answer": "!"}, "rows.jsonl:1"))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: cannot tell the format of a row with the keys left, right"):
+        converter_for("auto", Row({"left": "?", "right": "!"}, "rows.jsonl:1"))
 
 
 def test_unknown_format_name_lists_the_known_ones():

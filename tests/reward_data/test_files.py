@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
+import csv
 import gzip
 import hashlib
+import io
 import json
+import lzma
 
 import pyarrow.parquet
 import pytest
@@ -12,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_data.errors import DataError
-from reward_data.files import digest_of, find, read_rows
+from reward_data.files import digest_of, read_rows
+from reward_data.folders import find
 
 ROWS = [{"a": "one", "b": 'two "quoted", and\nbroken'}, {"a": "ünï", "b": ""}]
 
@@ -40,6 +46,21 @@ JSON_LINES = "\n\n".join(json.dumps(row) for row in ROWS) + "\n"
         ("flat.json", json.dumps(ROWS), [1, 1]),
         ("data.json", json.dumps({"version": {"data": [1]}, "data": ROWS}, indent=1), [8, 12]),
         ("lines.json", JSON_LINES, [1, 3]),
+        ("list.jsonl", json.dumps(ROWS), [1, 1]),
+        ("indented.jsonl", json.dumps(ROWS, indent=1), [2, 6]),
+        ("objects.jsonl", "\n".join(json.dumps(row, indent=1) for row in ROWS), [1, 5]),
+        ("objects.json", "\n".join(json.dumps(row, indent=1) for row in ROWS), [1, 5]),
+        ("commas.jsonl", ",\n".join(json.dumps(row) for row in ROWS) + ",\n", [1, 2]),
+        ("crlf.jsonl", JSON_LINES.replace("\n", "\r\n"), [1, 3]),
+        ("utf16.jsonl", JSON_LINES.encode("utf-16"), [1, 3]),
+        ("utf16be.json", json.dumps(ROWS).encode("utf-16-be"), [1, 1]),
+        ("UPPER.JSONL", JSON_LINES, [1, 3]),
+        ("x.json.gz", gzip.compress(json.dumps(ROWS).encode()), [1, 1]),
+        ("x.jsonl.bz2", bz2.compress(JSON_LINES.encode()), [1, 3]),
+        ("x.jsonl.xz", lzma.compress(JSON_LINES.encode()), [1, 3]),
+        ("x.jsonl.zst", pyarrow.compress(JSON_LINES.encode(), "zstd", asbytes=True), [1, 3]),
+        ("x.tsv", 'a\tb\none\t"two ""quoted"", and\nbroken"\nünï\t\n', [2, 4]),
+        ("semicolons.csv", 'a;b\none;"two ""quoted"", and\nbroken"\nünï;\n', [2, 4]),
         ("x.csv", 'a,b\none,"two ""quoted"", and\nbroken"\nünï,\n', [2, 4]),
     ],
 )
@@ -133,3 +154,62 @@ def test_digest_of_one_file_is_its_sha256(tmp_path):
     one, two = write(tmp_path, "1.jsonl", "one"), write(tmp_path, "2.jsonl", "two")
     assert digest_of([one]) == hashlib.sha256(b"one").hexdigest()
     assert digest_of([one, two]) != digest_of([two, one])
+
+
+@given(
+    st.lists(st.dictionaries(st.text(), st.text() | st.lists(st.text())), min_size=1),
+    st.sampled_from([None, 2]),
+    st.sampled_from(["list", "lines", "commas"]),
+    st.sampled_from([".json", ".jsonl"]),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    st.booleans(),
+)
+def test_rows_survive_every_way_to_write_json(tmp_path_factory, rows, indent, way, suffix, encoding, ascii_only):
+    values = [json.dumps(row, indent=indent, ensure_ascii=ascii_only) for row in rows]
+    if way == "list":
+        text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    else:
+        text = ("\n" if way == "lines" else ",\n").join(values) + "\n"
+    if suffix == ".json" and way != "list" and len(rows) == 1:
+        return  # one object in a .json file is no list of rows
+    file = write(tmp_path_factory.mktemp("json"), f"x{suffix}", text.encode(encoding))
+    assert [row.value for row in read_rows(file)] == rows
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1), st.sampled_from(",;\t"))
+def test_cells_survive_every_delimiter(tmp_path_factory, rows, delimiter):
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([("prompt text", "answer"), *rows])
+    file = write(tmp_path_factory.mktemp("csv"), "x.csv", text.getvalue())
+    assert [tuple(row.value.values()) for row in read_rows(file)] == rows
+
+
+@given(st.binary(), st.sampled_from([".json", ".jsonl", ".csv", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow"]))
+def test_any_bytes_are_rows_or_one_message(tmp_path_factory, data, suffix):
+    with contextlib.suppress(DataError):
+        list(read_rows(write(tmp_path_factory.mktemp("any"), f"x{suffix}", data)))
+
+
+def test_a_key_that_stands_twice_is_a_fault_of_its_row(tmp_path):
+    for name, text in (("x.jsonl", '{"a": 1, "a": 2}\n{"a": 3}'), ("x.json", '[{"a": 1, "a": 2}, {"a": 3}]')):
+        faults = [row.fault for row in read_rows(write(tmp_path, name, text))]
+        assert faults == ["key 'a' stands twice in one object", ""]
+
+
+def test_a_broken_first_line_is_a_fault_of_that_row_alone(tmp_path):
+    for first in ('{"a": [{"b", broken', '{"a": 1} and more', "text", "9" * 5000):
+        rows = list(read_rows(write(tmp_path, "x.jsonl", first + '\n{"a": 2}\n')))
+        assert [bool(row.fault) for row in rows] == [True, False], first
+
+
+def test_a_quotation_mark_that_nothing_closes_is_named(tmp_path):
+    with pytest.raises(DataError, match="x.csv:3: a quotation mark opens here that nothing closes"):
+        list(read_rows(write(tmp_path, "x.csv", 'a,b\n1,2\n3,"4\n5,6\n')))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(DataError, match="x.csv:1: two columns are called 'a'"):
+        list(read_rows(write(tmp_path, "x.csv", "a,a\n1,2\n")))

@@ -13,6 +13,8 @@ import reward_data
 from reward_data import DataError, Demonstration, Message, Preference, Prompt, load
 
 PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+GRADED = {"prompt": "Hi", "response": "Hello!", "helpfulness": 4}
 
 
 def write(folder, rows, name="x.jsonl"):
@@ -85,6 +87,50 @@ def test_pairs_of_one_row_hold_one_prompt(tmp_path):
 def test_a_file_that_holds_less_than_asked_for(tmp_path, kind, row, message):
     with pytest.raises(DataError, match=message):
         load(kind, write(tmp_path, [row]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "reason"),
+    [
+        ("demonstrations", [{"messages": TURNS}, {"messages": TURNS[:1]}], "a prompt without an answer"),
+        ("preferences", [PAIR, {"prompt": "Hi", "chosen": "Hello!"}], "'rejected' is missing"),
+        ("preferences", [{"prompt": "Hi", "chosen": "Hello!"}, PAIR, PAIR], "'rejected' is missing"),
+        ("preferences", [PAIR, {**PAIR, "chosen": "half \ud83d"}], r"holds a lone surrogate \(\\ud83d\)"),
+        ("prompts", [PAIR, {**PAIR, "prompt": "half \ud83d"}], r"holds a lone surrogate \(\\ud83d\)"),
+        ("preferences", [GRADED, {**GRADED, "response": 7}, {**GRADED, "helpfulness": 1}], "'response' must be text"),
+        ("preferences", [{**PAIR, "strength": 1}, {**PAIR, "strength": float("inf")}], "'strength' must be a number"),
+    ],
+)
+def test_any_bad_row_can_be_skipped(tmp_path, kind, rows, reason):
+    file = write(tmp_path, rows)
+    with pytest.raises(DataError, match=f"1 bad rows.*\n.*{reason}"):
+        load(kind, file)
+    loaded = load(kind, file, bad_rows="skip")
+    assert len(loaded.refused) == 1 and loaded.rows
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "rating"),
+    [
+        ("prompt,chosen,rejected,strength\n42,7,8,2\n", "preferences", "better"),
+        ("prompt;chosen;rejected;strength\n42;7;8;\n", "preferences", "unrated"),
+        ("prompt,chosen,rejected,score_chosen,score_rejected\n42,7,8,9.0,7.5\n", "preferences", "slightly"),
+        ("prompt,response,helpfulness\n42,7,4\n42,8,1\n", "preferences", "significantly"),
+        ("instruction,input,output,history\n42,,7,[]\n", "demonstrations", None),
+        ("instruction,output,history\n42,7,\n", "demonstrations", None),
+        (
+            'messages\n"[{""role"": ""user"", ""content"": ""42""}, {""role"": ""assistant"", ""content"": ""7""}]"\n',
+            "demonstrations",
+            None,
+        ),
+    ],
+)
+def test_numbers_and_lists_in_cells(tmp_path, table, kind, rating):
+    (tmp_path / "x.csv").write_text(table)
+    (read,) = load(kind, tmp_path / "x.csv").rows
+    assert reward_data.prompt_of(read) == (Message("user", "42"),)
+    assert getattr(read, "rating", None) == rating
+    assert (read.chosen if rating else read.messages[-1].content) == "7"
 
 
 def test_the_tag_is_for_rows_that_bring_none(tmp_path):
@@ -180,7 +226,7 @@ class TestHub:
 
 
 def test_split_of_a_local_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match="split 'test' is for shipped data and hub data sets"):
+    with pytest.raises(DataError, match="split 'test' is for shipped data, hub data sets and folders"):
         load("prompts", write(tmp_path, [PAIR]), split="test")
 
 

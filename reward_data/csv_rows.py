@@ -1,0 +1,92 @@
+"""Rows of a table in text: commas, semicolons or tabs; numbers and lists in the columns that hold them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reward_data.errors import DataError
+from reward_data.rows import Row
+
+DELIMITERS = (",", "\t", ";", "|")
+# Columns of the known forms that hold numbers, and those that hold lists. Any other cell is text, even "42".
+NUMBERS = frozenset(
+    ["strength", "preference_strength", "overall_preference", "score_chosen", "score_rejected", "helpfulness", "annotator1", "annotator2", "annotator3", "better_response_id", "safer_response_id", "labels", "score_0", "score_1"]
+)
+LISTS = frozenset(["history", "messages", "conversations", "conversation", "context", "answers", "completions", "instances", "question"])
+SIDES = frozenset(("prompt", "chosen", "rejected", "output"))  # text, or a dialogue written as JSON
+
+
+def csv_rows(file: Path, text: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # answers may be longer than the module's 128 KiB
+    lines = io.StringIO(text, newline="")
+    delimiter = _delimiter(lines.readline())
+    if text.lower().startswith("sep="):  # a line for spreadsheets
+        delimiter = text[4]
+    else:
+        lines.seek(0)
+    skipped = 1 if lines.tell() else 0
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        place = f"{file}:{reader.line_num + 1 + skipped}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise DataError(f"{place}: a quotation mark opens here that nothing closes") from None
+            yield Row(None, place, f"not CSV: {error}")
+            continue
+        if cells is None:
+            return
+        if cells and not header:
+            header = _header(cells, place)
+        elif cells:
+            fault = "" if len(cells) == len(header) else f"{len(cells)} cells, but the header names {len(header)}"
+            yield Row({k: _cell(k, cell) for k, cell in zip(header, cells, strict=False)}, place, fault)
+
+
+def _delimiter(header: str) -> str:
+    """What parts the header into most columns; the comma, where that is the same."""
+    return max(DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+
+
+def _header(cells: list[str], place: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise DataError(f"{place}: two columns are called {name!r}; rename one")
+    return names
+
+
+def _cell(column: str, cell: str) -> Any:
+    if column in NUMBERS:
+        return _number(cell)
+    if column in LISTS | SIDES and cell.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell
+        return value if column in LISTS or _is_dialogue(value) else cell
+    return None if column == "history" and not cell.strip() else cell
+
+
+def _number(cell: str) -> Any:
+    """The number in the cell; None for an empty cell, and the text itself where it is no number."""
+    if not cell.strip():
+        return None
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def _is_dialogue(value: Any) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
