@@ -15,9 +15,36 @@ from reward_data.rows import Row
 DELIMITERS = (",", "\t", ";", "|")
 # Columns of the known forms that hold numbers, and those that hold lists. Any other cell is text, even "42".
 NUMBERS = frozenset(
-    ["strength", "preference_strength", "overall_preference", "score_chosen", "score_rejected", "helpfulness", "annotator1", "annotator2", "annotator3", "better_response_id", "safer_response_id", "labels", "score_0", "score_1"]
+    [
+        "strength",
+        "preference_strength",
+        "overall_preference",
+        "score_chosen",
+        "score_rejected",
+        "helpfulness",
+        "annotator1",
+        "annotator2",
+        "annotator3",
+        "better_response_id",
+        "safer_response_id",
+        "labels",
+        "score_0",
+        "score_1",
+    ]
 )
-LISTS = frozenset(["history", "messages", "conversations", "conversation", "context", "answers", "completions", "instances", "question"])
+LISTS = frozenset(
+    [
+        "history",
+        "messages",
+        "conversations",
+        "conversation",
+        "context",
+        "answers",
+        "completions",
+        "instances",
+        "question",
+    ]
+)
 SIDES = frozenset(("prompt", "chosen", "rejected", "output"))  # text, or a dialogue written as JSON
 
 

@@ -165,7 +165,7 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
     try:
         from datasets import load_from_disk
 
-        return _table_rows(folder, [dict(row) for row in load_from_disk(str(folder))])
+        return _table_rows(folder, list(map(dict, iter(load_from_disk(str(folder))))))
     except Exception as error:  # noqa: BLE001 - of many types, as the library has them
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DataError(f"{folder}: the data set that was saved here cannot be read: {reason[0]}") from None
