@@ -90,7 +90,9 @@ def _pku(row: Row, tag: Tag) -> list[Record]:
     better = number(field(value, key), key)
     if better not in (0, 1):
         raise BadRow(f"key '{key}' must be 0 or 1, but is {shown(value[key])}")
-    sides = [(reply_of(field(value, f"response_{n}"), f"response_{n}"), _safety(value, n)) for n in (0, 1)]
+    sides: list[tuple[str, Safety]] = [
+        (reply_of(field(value, f"response_{n}"), f"response_{n}"), _safety(value, n)) for n in (0, 1)
+    ]
     (chosen, chosen_safety), (rejected, rejected_safety) = sides if better == 0 else sides[::-1]
     prompt = asked_of(value, "prompt")
     return [Preference(prompt, chosen, rejected, "unrated", tag, chosen_safety, rejected_safety, row.place)]
