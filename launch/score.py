@@ -76,7 +76,7 @@ def load_rows(file: str, bad_rows: Literal["refuse", "skip"]) -> tuple[list[Row]
     try:
         loaded = reward_data.load("preferences", file, bad_rows=bad_rows)
     except DataError:  # the second reading says what is wrong with the file, if anything is
-        loaded = reward_data.load("demonstrations", file, bad_rows=bad_rows)
+        loaded = reward_data.load("answers", file, bad_rows=bad_rows)
     return loaded.rows, loaded.refused, loaded.findings
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
-from reward_data import files, folders
+from reward_data import files, folders, meaning
 from reward_data.converters import converter_for, form_of
 from reward_data.converters.fields import shown
 from reward_data.errors import BadRow, DataError
@@ -28,7 +29,7 @@ class Loaded:
     refused_kinds: dict[str, int]  # how many of each: empty_reply, unequal_prompts, bad_row, …
     digest: str  # SHA-256 of the files read
     files: list[str]
-    findings: list[str]  # what of the source was not read: other splits, files of other kinds
+    findings: list[str]  # what of the source was not read, and what looks wrong in it as a whole
 
 
 def load(
@@ -48,9 +49,9 @@ def load(
 
     `tag` is for rows that bring none (None: helpful). `split` is train (default) or held_out of the shipped data, or a
     split of a hub data set or folder (default train), `config` a subset of a hub data set or a folder in a folder.
-    `columns` names the column behind each key of a form: {prompt: question}; others are not read. `select` names a JSON file and a key in it that holds row numbers, counted
-    from 0 over all rows of the source. `limit` keeps the first records. Raises DataError, for bad rows too unless
-    they are skipped.
+    `columns` names the column behind each key of a form: {prompt: question}; others are not read. `select` names a JSON
+    file and a key in it that holds row numbers, counted from 0 over all rows of the source. `limit` keeps the first
+    records. Raises DataError, for bad rows too unless they are skipped.
     """
     if str(path) == "shipped":
         path, format, split = _shipped(kind, split or "train"), "native", None
@@ -60,17 +61,18 @@ def load(
     refused: list[BadRow] = []
     made = (r for table in tables for r in _records(kind, table, format, tag or "helpful", refused))
     records = list(islice(made, limit))
-    if not records:
-        raise DataError(_message(refused, f"{path}: no usable row"))
     if refused and bad_rows == "refuse":
         raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; mend them, or skip them (bad_rows: skip)"))
+    if not records:
+        raise DataError(_message(refused, f"{path}: no usable row{_why_nothing(tables, format, refused)}"))
+    rows = [meaning.opened(row) for table in tables for row in table.rows]
     return Loaded(
         rows=records,
         refused=[_line(bad) for bad in refused],
         refused_kinds=dict(Counter(bad.kind for bad in refused)),
         digest=files.digest_of(read) if read else files.digest_of_rows(row for table in tables for row in table.rows),
         files=[str(file) for file in read] or [str(path)],
-        findings=findings,
+        findings=[*findings, *(f"{path}: {found}" for found in meaning.suspicions(records, rows, kind))],
     )
 
 
@@ -138,13 +140,15 @@ def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadR
     """Records of one file, in order; what cannot be used goes to `refused`."""
     converter = converter_for(format, table.first)
     group = getattr(converter, "group", None)  # forms whose record needs several rows
-    for row in group(table.rows) if group else table.rows:
+    rows = [meaning.opened(row) for row in table.rows]
+    judge = meaning.Judge(rows)
+    for row in group(rows) if group else rows:
         try:
             if row.fault:
                 raise BadRow(row.fault)
             if not (group or isinstance(row.value, dict) or converter.matches(row.value)):
                 raise BadRow(f"the row is {shown(row.value)}, not an object with keys")
-            made = [_whole(_as_kind(kind, record)) for record in converter.convert(row, tag)]
+            made = _converted(kind, converter, row, tag, judge)
         except BadRow as bad:
             bad.place = bad.place or row.place
             refused.append(bad)
@@ -152,11 +156,36 @@ def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadR
             yield from dict.fromkeys(made)  # pairs of one row share a prompt
 
 
+def _converted(kind: Kind, converter: ModuleType, row: Row, tag: Tag, judge: meaning.Judge) -> list[Record]:
+    """Records of one row; BadRow where they do not say what the row says."""
+    members = row.value if hasattr(converter, "group") else [row]
+    for member in members if kind != "prompts" else []:
+        meaning.refuse_outranked(member)
+    made = converter.convert(row, tag)
+    for member in members:
+        for record in made:
+            meaning.refuse_lost_context(member, record, getattr(converter, "SPLIT_KEYS", ()))
+            if kind == "demonstrations" and isinstance(record, Demonstration):
+                judge.refuse_unwanted(member)
+    for record in made:
+        meaning.refuse_transcripts(record)
+    return [_whole(_as_kind(kind, record)) for record in made]
+
+
+def _why_nothing(tables: list[Table], format: str, refused: list[BadRow]) -> str:
+    """Why no row gave a record, where no row was refused."""
+    count = sum(len(table.rows) for table in tables)
+    if refused or not count:
+        return "" if refused else ": the selection holds no row"
+    reasons = {getattr(converter_for(format, table.first), "NO_RECORD", "") for table in tables}
+    return f": {count} rows were read, but {' or '.join(sorted(filter(None, reasons))) or 'none makes a record'}"
+
+
 def _as_kind(kind: Kind, record: Record) -> Record:
     """A preference is also a demonstration (its chosen answer), and both hold a prompt; the way back does not exist."""
     if kind == "prompts":
         return Prompt(prompt_of(record), record.tag, record.source)
-    if kind == "demonstrations" and isinstance(record, Preference):
+    if kind in ("demonstrations", "answers") and isinstance(record, Preference):
         turns = (*record.prompt, Message("assistant", record.chosen))
         return Demonstration(turns, record.tag, record.source)
     if kind == "preferences" and not isinstance(record, Preference):

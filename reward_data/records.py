@@ -11,7 +11,8 @@ Rating = Literal["significantly", "better", "slightly", "negligibly", "unrated"]
 """By how much the chosen answer is better; the four grades of Llama 2 (arXiv 2307.09288, §3.2.1)."""
 Tag = Literal["helpful", "safety"]
 Safety = Literal["safe", "unsafe", "unknown"]
-Kind = Literal["demonstrations", "preferences", "prompts"]
+Kind = Literal["demonstrations", "preferences", "prompts", "answers"]
+"""`answers` are demonstrations that nobody learns: those with a bad verdict are among them."""
 
 
 @dataclass(frozen=True)

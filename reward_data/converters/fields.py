@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reward_data.errors import BadRow
 from reward_data.records import Message, Role
 
+TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*\Z", re.DOTALL)  # a prompt as Anthropic HH writes it
 ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -109,26 +111,50 @@ def question(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """
     for key in ("messages", "conversations", "prompt"):
         if isinstance(row.get(key), Sequence) and not isinstance(row[key], str):
-            return _with_system(row, messages(row[key], key, "user"))
+            return with_system(row, messages(row[key], key, "user"))
     key = "prompt" if "prompt" in row else "instruction"
     content = prompt_text(row, key)
     if key == "instruction" and row.get("input") is not None and text(row, "input").strip():
         content += f"\n\n{text(row, 'input')}"
-    return _with_system(row, dialogue([*_history(row), Message("user", content)], key, "user"))
+    if TRANSCRIPT.match(content):
+        return with_system(row, spoken(content, key))
+    return with_system(row, dialogue([*history(row), Message("user", content)], key, "user"))
 
 
-def _history(row: Mapping[str, Any]) -> Iterator[Message]:
-    history = row.get("history") or []
-    if not isinstance(history, Sequence) or isinstance(history, str):
-        raise BadRow(f"key 'history' must be a list of pairs of texts, but is {shown(history)}")
-    for n, pair in enumerate(history):
+def spoken(transcript: str, key: str) -> tuple[Message, ...]:
+    """Turns of a transcript as Anthropic HH writes it. A few have one side speak twice: those turns are joined."""
+    parts = re.split(r"(?:\n\n|\A\s*)(Human|Assistant):", transcript)
+    if parts[0].strip():
+        raise BadRow(f"key '{key}' does not begin with '\\n\\nHuman:'")
+    turns: list[Message] = []
+    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if turns and turns[-1].role == role:
+            joined = f"{turns.pop().content}\n\n{content.strip()}".strip()
+            turns.append(Message(role, joined))
+        else:
+            turns.append(Message(role, content.strip()))
+    if turns and turns[-1] == Message("assistant", ""):  # where the answer goes
+        turns.pop()
+    return dialogue(turns, key, "user")
+
+
+def history(row: Mapping[str, Any]) -> Iterator[Message]:
+    pairs = row.get("history") or []
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        raise BadRow(f"key 'history' must be a list of pairs of texts, but is {shown(pairs)}")
+    for n, pair in enumerate(pairs):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise BadRow(f"key 'history[{n}]' must be a pair of texts, but is {shown(pair)}")
         yield Message("user", text_of(pair[0], f"history[{n}][0]"))
         yield Message("assistant", text_of(pair[1], f"history[{n}][1]"))
 
 
-def _with_system(row: Mapping[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
+def with_system(row: Mapping[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
     if row.get("system") is None or not text(row, "system").strip():
+        return turns
+    if turns and turns[0].role == "system":
+        if turns[0].content.strip() != text(row, "system").strip():
+            raise BadRow("key 'system' and the dialogue hold two different system messages; keep one", "lost_context")
         return turns
     return (Message("system", text(row, "system")), *turns)

@@ -1,6 +1,6 @@
 r"""HelpSteer and HelpSteer2 (arXiv 2311.09528, 2406.08673): one answer a row, graded 0 to 4 for `helpfulness` and more.
 
-Consecutive rows with the same prompt become pairs wherever their helpfulness differs; the gap is the strength of the
+Rows with the same prompt, wherever they stand, become pairs wherever their helpfulness differs; the gap is the strength of the
 rating (1 slightly, 2 better, 3 and more significantly). Prompts of several turns are marked inside the text with
 `<extra_id_1>Assistant` and `<extra_id_1>User`.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import combinations, groupby
+from itertools import combinations
 from typing import Any
 
 from reward_data.converters.fields import dialogue, field, prompt_text, reply, shown
@@ -19,17 +19,20 @@ from reward_data.errors import BadRow
 from reward_data.files import Row
 from reward_data.records import Message, Record, Tag
 
+SPLIT_KEYS = ("prompt",)  # its text is cut into turns
+NO_RECORD = "no two answers to one prompt differ in helpfulness"
+
 
 def matches(value: Any) -> bool:
     return isinstance(value, dict) and {"prompt", "response", "helpfulness"} <= value.keys()
 
 
 def group(rows: list[Row]) -> Iterator[Row]:
-    """Rows that answer one prompt as one row, whose value is the list of them; a bad one stands alone."""
-    bad = [row for row in rows if not _is_whole(row)]
-    yield from (Row([row], row.place) for row in bad)
-    for _, same in groupby((row for row in rows if row not in bad), key=lambda row: str(row.value.get("prompt"))):
-        rows_of_prompt = list(same)
+    """Rows that answer one prompt, wherever they stand, as one row, whose value is the list of them; a bad one stands alone."""
+    same: dict[str, list[Row]] = {}
+    for row in rows:
+        same.setdefault(str(row.value.get("prompt")) if _is_whole(row) else f"\0{row.place}", []).append(row)
+    for rows_of_prompt in same.values():
         yield Row(rows_of_prompt, rows_of_prompt[0].place)
 
 

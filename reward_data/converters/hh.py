@@ -6,29 +6,29 @@ or with an empty reply, are bad rows. Also read: {prompt, chosen, rejected} with
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from reward_data.converters.fields import dialogue, reply, reply_of, text
+from reward_data.converters.fields import TRANSCRIPT, reply, reply_of, spoken, text, with_system
 from reward_data.errors import BadRow
 from reward_data.files import Row
-from reward_data.records import Message, Preference, Record, Tag
+from reward_data.records import Preference, Record, Tag
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ASSISTANT = "\n\nAssistant:"
+SPLIT_KEYS = ("prompt",)  # its text is cut into turns
 
 
 def matches(value: Any) -> bool:
     if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
         return False
     first = value["prompt"] if "prompt" in value else value["chosen"]
-    return isinstance(first, str) and first.startswith(HUMAN)
+    return isinstance(first, str) and first.lstrip().startswith("Human:") and ("prompt" in value or ASSISTANT in first)
 
 
 def convert(row: Row, tag: Tag) -> list[Record]:
     if "prompt" in row.value:
         transcript = text(row.value, "prompt")
         prompt = transcript.rsplit(ASSISTANT, 1)[0] if transcript.rstrip().endswith(ASSISTANT) else transcript
-        chosen, rejected = reply(row.value, "chosen"), reply(row.value, "rejected")
+        chosen, rejected = (_without(transcript, reply(row.value, key), key) for key in ("chosen", "rejected"))
         key = "prompt"
     else:
         prompt, chosen = _split(text(row.value, "chosen"), "chosen")
@@ -36,28 +36,31 @@ def convert(row: Row, tag: Tag) -> list[Record]:
         key = "chosen"
         if prompt != other:
             raise BadRow("keys 'chosen' and 'rejected' answer two different prompts", "unequal_prompts")
-    turns = _turns(prompt, key)
+    turns = with_system(row.value, spoken(prompt, key))
     return [Preference(turns, chosen.strip(), rejected.strip(), "unrated", tag, "unknown", "unknown", row.place)]
+
+
+def _without(transcript: str, answer: str, key: str) -> str:
+    """The answer less the transcript, where it repeats that before it goes on."""
+    if not TRANSCRIPT.match(transcript) or not answer.strip().startswith(transcript.strip()):
+        return _last(answer, key)
+    return _last(answer.strip().removeprefix(transcript.strip()), key)
+
+
+def _last(answer: str, key: str) -> str:
+    if "\n\nHuman:" in answer:
+        raise BadRow(
+            f"key '{key}' ends with a turn of the human, '\\n\\nHuman:'; it must end with the assistant's answer"
+        )
+    return reply_of(answer, key)
 
 
 def _split(transcript: str, key: str) -> tuple[str, str]:
     prompt, mark, answer = transcript.rpartition(ASSISTANT)
     if not mark:
         raise BadRow(f"key '{key}' has no '\\n\\nAssistant:' turn")
+    if "\n\nHuman:" in answer:
+        raise BadRow(
+            f"key '{key}' ends with a turn of the human, '\\n\\nHuman:'; it must end with the assistant's answer"
+        )
     return prompt, reply_of(answer, key)
-
-
-def _turns(transcript: str, key: str) -> tuple[Message, ...]:
-    """Turns of the transcript. A few have one side speak twice: those turns are joined."""
-    parts = re.split(r"\n\n(Human|Assistant):", transcript)
-    if parts[0].strip():
-        raise BadRow(f"key '{key}' does not begin with '\\n\\nHuman:'")
-    turns: list[Message] = []
-    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if turns and turns[-1].role == role:
-            joined = f"{turns.pop().content}\n\n{content.strip()}".strip()
-            turns.append(Message(role, joined))
-        else:
-            turns.append(Message(role, content.strip()))
-    return dialogue(turns, key, "user")

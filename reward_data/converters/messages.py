@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from reward_data.converters import fields
@@ -23,7 +24,8 @@ def convert(row: Row, tag: Tag) -> list[Record]:
         return [from_turns(value, "messages", tag, row.place)]
     if "completion" in value:
         return [Demonstration((*question(value), *_completion(value["completion"])), tag, row.place)]
-    return [from_turns(fields.field(value, "messages"), "messages", tag, row.place)]
+    made = from_turns(fields.field(value, "messages"), "messages", tag, row.place)
+    return [replace(made, messages=fields.with_system(value, made.messages))]
 
 
 def from_turns(turns: Any, key: str, tag: Tag, place: str) -> Demonstration | Prompt:

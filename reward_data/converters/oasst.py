@@ -16,6 +16,8 @@ from reward_data.errors import BadRow
 from reward_data.files import Row
 from reward_data.records import Message, Record, Tag
 
+NO_RECORD = "no message has two replies of different rank"
+
 
 def matches(value: Any) -> bool:
     return isinstance(value, dict) and "message_tree_id" in value and isinstance(value.get("prompt"), dict)

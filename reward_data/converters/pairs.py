@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-from reward_data.converters.fields import dialogue, field, message, question, reply_of, shown
+from reward_data.converters.fields import dialogue, field, history, message, question, reply_of, shown, with_system
 from reward_data.converters.ratings import from_strength
 from reward_data.errors import BadRow
 from reward_data.files import Row
@@ -50,10 +50,25 @@ def both_sides(value: Mapping[str, Any]) -> tuple[tuple[Message, ...], str, str]
     if before != other:
         raise BadRow("keys 'chosen' and 'rejected' answer two different prompts", "unequal_prompts")
     if before:
-        return dialogue(before, "chosen", "user"), chosen, rejected
+        return _with_context(value, dialogue(before, "chosen", "user")), chosen, rejected
     if not any(key in value for key in PROMPTS):
         raise BadRow(f"no prompt: give one of {', '.join(PROMPTS)}, or the whole dialogue as 'chosen' and 'rejected'")
     return question(value), chosen, rejected
+
+
+def _with_context(value: Mapping[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The dialogue of the answers, after the history and the system message that the row holds beside it."""
+    given = [*history(value), *turns]
+    known = {turn.content for turn in turns}
+    if all(turn.content in known for turn in history(value)):
+        given = list(turns)
+    elif turns[0].role == "system":
+        given = [turns[0], *history(value), *turns[1:]]
+    told = value.get("prompt")
+    first = message(told[0], "prompt[0]") if isinstance(told, list) and told else None
+    if first is not None and first.role == "system" and turns[0].role != "system":
+        given.insert(0, first)
+    return with_system(value, dialogue(given, "chosen", "user"))
 
 
 def _side(value: Mapping[str, Any], key: str) -> tuple[list[Message], str]:

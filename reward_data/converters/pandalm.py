@@ -14,6 +14,7 @@ from reward_data.errors import BadRow
 from reward_data.files import Row
 from reward_data.records import Record, Tag
 
+NO_RECORD = "no row has a majority for one answer"
 VOTES = ("annotator1", "annotator2", "annotator3")
 
 

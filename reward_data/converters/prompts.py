@@ -14,5 +14,5 @@ def matches(value: Any) -> bool:
 
 
 def convert(row: Row, tag: Tag) -> list[Record]:
-    value = {"prompt": row.value} if isinstance(row.value, str) else row.value
+    value = row.value if isinstance(row.value, dict) else {"prompt": row.value}
     return [Prompt(question(value), tag, row.place)]

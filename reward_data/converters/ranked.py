@@ -9,8 +9,8 @@ from itertools import combinations
 from typing import Any
 
 from reward_data.converters.answers import asked_of
-from reward_data.converters.fields import field, reply, shown
-from reward_data.converters.hh import ASSISTANT, HUMAN, _turns
+from reward_data.converters.fields import field, reply, shown, spoken
+from reward_data.converters.hh import ASSISTANT
 from reward_data.converters.pairs import preference
 from reward_data.converters.ratings import from_strength, number
 from reward_data.errors import BadRow
@@ -53,8 +53,8 @@ def convert(row: Row, tag: Tag) -> list[Record]:
 
 def _prompt(value: dict[str, Any], key: str) -> tuple[Message, ...]:
     content = value[key]
-    if isinstance(content, str) and content.startswith(HUMAN):
-        return _turns(content.rsplit(ASSISTANT, 1)[0] if content.rstrip().endswith(ASSISTANT) else content, key)
+    if isinstance(content, str) and content.lstrip().startswith("Human:"):
+        return spoken(content.rsplit(ASSISTANT, 1)[0] if content.rstrip().endswith(ASSISTANT) else content, key)
     return asked_of(value, key)
 
 

@@ -17,7 +17,7 @@ def from_strength(strength: Any, key: str) -> Rating:
     """0 negligibly, 1 slightly, 2 better, 3 and more significantly: a graded vote, a gap of ranks, a gap of scores."""
     if (found := number(strength, key)) < 0:
         raise BadRow(f"key '{key}' must be a number from 0, but is {shown(strength)}")
-    return _BY_STRENGTH[min(3, int(found))]
+    return _BY_STRENGTH[int(min(3, found))]
 
 
 def number(value: Any, key: str) -> float:

@@ -1,0 +1,217 @@
+"""What a row says beside what its converter read: context, verdicts, a dialogue inside a text. Nothing is lost silently."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from reward_data.converters.fields import ROLES, TRANSCRIPT, shown, spoken
+from reward_data.errors import BadRow
+from reward_data.files import Row
+from reward_data.records import Preference, Record, prompt_of
+
+CONTEXT = (
+    *("system", "system_prompt", "system_message", "history", "context", "instruction", "input", "prompt"),
+    *("messages", "conversations", "conversation", "dialog", "dialogue"),
+)
+VERDICTS = ("label", "desirable", "is_desirable", "accepted", "liked", "is_good", "thumbs", "thumbs_up", "feedback")
+GRADES = ("score", "rating", "reward", "scores", "ratings", "rewards")
+BAD_WORDS = {"false", "bad", "no", "rejected", "undesirable", "thumbs_down", "thumbs down", "thumbsdown", "down"} | {
+    *("dislike", "disliked", "👎")
+}
+GOOD_WORDS = {"true", "good", "yes", "chosen", "desirable", "thumbs_up", "thumbs up", "thumbsup", "up", "like"} | {
+    *("liked", "👍")
+}
+SPECIAL = re.compile(  # a turn of ChatML, Llama 3, Zephyr or Gemma
+    r"^[ \t]*(<\|im_start\|>[ \t]*(?:system|user|assistant)\b|<\|start_header_id\|>|<start_of_turn>(?:user|model)\b"
+    r"|<\|(?:system|user|assistant)\|>)",
+    re.MULTILINE,
+)
+ENDS = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>)\s*\Z")
+ALPACA = re.compile(r"\A\s*(?:Below is an instruction.*?)?(### Instruction:).*^### Response:", re.MULTILINE | re.DOTALL)
+VICUNA = re.compile(r"(?:\A|^|[.] )(USER:) .*\sASSISTANT:", re.MULTILINE | re.DOTALL)
+HH_TURN = re.compile(r"\A\s*(Human:).*\n\nAssistant:", re.DOTALL)  # from the start: a quoted one may stay
+SPEAKER = re.compile(r"^(?:Human|User|USER|Assistant|ASSISTANT|### (?:Instruction|Response)):", re.MULTILINE)
+
+
+def opened(row: Row) -> Row:
+    """The row with every text that is wholly a list of messages, as JSON or as Python writes it, read as that list."""
+    if isinstance(row.value, Mapping):
+        value: Any = {key: _opened(text) for key, text in row.value.items()}
+    else:
+        value = _opened(row.value)
+    return row if value == row.value else Row(value, row.place, row.fault)
+
+
+def _opened(text: Any) -> Any:
+    turns = turns_in(text) if isinstance(text, str) else None
+    return text if turns is None else turns
+
+
+def turns_in(text: str) -> list[dict[str, Any]] | None:
+    """The messages that the whole text is; None for any other text, one that quotes messages included."""
+    text = text.strip()
+    if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
+        return None
+    value = _parsed(text)
+    turns = [value] if isinstance(value, dict) else value
+    return turns if isinstance(turns, list) and turns and all(map(_is_message, turns)) else None
+
+
+def _parsed(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    role = value.get("role", value.get("from"))
+    return isinstance(role, str) and role in ROLES and ("content" in value or "value" in value)
+
+
+def refuse_outranked(row: Row) -> None:
+    """BadRow where a rejected answer is scored above the chosen one."""
+    value = row.value
+    if not isinstance(value, Mapping):
+        return
+    for grade in ("score", "scores", "rating", "ratings"):  # a reward is what a model says, and people may differ
+        for chosen, rejected in ((f"{grade}_chosen", f"{grade}_rejected"), (f"chosen_{grade}", f"rejected_{grade}")):
+            good, bad = _figure(value.get(chosen)), _figure(value.get(rejected))
+            if good is not None and bad is not None and bad > good:
+                raise BadRow(
+                    f"rejected scores higher than chosen: key '{rejected}' is {shown(value[rejected])}, '{chosen}' is "
+                    f"{shown(value[chosen])} ({value[rejected]} > {value[chosen]}); swap the answers or leave the row out",
+                    "rejected_scores_higher",
+                )
+
+
+def _figure(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def refuse_lost_context(row: Row, record: Record, held_elsewhere: Sequence[str] = ()) -> None:
+    """BadRow where a key of context holds text that stands nowhere in the record."""
+    if not isinstance(row.value, Mapping):
+        return
+    read = [_squeezed(text) for _, text in _texts_of(record)]
+    for key in CONTEXT:
+        for text in _texts_in(row.value.get(key)):
+            if key not in held_elsewhere and not any(_squeezed(text) in other for other in read):
+                raise BadRow(
+                    f"key '{key}' holds context that the prompt does not: {shown(text)}; put it into the prompt "
+                    "(as system message or earlier turn), or take the key out",
+                    "lost_context",
+                )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and TRANSCRIPT.match(value):
+        yield from (turn.content for turn in spoken(value, "prompt"))
+    elif isinstance(value, str) and value.strip():
+        yield value
+    elif isinstance(value, Mapping):
+        for key in ("content", "value"):
+            yield from _texts_in(value.get(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _texts_of(record: Record) -> list[tuple[str, str]]:
+    if isinstance(record, Preference):
+        answers = [("assistant", record.chosen), ("assistant", record.rejected)]
+        return [*((m.role, m.content) for m in record.prompt), *answers]
+    return [(m.role, m.content) for m in record.messages]
+
+
+def refuse_transcripts(record: Record) -> None:
+    """BadRow where a text of the record is itself a dialogue, or an answer goes on with a turn of the human."""
+    for role, text in _texts_of(record):
+        found = SPECIAL.search(text) or ENDS.search(text) or ALPACA.search(text)
+        if role == "assistant":
+            found = found or VICUNA.search(text) or HH_TURN.search(text)
+        if found or turns_in(text):
+            what = repr(found[found.lastindex or 0]) if found else "a list of messages"
+            raise BadRow(
+                f"the text of the {role} {shown(text)} holds a dialogue of its own ({what}); give its turns as messages",
+                "dialogue_in_text",
+            )
+
+
+class Judge:
+    """Tells the answers of a file that somebody disliked. All rows are looked at first: a label may be 0, 1 or 2."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        values = [row.value for row in rows if isinstance(row.value, Mapping)]
+        self.binary = {key for key in (*VERDICTS, *GRADES) if _is_verdict([v.get(key) for v in values])}
+
+    def refuse_unwanted(self, row: Row) -> None:
+        """BadRow for an answer under a verdict such as `label: false`, or under a grade below zero."""
+        if not isinstance(row.value, Mapping):
+            return
+        for key in (*VERDICTS, *GRADES):
+            value = row.value.get(key)
+            figure = _figure(value)
+            below = key in GRADES and figure is not None and figure < 0
+            if below or (key in self.binary and _word(value) in {*BAD_WORDS, "0", "0.0", "-1", "-1.0"}):
+                raise BadRow(
+                    f"key '{key}' is {shown(value)}: an answer that should not be learnt; leave the row out",
+                    "unwanted_answer",
+                )
+
+
+def _is_verdict(values: list[Any]) -> bool:
+    words = {_word(value) for value in values if value is not None}
+    return bool(words) and words <= {*BAD_WORDS, *GOOD_WORDS, "0", "0.0", "1", "1.0", "-1", "-1.0", ""}
+
+
+def _word(value: Any) -> str:
+    return str(value).strip().lower() if isinstance(value, str | bool | int | float) else "other"
+
+
+def suspicions(records: Sequence[Record], rows: Sequence[Row], kind: str) -> list[str]:
+    """What looks wrong in a whole file, though no row of it is certainly bad."""
+    answers = [a for record in records for a in _answers_of(record)]
+    repeats = sum(1 for prompt, answer in answers if len(answer) > len(prompt) and answer.startswith(prompt))
+    spoken = sum(1 for _, answer in answers if SPEAKER.search(answer))
+    found = []
+    if answers and repeats * 2 >= len(answers):
+        found.append(f"{repeats} of {len(answers)} answers begin with their prompt; take the prompt out of them")
+    if answers and spoken * 2 >= len(answers):
+        found.append(f"{spoken} of {len(answers)} answers have lines that begin with a speaker, such as 'User:'")
+    if kind == "demonstrations":
+        found += _graded(rows)
+    return found
+
+
+def _answers_of(record: Record) -> list[tuple[str, str]]:
+    prompt = prompt_of(record)[-1].content.strip()
+    if isinstance(record, Preference):
+        return [(prompt, record.chosen.strip()), (prompt, record.rejected.strip())]
+    last = record.messages[-1]
+    return [(prompt, last.content.strip())] if last.role == "assistant" else []
+
+
+def _graded(rows: Sequence[Row]) -> Iterator[str]:
+    for key in GRADES:
+        figures = [_figure(row.value.get(key)) for row in rows if isinstance(row.value, Mapping)]
+        known = [figure for figure in figures if figure is not None]
+        if known and min(known) < max(known):
+            yield f"key '{key}' grades the answers from {min(known):g} to {max(known):g}, and all of them are learnt"
