@@ -102,6 +102,8 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     trainer.optim = config.sft.optim
     if config.sft.packing:
         trainer.add_callback(PackingCheck())
+    if hasattr(causal.config.get_text_config(), "output_router_logits"):
+        causal.config.get_text_config().output_router_logits = False  # TRL turned it on for a loss that is not ours
     causal.forward = partial(answer_logprobs, causal)  # in place of TRL's, and inside whatever wraps the model
 
     def measure() -> dict[str, float]:

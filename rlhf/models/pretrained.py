@@ -68,6 +68,8 @@ def load_tokenizer(path: str | Path) -> Any:
     UserError (4) where it cannot be read or has no EOS.
     """
     folder = find_model(path)
+    if is_adapter(folder) and not has_tokenizer(folder):
+        return load_tokenizer(adapter_base(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except LOAD_ERRORS as error:
@@ -107,6 +109,8 @@ def load_config(folder: Path) -> PretrainedConfig:
         for key, value in part.to_dict().items():
             if isinstance(value, float) and "drop" in key:
                 setattr(part, key, 0.0)
+        if hasattr(part, "output_router_logits"):
+            part.output_router_logits = False  # no stage has a loss on routers, and a decoder step has no such logits
     if has_tokenizer(folder):
         text = config.get_text_config()
         pad = load_tokenizer(folder).pad_token_id
@@ -137,13 +141,35 @@ def load_causal(path: str | Path, *, dtype: torch.dtype = torch.float32, attenti
     if is_adapter(folder):
         return merge_adapter(load_causal, folder, dtype, attention)
     model = load_complete(AutoModelForCausalLM, folder, dtype, attention)
+    make_savable(model)
     _make_room_for_pad(model, folder)
     return model
 
 
-def load_complete(auto_class: Any, folder: Path, dtype: torch.dtype, attention: str, **settings: Any) -> Any:
-    """`auto_class.from_pretrained`, where a missing weight is a UserError (4) instead of a random one."""
+def make_savable(model: PreTrainedModel) -> None:
+    """Of generation settings that transformers would refuse to save only the token ids stay; PPO and chat have their own.
+
+    Llama 2 and Vicuna, for one, come with a temperature and without do_sample.
+    """
+    given = model.generation_config
+    try:
+        given.validate(strict=True)
+    except ValueError as error:
+        log.info("generation settings of the model are left out: %s", str(error).splitlines()[0])
+        ids = {key: value for key, value in given.to_diff_dict().items() if key.endswith("_token_id")}
+        model.generation_config = type(given)(**ids)
+
+
+def load_complete(
+    auto_class: Any, folder: Path, dtype: torch.dtype, attention: str, labels: int | None = None, **settings: Any
+) -> Any:
+    """`auto_class.from_pretrained`, where a missing weight is a UserError (4) instead of a random one.
+
+    `labels`: rows of a classifier's head, which config.json need not say.
+    """
     config = load_config(folder)
+    if labels is not None:
+        config.num_labels = labels
     try:
         with quiet():
             model, report = auto_class.from_pretrained(
@@ -189,10 +215,17 @@ def is_adapter(folder: Path) -> bool:
 
 def adapter_base(folder: Path) -> Path:
     """The folder of the model that a PEFT adapter was trained on."""
-    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    file = folder / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"cannot read {file}: {error}", 4) from error
     if not base:
-        raise UserError(f"{folder / 'adapter_config.json'} does not name its base_model_name_or_path", 4)
-    return find_model(base)
+        raise UserError(f"{file} does not name its base_model_name_or_path", 4)
+    try:
+        return find_model(base)
+    except UserError as error:
+        raise UserError(f"{file} names its base_model_name_or_path, but {error.message}", 4) from error
 
 
 def merge_adapter(load_base: Any, folder: Path, dtype: torch.dtype, attention: str) -> Any:
@@ -200,7 +233,7 @@ def merge_adapter(load_base: Any, folder: Path, dtype: torch.dtype, attention: s
     with _unsharded():
         base = load_base(adapter_base(folder), dtype=dtype, attention=attention)
         try:
-            return PeftModel.from_pretrained(base, folder).merge_and_unload()
+            return PeftModel.from_pretrained(base, folder).merge_and_unload().requires_grad_(True)  # PEFT froze it
         except LOAD_ERRORS as error:
             raise UserError(f"cannot apply the adapter in {folder}: {error}", 4) from error
 

@@ -120,8 +120,9 @@ def load_scalar(path: str | Path, *, dtype: torch.dtype = torch.float32, attenti
     if not _is_classifier(config):
         causal = load_causal(folder, dtype=dtype, attention=attention)
         return ScalarModel(causal.base_model, torch.zeros(1, config.get_text_config().hidden_size))
-    classifier = load_complete(AutoModelForSequenceClassification, folder, dtype, attention)
-    return ScalarModel(classifier.base_model, _read_head(folder), getattr(config, "reward_offset", 0.0))
+    head_1H = _read_head(folder)
+    classifier = load_complete(AutoModelForSequenceClassification, folder, dtype, attention, labels=1)
+    return ScalarModel(classifier.base_model, head_1H, getattr(config, "reward_offset", 0.0))
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:

@@ -2,6 +2,7 @@ import json
 import shutil
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -26,6 +28,7 @@ from rlhf.models import (
     hidden_states,
     lm_head,
     load_causal,
+    load_config,
     load_tokenizer,
     recompute_activations,
     save_causal,
@@ -240,3 +243,40 @@ def test_lengths_beyond_the_models_positions_are_refused():
     check_length(config, 64)
     with pytest.raises(UserError, match="65 tokens.*64 positions"):
         check_length(config, 65)
+
+
+def test_generation_settings_that_cannot_be_saved_leave_their_ids(causal_folder, tmp_path, tokenizer):
+    folder = shutil.copytree(causal_folder, tmp_path / "model")
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5], "bos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    save_causal(load_causal(folder), tmp_path / "saved", tokenizer)
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert (saved["eos_token_id"], saved["bos_token_id"], "temperature" in saved) == ([2, 5], 1, False)
+
+
+def _adapter(causal_folder, folder):
+    base = AutoModelForCausalLM.from_pretrained(causal_folder)
+    peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_a_merged_adapter_learns_whole_and_reads_by_its_bases_tokenizer(causal_folder, tmp_path, tokenizer):
+    folder = _adapter(causal_folder, tmp_path / "adapter")
+    assert all(p.requires_grad for p in load_causal(folder).parameters())
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+
+
+def test_an_adapter_whose_base_is_gone_names_its_file(causal_folder, tmp_path):
+    folder = _adapter(causal_folder, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(causal_folder), str(tmp_path / "gone")))
+    with pytest.raises(UserError, match=r"adapter_config\.json names its base.*no model folder") as error:
+        load_causal(folder)
+    assert error.value.exit_code == 4
+
+
+def test_router_logits_are_not_asked_for(tmp_path):
+    MixtralConfig(output_router_logits=True).save_pretrained(tmp_path)
+    assert load_config(tmp_path).output_router_logits is False

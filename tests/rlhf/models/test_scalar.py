@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import peft
@@ -159,3 +160,13 @@ def test_classification_adapter_without_any_head_is_refused(classifier_adapter, 
     folder = edit_weights(classifier_adapter[1], tmp_path / "headless", drop)
     with pytest.raises(UserError, match=r"score\.weight"):
         load_scalar(folder)
+
+
+def test_head_of_one_row_needs_no_num_labels(classifier_folder, right_padded):
+    expected = plain_scores(classifier_folder, *right_padded)
+    file = classifier_folder / "config.json"
+    config = json.loads(file.read_text())
+    for key in ("num_labels", "id2label", "label2id"):
+        config.pop(key, None)
+    file.write_text(json.dumps(config))
+    torch.testing.assert_close(load_scalar(classifier_folder).score(*right_padded), expected)
