@@ -16,7 +16,7 @@ from launch.model_folder import model_folder
 from reward_data import Message
 from rlhf.chat import TAGS, encode_prompt
 from rlhf.errors import UserError
-from rlhf.models import load_causal, load_tokenizer
+from rlhf.models import load_causal, load_tokenizer, positions
 
 HELP = "/reset forgets the dialogue, /system TEXT sets the system text, /exit leaves; Ctrl-C stops an answer"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders give for a character of which bytes are missing
@@ -144,7 +144,7 @@ def say(tokens: Iterator[int], tokenizer: Any, stoppable: bool) -> str:
 
 def _room(model: Any, length: int) -> int:
     """How many tokens fit behind a prompt of `length` tokens."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model.config)
     if limit is not None and length >= limit:
         raise UserError(f"the dialogue has {length} tokens and the model holds {limit}; /reset starts a new one")
     return sys.maxsize if limit is None else limit - length

@@ -115,6 +115,8 @@ def _model(config: RunConfig) -> Iterator[Obstacle]:
     if folder.exists():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             yield Obstacle(f"model.path: {path} is no model folder: it has no config.json", MISSING_MODEL)
+        else:
+            yield from _requirements(config, folder)
     elif HUB_NAME.fullmatch(path) and not path.startswith("."):
         if _offline() and not _in_cache("models", path):
             text = f"{path} is no folder here, and not in the local cache of the hub (HF_HUB_OFFLINE)"
@@ -122,6 +124,20 @@ def _model(config: RunConfig) -> Iterator[Obstacle]:
     elif "/" in path or not _in_cache("models", path):
         text = f"there is no folder {folder.absolute()}; give a model's folder or its hub name (owner/name)"
         yield Obstacle(f"model.path: {text}{_where_smollm2_comes_from(path)}", MISSING_MODEL)
+
+
+def _requirements(config: RunConfig, folder: Path) -> Iterator[Obstacle]:
+    """What the configuration of a model on this disk says against the run."""
+    from rlhf.models.pretrained import adapter_base, is_adapter, load_config
+    from rlhf.models.requirements import misfits
+
+    try:
+        while is_adapter(folder):
+            folder = adapter_base(folder)
+        for text, exit_code in misfits(config, load_config(folder)):
+            yield Obstacle(text, exit_code)
+    except UserError as error:
+        yield Obstacle(f"model.path: {error.message}", error.exit_code)
 
 
 def _where_smollm2_comes_from(path: str) -> str:

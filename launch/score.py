@@ -21,7 +21,7 @@ from rlhf import artifacts, chat
 from rlhf.data import pad
 from rlhf.errors import UserError
 from rlhf.evaluation.intervals import Estimate, bootstrap_mean, share
-from rlhf.models import ScalarModel, load_scalar, load_tokenizer
+from rlhf.models import ScalarModel, load_scalar, load_tokenizer, positions
 
 Row = Preference | Demonstration
 
@@ -45,7 +45,7 @@ def score(
     rows, refused, findings = load_rows(file, bad_rows)
     folder = model_folder(model)
     tokenizer, scalar = load_tokenizer(folder), load_reward_model(folder)
-    texts, unfit = encode(tokenizer, rows, position_limit(scalar), bad_rows)
+    texts, unfit = encode(tokenizer, rows, positions(scalar.config), bad_rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Progress(*_columns(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("scoring", total=len(texts))
@@ -85,10 +85,6 @@ def load_reward_model(folder: Path) -> ScalarModel:
     if not scalar.head.weight.any():
         raise UserError(f"{folder} is no reward model: it has no trained score head", 4)
     return scalar.eval()
-
-
-def position_limit(scalar: ScalarModel) -> int | None:
-    return getattr(scalar.config.get_text_config(), "max_position_embeddings", None)
 
 
 def encode(

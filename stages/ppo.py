@@ -34,6 +34,7 @@ from rlhf.memory import keep_freed_memory
 from rlhf.models import (
     ScalarModel,
     add_lora,
+    check_model,
     check_packing,
     load_causal,
     load_scalar,
@@ -243,6 +244,7 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
     with sharded_loading(hardware, context.local):
         policy, reference, critic = causal(), causal(), scalar(ppo.helpfulness_model)
         rewards = {name: scalar(name) for name in reward_paths}
+    check_model(config, cast(Any, policy).config)
     if config.model.lora is not None:
         torch.manual_seed(config.seed)
         policy = add_lora(policy, config.model.lora, "causal", config.seed)

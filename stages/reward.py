@@ -34,7 +34,7 @@ from rlhf.hf_trainer import (
     quieten,
     trainer_arguments,
 )
-from rlhf.models import ScalarModel, add_lora, check_length, last_value, load_scalar, load_tokenizer
+from rlhf.models import ScalarModel, add_lora, check_model, last_value, load_scalar, load_tokenizer
 from rlhf.runtime import StageContext
 
 
@@ -98,7 +98,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     arguments = trainer_arguments(config, reward, context, steps)
     with sharded_loading(config.hardware, context.local):
         model = load_scalar(sft, attention=config.model.attention)
-    check_length(model.config, reward.max_length)
+    check_model(config, model.config)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "scalar", config.seed)
     scorer = PairScorer(model)

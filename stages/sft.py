@@ -35,7 +35,7 @@ from rlhf.hf_trainer import (
 from rlhf.metrics import Means
 from rlhf.models import (
     add_lora,
-    check_length,
+    check_model,
     check_packing,
     follows_row_ends,
     lm_head,
@@ -84,7 +84,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     arguments = trainer_arguments(config, config.sft, context, steps)
     with sharded_loading(config.hardware, context.local):
         model = load_causal(base, attention=config.model.attention)
-    check_length(model.config, config.sft.max_length)
+    check_model(config, model.config)
     causal = model
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "causal", config.seed)

@@ -4,6 +4,7 @@ pretrained.py  folders ↔ tokenizers and causal models      scalar.py  reward a
 lora.py        adapters                                    tiny.py    a small Llama made on the spot
 gguf.py        GGUF files → ordinary folders              attention.py  causal attention in bf16
 packing.py     rows one behind the other                  norm.py    norms of a Llama's layers in bf16
+requirements.py  what a run asks of a model
 """
 
 from pathlib import Path
@@ -12,7 +13,6 @@ from rlhf.config import RunConfig
 from rlhf.models.gguf import import_gguf
 from rlhf.models.lora import add_lora
 from rlhf.models.pretrained import (
-    check_length,
     check_packing,
     find_model,
     follows_row_ends,
@@ -24,13 +24,14 @@ from rlhf.models.pretrained import (
     recompute_activations,
     save_causal,
 )
+from rlhf.models.requirements import check_model, positions
 from rlhf.models.scalar import ScalarModel, last_value, load_scalar
 from rlhf.models.tiny import make_tiny
 
 __all__ = [
     "ScalarModel",
     "add_lora",
-    "check_length",
+    "check_model",
     "check_packing",
     "find_model",
     "follows_row_ends",
@@ -43,6 +44,7 @@ __all__ = [
     "load_scalar",
     "load_tokenizer",
     "make_tiny",
+    "positions",
     "recompute_activations",
     "resolve",
     "save_causal",

@@ -122,16 +122,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any(folder.glob("tokenizer*"))
 
 
-def check_length(config: PretrainedConfig, max_length: int) -> None:
-    """UserError (2) when the model has fewer positions than `max_length` tokens."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise UserError(
-            f"a length of {max_length} tokens is asked for, and the model has {limit} positions "
-            "(max_position_embeddings); set the lengths of the run at or below that"
-        )
-
-
 def load_causal(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
     """A causal LM without dropout, from a full checkpoint or from a PEFT adapter (merged into its base).
 
@@ -390,4 +380,7 @@ def lm_head(model: nn.Module) -> nn.Module:
                 "reproduce; use a Llama-like model",
                 4,
             )
-    return whole.get_output_embeddings()
+    head = whole.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"the LM head of {config.model_type} models has a bias, which SFT and PPO do not read", 4)
+    return head

@@ -6,6 +6,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from transformers import GraniteConfig
 
 from launch import preflight as module
 from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, multiplies_bf16, obstacles, preflight
@@ -92,8 +93,23 @@ def test_the_model_of_a_packaged_layer_comes_with_its_recipe() -> None:
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     assert "it has no config.json" in obstacle(settings("--model.path", "model")).message
-    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
     assert obstacles(settings("--model.path", "model")) == []
+
+
+def test_all_that_a_model_on_this_disk_cannot_do_is_said_before_the_first_stage(tmp_path: Path) -> None:
+    GraniteConfig(max_position_embeddings=16, logits_scaling=8.0).save_pretrained(tmp_path / "model")
+    message = obstacle(settings("--model.path", "model")).message
+    for part in ("sft.max_length", "reward.max_length", "ppo.max_prompt_length", "no sequence classifier", "logits_sc"):
+        assert part in message
+
+
+def test_an_adapter_without_its_base_is_told_before_the_first_stage(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
+    assert "names its base_model_name_or_path, but there is no model folder" in (
+        obstacle(settings("--model.path", "model")).message
+    )
 
 
 def test_a_hub_model_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +149,7 @@ def test_a_head_size_without_a_kernel_is_told(tmp_path: Path) -> None:
         ('{"hidden_size": 96, "num_attention_heads": 2, "head_dim": 64}', True),
         ("{}", True),
     ):
-        (tmp_path / "model/config.json").write_text(shape)
+        (tmp_path / "model/config.json").write_text(json.dumps(json.loads(shape) | {"model_type": "llama"}))
         assert (obstacles(settings(*vllm, "--model.path", "model")) == []) == known
 
 

@@ -14,7 +14,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
 )
@@ -22,7 +21,6 @@ from transformers import (
 from rlhf.data import pad
 from rlhf.errors import UserError
 from rlhf.models import (
-    check_length,
     check_packing,
     find_model,
     hidden_states,
@@ -236,13 +234,6 @@ def test_what_is_no_model_is_named_with_what_was_looked_for(tmp_path):
 def test_unknown_hub_name_tells_folder_and_hub():
     with pytest.raises(UserError, match="no model 'owner/absent'.*the hub gave none"):
         find_model("owner/absent")
-
-
-def test_lengths_beyond_the_models_positions_are_refused():
-    config = LlamaConfig(max_position_embeddings=64)
-    check_length(config, 64)
-    with pytest.raises(UserError, match="65 tokens.*64 positions"):
-        check_length(config, 65)
 
 
 def test_generation_settings_that_cannot_be_saved_leave_their_ids(causal_folder, tmp_path, tokenizer):

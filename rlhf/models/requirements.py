@@ -1,0 +1,111 @@
+"""What a run asks of a model, checked against its configuration alone: before the first stage, and where it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PretrainedConfig,
+)
+
+from rlhf.config import RunConfig
+from rlhf.errors import UserError
+from rlhf.models.attention import has_windows
+
+BAD_SETTING, UNFIT_MODEL = 2, 4
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+STRETCHED = ("linear", "dynamic", "yarn")  # rope types that see `factor` times the positions of before
+PADDED_POSITIONS = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text")  # counted from pad + 1
+LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+HEAD_BIASES = ("phi", "gptj", "codegen")  # families whose LM head adds a bias
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model can tell apart by place; None where there is no such limit."""
+    text: Any = config.get_text_config()
+    if _has_alibi(text) and text.model_type != "mpt":  # MPT makes a table of its biases
+        return None
+    limit = next((value for key in POSITION_KEYS if (value := getattr(text, key, None))), None)
+    if limit is None or limit < 0:
+        return None
+    if any(family in text.model_type for family in PADDED_POSITIONS):
+        return limit - (text.pad_token_id or 0) - 1
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in STRETCHED:
+        return max(limit, int((rope.get("original_max_position_embeddings") or limit) * (rope.get("factor") or 1.0)))
+    return limit
+
+
+def check_model(run: RunConfig, model: PretrainedConfig) -> None:
+    """UserError with everything in which the model does not fit the run; its exit code is that of the first."""
+    if found := list(misfits(run, model)):
+        raise UserError("\n".join(text for text, _ in found), found[0][1])
+
+
+def misfits(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    """(what is wrong and what to do, exit code)"""
+    yield from _lengths(run, model)
+    yield from _family(model)
+    yield from _attention(run, model)
+    yield from _packing(run, model)
+
+
+def _lengths(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    limit = positions(model)
+    prompt, answer = run.ppo.max_prompt_length, run.ppo.sampling.max_new_tokens
+    for key, length in (
+        ("sft.max_length", run.sft.max_length),
+        ("reward.max_length", run.reward.max_length),
+        (f"ppo.max_prompt_length ({prompt}) + ppo.sampling.max_new_tokens ({answer})", prompt + answer),
+    ):
+        if limit is not None and length > limit:
+            yield (
+                f"{key}: {length} tokens, and the model has {limit} positions; lower it to {limit} or less",
+                BAD_SETTING,
+            )
+
+
+def _family(model: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    kind, text = model.model_type, model.get_text_config()
+    remedy = "use a model of another family, such as Llama, Mistral, Qwen2 or GPT-2"
+    encoder = type(model) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model, "is_decoder", False)
+    if model.is_encoder_decoder or encoder or type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        yield f"model.path: {kind} is no causal language model, which SFT and PPO train; {remedy}", UNFIT_MODEL
+        return
+    if type(model) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        text_ = f"transformers has no sequence classifier for {kind}, so no reward model could be saved"
+        yield f"model.path: {text_}; {remedy}", UNFIT_MODEL
+    for key in LOGIT_KEYS:
+        if getattr(text, key, None) not in (None, 1, 1.0):
+            text_ = f"{kind} models change their logits after the LM head ({key}), which SFT and PPO do not reproduce"
+            yield f"model.path: {text_}; {remedy}", UNFIT_MODEL
+    if kind in HEAD_BIASES:
+        text_ = f"the LM head of {kind} models has a bias, which SFT and PPO do not read"
+        yield f"model.path: {text_}; {remedy}", UNFIT_MODEL
+
+
+def _attention(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    asked, flag = run.model.attention, {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    if asked == "eager" or type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    if not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(model)], flag[asked], False):
+        yield f"model.attention: {model.model_type} models have no {asked}; set model.attention to eager", BAD_SETTING
+
+
+def _packing(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    text = model.get_text_config()
+    if _has_alibi(text):
+        for key in (key for key, on in (("sft", run.sft.packing), ("ppo", run.ppo.packing)) if on):
+            reason = f"attention of {text.model_type} models goes by distance and does not see where a packed row ends"
+            yield f"{key}.packing: {reason}; set {key}.packing to false", BAD_SETTING
+    if run.ppo.packing and run.ppo.answers_per_prompt > 1 and has_windows(text):
+        reason = "packed answers cannot share their prompt in models whose attention has a window"
+        yield f"ppo.packing: {reason}; set ppo.packing to false, or ppo.answers_per_prompt to 1", BAD_SETTING
+
+
+def _has_alibi(text: Any) -> bool:
+    return text.model_type in ("bloom", "mpt") or bool(getattr(text, "alibi", False))
