@@ -72,7 +72,7 @@ class LocalEngine:
     def __init__(
         self, module: nn.Module, optim: OptimConfig | None, total_steps: int, hardware: HardwareConfig
     ) -> None:
-        self.module = module if optim else frozen(module, hardware)
+        self.module = with_frozen_weights(module, hardware) if optim else frozen(module, hardware)
         self.device = next(module.parameters()).device
         self.precision = hardware.precision
         self.max_grad_norm = optim.max_grad_norm if optim else math.inf
@@ -132,8 +132,7 @@ class ZeroEngine:
         self, module: nn.Module, optim: OptimConfig | None, total_steps: int, hardware: HardwareConfig
     ) -> None:
         deepspeed = import_deepspeed()
-        if optim is None:
-            frozen(module, hardware)
+        with_frozen_weights(module, hardware) if optim else frozen(module, hardware)
         optimizer = build_optimizer(module, optim) if optim else None
         schedule = build_schedule(optimizer, optim, total_steps) if optimizer and optim else None
         config = zero_config(hardware, optim.max_grad_norm if optim else 0.0)
@@ -189,13 +188,18 @@ def keep_casts(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def frozen(module: nn.Module, hardware: HardwareConfig) -> nn.Module:
-    """`module` without gradients. With bf16, weights of matrix products are kept as autocast would cast them in every
-    pass: half the memory, and the same results. Embeddings, norms and our float32 heads stay as they are."""
-    module.requires_grad_(False)
+    """`module` without gradients, its weights as `with_frozen_weights` keeps them."""
+    return with_frozen_weights(module.requires_grad_(False), hardware)
+
+
+def with_frozen_weights(module: nn.Module, hardware: HardwareConfig) -> nn.Module:
+    """With bf16, weights of matrix products that do not learn (all of a frozen model, those under an adapter) are kept as
+    autocast would cast them in every pass: half the memory, and the same results. Embeddings, norms and our float32
+    heads stay as they are."""
     if hardware.precision == "bf16":
         tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
         products = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)} - tables
-        for parameter in module.parameters():
+        for parameter in (p for p in module.parameters() if not p.requires_grad):
             dtype = torch.bfloat16 if id(parameter) in products else parameter.dtype
             for holder in (parameter, getattr(parameter, "ds_tensor", None)):  # the weight, its shard
                 if holder is not None:

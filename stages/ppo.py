@@ -39,6 +39,7 @@ from rlhf.models import (
     load_causal,
     load_scalar,
     load_tokenizer,
+    new_critic,
     recompute_activations,
     resolve,
     save_causal,
@@ -242,12 +243,13 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
         return model
 
     with sharded_loading(hardware, context.local):
-        policy, reference, critic = causal(), causal(), scalar(ppo.helpfulness_model)
+        policy, reference, critic = causal(), causal(), new_critic(scalar(ppo.helpfulness_model))
         rewards = {name: scalar(name) for name in reward_paths}
     check_model(config, cast(Any, policy).config)
     if config.model.lora is not None:
         torch.manual_seed(config.seed)
         policy = add_lora(policy, config.model.lora, "causal", config.seed)
+        critic = add_lora(critic, config.model.lora, "scalar", config.seed)
     tokenizer = load_tokenizer(sft)
     sampler = open_sampler(config, sft, tokenizer, context.device)
     if ppo.packing:

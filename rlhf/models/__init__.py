@@ -25,7 +25,7 @@ from rlhf.models.pretrained import (
     save_causal,
 )
 from rlhf.models.requirements import check_model, positions
-from rlhf.models.scalar import ScalarModel, last_value, load_scalar
+from rlhf.models.scalar import ScalarModel, last_value, load_scalar, new_critic
 from rlhf.models.tiny import make_tiny
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "load_scalar",
     "load_tokenizer",
     "make_tiny",
+    "new_critic",
     "positions",
     "recompute_activations",
     "resolve",

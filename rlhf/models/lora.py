@@ -47,10 +47,10 @@ def _wrap(model: Any, settings: LoraConfig, task_type: str, seed: int) -> PeftMo
 
 
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + scaling · B·A for each adapted weight, under the names of the model without adapters."""
+    """W + scaling · B·A for each adapted weight, under the names of the model without adapters; all in float32."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     whole = {
-        name.replace(".base_layer.", ".").replace(PREFIX, "", 1): tensor
+        name.replace(".base_layer.", ".").replace(PREFIX, "", 1): tensor.float()
         for name, tensor in state.items()
         if ".lora_" not in name
     }
@@ -60,7 +60,7 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = state[f"{name}.base_layer.weight"]
         update = update.T if getattr(layer, "fan_in_fan_out", False) else update
         target = f"{name}.weight".replace(PREFIX, "", 1)
-        whole[target] = (weight.float() + update).to(weight.dtype)
+        whole[target] = weight.float() + update  # float32: in bf16 a small update would vanish
     return whole
 
 

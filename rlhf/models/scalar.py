@@ -98,6 +98,18 @@ class ScalarModel(nn.Module):
         tokenizer.save_pretrained(folder)
 
 
+def new_critic(reward_model: ScalarModel) -> ScalarModel:
+    """The reward model as a critic whose head is zero, so all its values are.
+
+    Returns are centred, whitened and less the KL: scores are another scale, and where a critic starts from them its first
+    values are worse than none. The trunk already knows what good answers are. Initialising from the reward model:
+    Ouyang et al. 2022 (arXiv 2203.02155), appendix C.4.
+    """
+    torch.nn.init.zeros_(reward_model.head.weight)
+    reward_model.offset = 0.0
+    return reward_model
+
+
 def last_value(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """values_B at the last real token of each row, wherever its padding stands."""
     positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)

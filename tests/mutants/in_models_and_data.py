@@ -166,8 +166,8 @@ SCALAR = bugs_in(
     ),
     (
         "the head is rounded with its trunk",
-        "ScalarModel(classifier.base_model, _read_head(folder), ",
-        "ScalarModel(classifier.base_model, classifier.score.weight, ",
+        "ScalarModel(classifier.base_model, head_1H, getattr",
+        "ScalarModel(classifier.base_model, classifier.score.weight, getattr",
     ),
     ("the score is not centred", "mask_BT), mask_BT) - self.offset", "mask_BT), mask_BT)"),
     ("the offset is added", "mask_BT), mask_BT) - self.offset", "mask_BT), mask_BT) + self.offset"),

@@ -310,6 +310,28 @@ OVERLAP = (
     )
 )
 
+CRITIC = [
+    *bugs_in(
+        "stages/ppo.py",
+        ["stages/test_ppo.py::test_the_critic_starts_from_zero", "stages/test_ppo.py::test_lora_adapts_the_critic_too"],
+        (
+            "the critic starts as the raw reward model",
+            "new_critic(scalar(ppo.helpfulness_model))",
+            "scalar(ppo.helpfulness_model)",
+        ),
+        (
+            "the critic is trained in full beside a policy with LoRA",
+            'critic = add_lora(critic, config.model.lora, "scalar", config.seed)',
+            "pass",
+        ),
+    ),
+    *bugs_in(
+        "rlhf/models/scalar.py",
+        ["rlhf/models/test_scalar.py::test_a_new_critic_has_the_trunk_of_the_reward_model_and_no_value_yet"],
+        ("the critic keeps the offset of its reward model", "    reward_model.offset = 0.0\n", ""),
+    ),
+]
+
 PACKED = bugs_in(
     "stages/sft.py",
     ["stages/test_sft.py::test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_step"],
@@ -318,6 +340,7 @@ PACKED = bugs_in(
 
 BUGS = [
     *PACKED,
+    *CRITIC,
     *EXPERIENCE,
     *UPDATE,
     *PASSES,

@@ -14,8 +14,9 @@ from torch import nn
 
 from rlhf import engine as module
 from rlhf.batches import rows
-from rlhf.config import HardwareConfig, OptimConfig
+from rlhf.config import HardwareConfig, LoraConfig, OptimConfig
 from rlhf.engine import LocalEngine, full_parameters, full_state, learning_rate_share, open_engine
+from rlhf.models import add_lora
 from rlhf.policy import PolicyModel
 from tests.gang import leave, run_ranks
 
@@ -187,6 +188,24 @@ def test_frozen_weights_in_bf16_give_what_autocast_gives(make_llama, make_scalar
             frozen(tokens_BT, mask_BT, *arguments), learner(tokens_BT, mask_BT, *arguments), strict=True
         ):
             torch.testing.assert_close(ours, autocasts.detach(), rtol=0, atol=0)
+
+
+def test_what_lies_under_an_adapter_is_kept_in_bf16(make_llama, iteration):
+    """As autocast would cast it: the same logprobs, at half the memory. What learns stays float32."""
+    arguments = iteration.rollout.tokens_BT, iteration.rollout.mask_BT, 9, 0.7
+
+    def adapted(precision):
+        policy = add_lora(make_llama(0), LoraConfig(rank=2, alpha=4), "causal", 0)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.05)
+        return local(PolicyModel(policy), OptimConfig(lr=1e-3), precision=precision)
+
+    float32, bf16 = adapted("float32"), adapted("bf16")
+    float32.precision = "bf16"  # autocast over weights that are float32
+    torch.testing.assert_close(bf16(*arguments)[0], float32(*arguments)[0], rtol=0, atol=0)
+    kinds = {(p.requires_grad, p.dtype) for n, p in bf16.module.named_parameters() if "_proj" in n}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_steps_are_the_same_where_casts_are_kept(make_llama, iteration):

@@ -67,7 +67,8 @@ def test_policy_and_critic_are_ordinary_folders(run):
 def test_the_manifest_tells_what_the_report_needs(run, figures):
     config = run("ppo")
     told = figures(config.folder / "ppo/artifact")
-    keys = {"reward.helpfulness", "reward.safety", "gold", "length", "eos_share", "distinct_2"}
+    keys = {"reward.helpfulness", "reward.safety", "gold", "kl", "length", "eos_share", "distinct_2"}
+    keys |= {"flagged.helpful", "flagged.safety"}
     for policy in ("base", "sft", "ppo"):
         assert told["held_out"][policy].keys() == keys
         assert told["held_out"][policy]["length"]["n"] == 32 - 8  # those that did not choose the policy
@@ -90,6 +91,31 @@ def test_lora_is_saved_merged_and_as_an_adapter(lora_run):
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
     torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, atol=1e-4, rtol=1e-4)
     assert series(config)["ppo/grad_norm"][0][1] > 0
+
+
+def test_lora_adapts_the_critic_too(lora_run):
+    """Adapters and head learn, and the folder is a whole classifier all the same."""
+    config = lora_run("ppo")
+    folder, tokens = config.folder / "ppo/artifact/critic", torch.randint(4, 500, (1, 6))
+    adapters = load_file(folder / "adapter/adapter_model.safetensors")
+    assert any("lora_B" in name and tensor.any() for name, tensor in adapters.items())
+    critic = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert critic.score.weight.any()
+    reward_model = load_scalar(config.folder / "reward/helpfulness/artifact")
+    embedding = critic.model.embed_tokens.weight
+    assert torch.equal(embedding, reward_model.trunk.embed_tokens.weight)  # no adapter there: not trained
+    adapted = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(config.folder / "reward/helpfulness/artifact"),
+        str(folder / "adapter"),
+    )
+    torch.testing.assert_close(critic(tokens).logits, adapted.eval()(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_critic_starts_from_zero(run):
+    first = {name: dict(points)[1] for name, points in series(run("ppo")).items()}
+    assert first["ppo/value_mean"] == 0.0
+    assert first["ppo/explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    assert first["ppo/critic_grad_norm"] > 0
 
 
 # --- iterations -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.data import pad
 from rlhf.errors import UserError
-from rlhf.models import hidden_states, last_value, load_scalar
+from rlhf.models import hidden_states, last_value, load_scalar, new_critic
 
 
 @pytest.fixture
@@ -170,3 +170,12 @@ def test_head_of_one_row_needs_no_num_labels(classifier_folder, right_padded):
         config.pop(key, None)
     file.write_text(json.dumps(config))
     torch.testing.assert_close(load_scalar(classifier_folder).score(*right_padded), expected)
+
+
+def test_a_new_critic_has_the_trunk_of_the_reward_model_and_no_value_yet(scalar, right_padded):
+    scalar.offset = 3.0
+    before = {name: tensor.clone() for name, tensor in scalar.trunk.state_dict().items()}
+    critic = new_critic(scalar)
+    assert not critic(*right_padded).any() and not critic.score(*right_padded).any()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in critic.trunk.state_dict().items())
+    assert critic.head.weight.requires_grad
