@@ -5,12 +5,10 @@ Llama 2, §3.2.3; what was not published is marked in rlhf/config.py.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +20,11 @@ from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch, Rollout, Scores, moved, rows
 from rlhf.config import RunConfig
 from rlhf.data import draw_prompts, short_prompts, split_held_out
-from rlhf.engine import Engine, full_parameters, full_state, open_engine, sharded_loading
+from rlhf.engine import Engine, full_parameters, open_engine, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import answer_held_out
-from rlhf.evaluation.intervals import Estimate
-from rlhf.evaluation.policy_report import Answers, gain, policy_report
-from rlhf.evaluation.samples import before_and_after, sampled
+from rlhf.evaluation.policy_report import Answers, policy_report
+from rlhf.evaluation.samples import sampled
 from rlhf.experience import make_experience
 from rlhf.ledger import Clock
 from rlhf.memory import keep_freed_memory
@@ -41,8 +38,6 @@ from rlhf.models import (
     load_tokenizer,
     new_critic,
     recompute_activations,
-    resolve,
-    save_causal,
 )
 from rlhf.overlap import Ahead, answer_and_read, learn_and_sample
 from rlhf.policy import PolicyModel
@@ -51,6 +46,7 @@ from rlhf.sampling import InProcessSampler, Sampler, open_sampler
 from rlhf.scoring import read_rollout
 from rlhf.tracking import NOTHING
 from rlhf.update import update
+from stages import best
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         context.progress.warn(alarms.line(entry))
     if state["best"] is None:
         state["best"] = judge.reward(for_choice, 0)
-        _keep_best(context, models, 0)
+        best.keep(context, models, 0)
 
     clock = Clock(context.device)
     while state["iteration"] < ppo.iterations and state["since_best"] < ppo.patience:
@@ -109,7 +105,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
                 state["since_best"] += 1
                 if reward > state["best"]:
                     state |= {"best": reward, "best_iteration": state["iteration"], "since_best": 0}
-                    _keep_best(context, models, state["iteration"])
+                    best.keep(context, models, state["iteration"])
         with clock("logging"):
             shown = {"reward": figures["ppo/reward"], "kl": figures["ppo/kl"]}
             context.progress.update(state["iteration"], ppo.iterations, **shown)
@@ -117,7 +113,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
             with clock("checkpoint"):
                 checkpoint.save(context.checkpoint_folder, state["iteration"], _parts(models), state)
         context.tracker.metrics(ledger.close(clock, figures, machine), step=state["iteration"])
-    return finish(config, context, models, judge, for_report, state, lineage.parents(data, context.inputs))
+    return best.finish(config, context, models, judge, for_report, state, lineage.parents(data, context.inputs))
 
 
 def iterate(
@@ -300,44 +296,6 @@ class Judge:
         return figures["eval/reward"]
 
 
-def finish(
-    config: RunConfig,
-    context: StageContext,
-    models: Models,
-    judge: Judge,
-    prompts: Sequence[Any],
-    state: dict[str, Any],
-    parents: dict[str, str],
-) -> Artifact:
-    """Reports base, SFT and best policy on the prompts that chose nothing, and seals the artifact."""
-    best = checkpoint.best_folder(context.checkpoint_folder, state["best_iteration"])
-    answers = {}
-    for name, path in (("base", resolve(config)), ("sft", context.inputs["sft"].path), ("ppo", best)):
-        model: Any = load_causal(path, attention=config.model.attention)
-        sampler = InProcessSampler(
-            model.to(context.device),
-            models.tokenizer.eos_token_id,
-            models.tokenizer.pad_token_id,
-            config.hardware.precision,
-        )
-        answers[name] = judge.answers(prompts, sampler)
-    metrics = {
-        "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in answers.items()},
-        "gain": _as_dicts(gain(answers["ppo"], answers["sft"], prompts)),
-        "kl": sum(answers["ppo"].kl) / len(prompts),
-        "iterations": state["iteration"],
-        "best_iteration": state["best_iteration"],
-        "alarms": state["alarms"],
-        "samples": before_and_after(prompts, answers),
-    }
-    context.tracker.table("held_out_answers", metrics["samples"])
-
-    def write(folder: Path) -> None:
-        shutil.copytree(best, folder, dirs_exist_ok=True)
-
-    return lineage.seal(config, context, write, parents, metrics)
-
-
 def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:
     """What the models say of this rank's rows."""
     ppo = config.ppo
@@ -360,23 +318,6 @@ def _sync(models: Models) -> int:
     return models.sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in changed)
 
 
-def _keep_best(context: StageContext, models: Models, iteration: int) -> None:
-    """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to."""
-    policy = full_state(models.policy.module, keep=context.is_writer)
-    critic = full_state(models.critic.module, keep=context.is_writer)
-    if context.is_writer:
-        best = checkpoint.best_folder(context.checkpoint_folder, iteration)
-        partial = best.with_name("partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        state = {name.removeprefix("causal."): tensor for name, tensor in policy.items()}
-        save_causal(cast(PolicyModel, models.policy.module).causal, partial, models.tokenizer, state)
-        cast(ScalarModel, models.critic.module).save(partial / "critic", models.tokenizer, critic)
-        shutil.rmtree(best, ignore_errors=True)
-        partial.rename(best)
-        checkpoint.forget_bests(context.checkpoint_folder, iteration)
-    ranks.barrier()
-
-
 def _parts(models: Models) -> dict[str, checkpoint.Part]:
     """What a checkpoint keeps beside the state."""
     return {"policy": models.policy, "critic": models.critic, "ahead": models.ahead}
@@ -388,7 +329,3 @@ def _gold_scorer(config: RunConfig) -> Callable[[str, str], float] | None:
     from reward_data.gold import gold_score
 
     return gold_score
-
-
-def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {name: estimate.as_dict() for name, estimate in report.items()}

@@ -1,0 +1,82 @@
+"""The best policy of a PPO stage: kept while training goes on, reported and sealed at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rlhf import checkpoint, lineage, ranks
+from rlhf.artifacts import Artifact
+from rlhf.config import RunConfig
+from rlhf.engine import full_state
+from rlhf.evaluation.intervals import Estimate
+from rlhf.evaluation.policy_report import gain, policy_report
+from rlhf.evaluation.samples import before_and_after
+from rlhf.models import ScalarModel, load_causal, resolve, save_causal
+from rlhf.policy import PolicyModel
+from rlhf.runtime import StageContext
+from rlhf.sampling import InProcessSampler
+
+if TYPE_CHECKING:
+    from stages.ppo import Judge, Models
+
+
+def keep(context: StageContext, models: Models, iteration: int) -> None:
+    """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to."""
+    policy = full_state(models.policy.module, keep=context.is_writer)
+    critic = full_state(models.critic.module, keep=context.is_writer)
+    if context.is_writer:
+        best = checkpoint.best_folder(context.checkpoint_folder, iteration)
+        partial = best.with_name("partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        state = {name.removeprefix("causal."): tensor for name, tensor in policy.items()}
+        save_causal(cast(PolicyModel, models.policy.module).causal, partial, models.tokenizer, state)
+        cast(ScalarModel, models.critic.module).save(partial / "critic", models.tokenizer, critic)
+        shutil.rmtree(best, ignore_errors=True)
+        partial.rename(best)
+        checkpoint.forget_bests(context.checkpoint_folder, iteration)
+    ranks.barrier()
+
+
+def finish(
+    config: RunConfig,
+    context: StageContext,
+    models: Models,
+    judge: Judge,
+    prompts: Sequence[Any],
+    state: dict[str, Any],
+    parents: dict[str, str],
+) -> Artifact:
+    """Reports base, SFT and best policy on the prompts that chose nothing, and seals the artifact."""
+    best = checkpoint.best_folder(context.checkpoint_folder, state["best_iteration"])
+    answers = {}
+    for name, path in (("base", resolve(config)), ("sft", context.inputs["sft"].path), ("ppo", best)):
+        model: Any = load_causal(path, attention=config.model.attention)
+        sampler = InProcessSampler(
+            model.to(context.device),
+            models.tokenizer.eos_token_id,
+            models.tokenizer.pad_token_id,
+            config.hardware.precision,
+        )
+        answers[name] = judge.answers(prompts, sampler)
+    metrics = {
+        "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in answers.items()},
+        "gain": _as_dicts(gain(answers["ppo"], answers["sft"], prompts)),
+        "kl": sum(answers["ppo"].kl) / len(prompts),
+        "iterations": state["iteration"],
+        "best_iteration": state["best_iteration"],
+        "alarms": state["alarms"],
+        "samples": before_and_after(prompts, answers),
+    }
+    context.tracker.table("held_out_answers", metrics["samples"])
+
+    def write(folder: Path) -> None:
+        shutil.copytree(best, folder, dirs_exist_ok=True)
+
+    return lineage.seal(config, context, write, parents, metrics)
+
+
+def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: estimate.as_dict() for name, estimate in report.items()}
