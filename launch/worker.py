@@ -48,10 +48,12 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
             progress=Progress(folder, is_writer),
             local=local,
         )
-        if is_writer:
+
+        def prepare() -> None:
             _record(config, context)
             resolve(config)  # one rank makes the tiny model, the others find it
-        ranks.barrier()
+
+        ranks.alone(prepare, "reading the data and making the tiny model")
         artifact = import_module(f"stages.{stage.split('/')[0]}").main(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
         tracker.close("FINISHED")

@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlhf.errors import UserError
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 20
+HASHED_AT_ONCE = 8  # files
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ def complete(
     folder: Path, kind: str, parents: Mapping[str, str], config_digest: str, metrics: Mapping[str, Any]
 ) -> Artifact:
     """Seal the files in `folder` with a manifest. Raises UserError(4) when there are none, UserError(5) on a full disk."""
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path, to_disk=True)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing and reading hold no lock of Python's
+        digests = pool.map(partial(sha256_of, to_disk=True), paths)
+        files = {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
     if not files:
         raise UserError(f"{folder} holds no files, so there is no {kind} artifact to complete.", 4)
     manifest = {
@@ -65,6 +69,18 @@ def complete(
     require_disk(folder, 2 * len(json.dumps(manifest)))
     write_json(folder / MANIFEST, manifest)
     return _artifact(folder, manifest)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """The files of `source` in the existing folder `target`, without a second copy where the file system can link."""
+    shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def load(folder: Path, *, verify: bool = False) -> Artifact:

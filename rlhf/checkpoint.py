@@ -29,10 +29,12 @@ class Part(Protocol):
 def save(folder: Path, iteration: int, parts: Mapping[str, Part], state: dict[str, Any]) -> None:
     """Writes `folder/iteration-N`: all that a PPO stage needs to go on. All ranks must call it."""
     target = folder / f"iteration-{iteration:06d}"
-    if ranks.rank() == 0:
+
+    def begin() -> None:
         _remove(target)
         target.mkdir(parents=True)
-    ranks.barrier()
+
+    ranks.alone(begin, f"making room for {target}")
     for name, part in parts.items():
         part.save(target / name)
     seal(target, state | {"iteration": iteration, "world_size": ranks.world_size()})
@@ -43,12 +45,14 @@ def seal(target: Path, state: dict[str, Any]) -> None:
 
     `state.json` is written last, so its existence means whole.
     """
-    ranks.barrier()
-    if ranks.rank() == 0:
+
+    def finish() -> None:
         write_json(target / STATE, state)
         for old in whole(target.parent)[:-KEPT]:
             _remove(old)
+
     ranks.barrier()
+    ranks.alone(finish, f"sealing {target} and removing older checkpoints")
 
 
 def whole(folder: Path) -> list[Path]:
@@ -63,13 +67,14 @@ def number(checkpoint: Path) -> int:
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint; torn ones are removed. All ranks must call it."""
-    found = whole(folder)
-    ranks.barrier()
-    if ranks.rank() == 0:
+
+    def choose() -> Path | None:
+        found = whole(folder)
         for torn in {*folder.glob("iteration-*"), *folder.glob("checkpoint-*")} - {*found}:
             shutil.rmtree(torn)
-    ranks.barrier()
-    return found[-1] if found else None
+        return found[-1] if found else None
+
+    return ranks.alone(choose, f"removing torn checkpoints from {folder}")
 
 
 def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:

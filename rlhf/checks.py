@@ -167,14 +167,14 @@ def checksum(tensor: Tensor, piece: int = 1 << 22) -> int:
     return int(total)
 
 
-def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precision: str, is_writer: bool) -> Finding:
+def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precision: str) -> Finding:
     """One fixed text must get one score from the (sharded) reward model, padded or not, and from `rlhf score`.
 
-    The latter is `ScalarModel.score` of the whole model in `folder`, which the writer loads on its CPU and lets go.
+    The latter is `ScalarModel.score` of the whole model in `folder`, which the first rank loads on its CPU and lets go.
     """
     scores = fixed_text_scores(engine, tokenizer)
-    if is_writer:
-        scores["by rlhf score"] = _score_of_folder(folder, tokenizer, precision)
+    of_folder = ranks.alone(lambda: _score_of_folder(folder, tokenizer, precision), f"loading {folder}")
+    scores["by rlhf score"] = of_folder
     gaps = [abs(score - scores["unpadded"]) for score in scores.values()]
     return Finding(
         f"score.{name}",

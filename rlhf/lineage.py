@@ -70,10 +70,12 @@ def seal(
 ) -> Artifact:
     """The stage's artifact: rank 0 lets `write` fill its folder and adds the manifest; then no checkpoint is needed."""
     folder = context.artifact_folder
-    if context.is_writer:
+
+    def work() -> None:
         artifacts.begin(folder)
         write(folder)
         artifacts.complete(folder, context.stage, parents, settings_digest(config, context.stage), metrics)
         shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
-    ranks.barrier()
+
+    ranks.alone(work, f"writing {folder}")
     return artifacts.load(folder)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from rlhf.errors import UserError
+
 Batch = TypeVar("Batch")
+Value = TypeVar("Value")
+BEAT_S = 1.0  # how often a rank that works alone tells the others that it gets on
 
 
 def initialised() -> bool:
@@ -26,6 +33,78 @@ def rank() -> int:
 def barrier() -> None:
     if initialised():
         dist.barrier()
+
+
+def alone(work: Callable[[], Value], doing: str) -> Value:
+    """What `work` returns on the first rank, on every rank, its error too. All ranks must call it; the first alone works.
+
+    It may take longer than a collective may: the others wait in short ones, as long as it gets on. UserError (5), on
+    every rank, where it made no progress for the time limit of a collective. `work` is done in a thread, speaks to no
+    other rank and stays off the GPU; `doing` completes "while the first rank was ...".
+    """
+    if world_size() == 1:
+        return work()
+    beats = _beats(work, doing) if rank() == 0 else None
+    while True:
+        said: list[Any] = [next(beats) if beats else None]
+        try:
+            dist.broadcast_object_list(said)
+        except RuntimeError as error:
+            raise RuntimeError(f"a rank was lost while the first one was {doing}: {error}") from error
+        ended, value, error = said[0]
+        if error is not None:
+            raise error
+        if ended:
+            return value
+
+
+def _beats(work: Callable[[], Any], doing: str) -> Iterator[tuple[bool, Any, BaseException | None]]:
+    """(ended, value, error) of `work`, once a second until it has ended."""
+    end: list[Any] = []
+
+    def run() -> None:
+        torch.set_num_threads(threads)  # OpenMP keeps the number for each thread
+        try:
+            end.append((True, work(), None))
+        except UserError as error:
+            end.append((True, None, error))
+        except BaseException as error:  # noqa: BLE001  every rank raises it
+            end.append(
+                (True, None, RuntimeError(f"the first rank failed while {doing}: {error!r}").with_traceback(None))
+            )
+
+    threads, limit_s = torch.get_num_threads(), _time_limit_s()
+    worker = threading.Thread(target=run, name="alone", daemon=True)
+    worker.start()
+    used, since = -1.0, time.monotonic()
+    while worker.is_alive():
+        worker.join(min(BEAT_S, limit_s / 4))
+        if (now := _cpu_seconds(worker)) != used:
+            used, since = now, time.monotonic()
+        elif time.monotonic() - since > limit_s and worker.is_alive():
+            text = f"the first rank made no progress for {limit_s:g} s while {doing}"
+            yield (
+                True,
+                None,
+                UserError(f"{text}: does its disk answer? (hardware.collective_timeout_s is the limit)", 5),
+            )
+        if worker.is_alive():
+            yield False, None, None
+    yield end[0]
+
+
+def _cpu_seconds(thread: threading.Thread) -> float:
+    """Whatever a thread does, it spends time of a CPU: also a file that is read, written or removed costs some."""
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+    except OSError:  # it has just ended
+        return -1.0
+
+
+def _time_limit_s() -> float:
+    """Of a collective of the default group."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    return dist.group.WORLD._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
 
 
 def gather_rows(batch: Batch) -> Batch:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import Tensor, nn
+
 from rlhf import checkpoint, lineage, ranks
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import Artifact, link_tree
 from rlhf.config import RunConfig
 from rlhf.engine import full_state
 from rlhf.evaluation.intervals import Estimate
@@ -24,20 +26,32 @@ if TYPE_CHECKING:
 
 
 def keep(context: StageContext, models: Models, iteration: int) -> None:
-    """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to."""
-    policy = full_state(models.policy.module, keep=context.is_writer)
-    critic = full_state(models.critic.module, keep=context.is_writer)
-    if context.is_writer:
-        best = checkpoint.best_folder(context.checkpoint_folder, iteration)
-        partial = best.with_name("partial")
+    """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to.
+
+    One after the other, so that the writer's main memory holds one model.
+    """
+    best = checkpoint.best_folder(context.checkpoint_folder, iteration)
+    partial = best.with_name("partial")
+    policy, critic = cast(PolicyModel, models.policy.module), cast(ScalarModel, models.critic.module)
+
+    def save_policy(state: dict[str, Tensor]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        state = {name.removeprefix("causal."): tensor for name, tensor in policy.items()}
-        save_causal(cast(PolicyModel, models.policy.module).causal, partial, models.tokenizer, state)
-        cast(ScalarModel, models.critic.module).save(partial / "critic", models.tokenizer, critic)
+        plain = {name.removeprefix("causal."): tensor for name, tensor in state.items()}
+        save_causal(policy.causal, partial, models.tokenizer, plain)
+
+    def save_critic(state: dict[str, Tensor]) -> None:
+        critic.save(partial / "critic", models.tokenizer, state)
         shutil.rmtree(best, ignore_errors=True)
         partial.rename(best)
         checkpoint.forget_bests(context.checkpoint_folder, iteration)
-    ranks.barrier()
+
+    for module, save in ((policy, save_policy), (critic, save_critic)):
+        _save_whole(module, save, best)
+
+
+def _save_whole(module: nn.Module, save: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
+    state = full_state(module, keep=ranks.rank() == 0)
+    ranks.alone(lambda: save(state), f"saving a model to {folder}")
 
 
 def finish(
@@ -72,10 +86,7 @@ def finish(
     }
     context.tracker.table("held_out_answers", metrics["samples"])
 
-    def write(folder: Path) -> None:
-        shutil.copytree(best, folder, dirs_exist_ok=True)
-
-    return lineage.seal(config, context, write, parents, metrics)
+    return lineage.seal(config, context, lambda folder: link_tree(best, folder), parents, metrics)
 
 
 def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:

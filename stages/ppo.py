@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -186,7 +186,7 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
         findings.append(checks.same_as_reference(scores, rollout, precision))
     for name, engine in models.rewards.items():
         folder = context.inputs[f"reward/{name}"].path
-        findings.append(checks.fixed_score(name, engine, folder, models.tokenizer, precision, context.is_writer))
+        findings.append(checks.fixed_score(name, engine, folder, models.tokenizer, precision))
     context.tracker.tags(checks.agree(findings))
 
 

@@ -29,6 +29,7 @@ from rlhf.models.packing import pack
 log = logging.getLogger(__name__)
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+SHARD = "2GB"  # of a file of weights: safetensors may copy what it writes, and files are hashed side by side
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 AttentionInterface.register("sdpa", attend)
 
@@ -269,7 +270,7 @@ def save_causal(
     for settings in (causal.config.get_text_config(), causal.generation_config):
         settings.pad_token_id = tokenizer.pad_token_id
     with quiet():
-        causal.save_pretrained(folder, state_dict=state)
+        causal.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
 
 

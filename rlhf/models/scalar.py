@@ -23,6 +23,7 @@ from transformers import (
 from rlhf.errors import UserError
 from rlhf.models import lora
 from rlhf.models.pretrained import (
+    SHARD,
     adapter_base,
     find_model,
     hidden_states,
@@ -94,7 +95,7 @@ class ScalarModel(nn.Module):
         prefix = classifier.base_model_prefix
         weights = {f"{prefix}.{name}": tensor for name, tensor in trunk.items()} | {"score.weight": head_1H}
         with quiet():
-            classifier.save_pretrained(folder, state_dict=weights)
+            classifier.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
 
 
