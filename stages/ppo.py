@@ -18,7 +18,7 @@ from rlhf.algorithms.kl import adaptive_beta
 from rlhf.algorithms.rewards import piecewise_reward
 from rlhf.artifacts import Artifact
 from rlhf.batches import PromptBatch, Rollout, Scores, moved, rows
-from rlhf.config import RunConfig
+from rlhf.config import PPOConfig, RunConfig
 from rlhf.data import draw_prompts, short_prompts, split_held_out
 from rlhf.engine import Engine, full_parameters, open_engine, sharded_loading
 from rlhf.errors import UserError
@@ -171,6 +171,7 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
     `fresh`: no step was made, so the policy must still be the reference.
     """
     ppo, precision = config.ppo, config.hardware.precision
+    _check_room(models.sampler, ppo)
     batch = draw_prompts(models.tokenizer, prompts, config, 1)
     mine = rows(batch, ranks.share(ppo.batch_size, context.rank, context.world_size))
     few = rows(mine, slice(checks.ROWS))
@@ -188,6 +189,18 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
         folder = context.inputs[f"reward/{name}"].path
         findings.append(checks.fixed_score(name, engine, folder, models.tokenizer, precision))
     context.tracker.tags(checks.agree(findings))
+
+
+def _check_room(sampler: Sampler, ppo: PPOConfig) -> None:
+    """UserError (5), on every rank, where one of them has no memory to sample the longest row that may come."""
+    refusal = None
+    if isinstance(sampler, InProcessSampler):
+        try:
+            sampler.rows_at_once(ppo.max_prompt_length, ppo.sampling)
+        except UserError as error:
+            refusal = error
+    if refused := [error for error in ranks.gather_objects(refusal) if error is not None]:
+        raise refused[0]
 
 
 def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: str) -> checks.Finding:

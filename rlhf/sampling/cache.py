@@ -7,6 +7,7 @@ positions are column differences, and a newcomer of any length joins by ending w
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import dataclass
 
@@ -40,10 +41,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, because a masked column still takes part with weight 0, and 0 · NaN is NaN.
-        self.keys, self.values = (
-            x.new_zeros(self.cache.slots, x.shape[1], self.cache.columns, x.shape[3])
-            for x in (key_states, value_states)
-        )
+        self.keys, self.values = (self.cache.room(x, self.cache.columns) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -78,9 +76,10 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A cache of transformers in which rows come and go. `admit` or `step`, then the forward pass."""
 
-    def __init__(self, slots: int, device: torch.device) -> None:
+    def __init__(self, slots: int, device: torch.device, most_columns: int | None = None) -> None:
+        """`most_columns`: no row will be longer, so there is never room for more."""
         super().__init__(layers=[])
-        self.slots, self.columns = slots, 0
+        self.slots, self.columns, self.most_columns = slots, 0, most_columns
         self.moves = 0  # how often all that is kept went elsewhere
         self.rows = 0
         self.end = 0  # the column of the next token
@@ -158,16 +157,27 @@ class SlotCache(Cache):
     def _move(self, to: int) -> None:
         """What is used goes to column `to` of a buffer with room to spare."""
         used, start = self.used, self.end - self.used
-        self.columns = to + self._with_spare(used)
+        self.columns = max(to + used, min(to + self._with_spare(used), self.most_columns or sys.maxsize))
         for layer in self.layers:
             for name in ("keys", "values"):
                 x = getattr(layer, name)
-                moved = x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
+                moved = self.room(x, self.columns)
                 moved[: self.rows, :, to : to + used] = x[: self.rows, :, start : self.end]
                 setattr(layer, name, moved)
+                del x  # the old one goes before the next new one comes
         self.start_S += to - start
         self.end = to + used
         self.moves += 1
 
+    def room(self, like: Tensor, columns: int) -> Tensor:
+        """For the keys or values of one layer."""
+        return like.new_zeros(self.slots, like.shape[1], columns, like.shape[3])
+
     def _with_spare(self, columns: int) -> int:
         return columns + max(SPARE_COLUMNS, int(SPARE_SHARE[self.start_S.device.type] * columns))
+
+
+def rows_that_fit(free: int, bytes_per_token: int, tensors: int, columns: int) -> int:
+    """Rows of `columns` tokens whose keys and values fit into `free` bytes, in so many tensors of equal size. A cache is
+    moved tensor by tensor, so that one of them exists twice."""
+    return int(free * tensors // (bytes_per_token * columns * (tensors + 1)))

@@ -7,14 +7,18 @@ reading of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf.batches import PromptBatch, Rollout, first_with_prompt, rows
 from rlhf.config import SamplingConfig
+from rlhf.errors import UserError
 from rlhf.limits import ModelSize, size_of
-from rlhf.sampling.cache import SlotCache
+from rlhf.memory import free_bytes
+from rlhf.sampling.cache import SlotCache, rows_that_fit
 from rlhf.sampling.causal import CausalDecoder, Decoder
 from rlhf.sampling.keyed import keyed_uniform, pick_token
 from rlhf.sampling.llama import LlamaDecoder, is_plain_llama
@@ -24,12 +28,19 @@ from rlhf.sampling.sampler import rollout_of
 ADMIT_SHARE = 0.125
 # Prompt tokens read in one forward pass, padding inside: enough for the full rate of a matrix product.
 PREFILL_TOKENS = 2048
+# Of the memory that is free, for keys and values: the rest is for the passes, and for pieces too small to use. Beside
+# scoring or an update it is shared with what these need.
+CACHE_SHARE, CACHE_SHARE_BESIDE = 0.8, 0.4
 
 
 class InProcessSampler:
     """Samples from `model`, any causal language model of transformers. `eos_id` ends an answer, `pad_id` fills it up."""
 
-    def __init__(self, model: nn.Module, eos_id: int, pad_id: int, precision: str = "float32") -> None:
+    def __init__(
+        self, model: nn.Module, eos_id: int, pad_id: int, precision: str = "float32", cache_bytes: int | None = None
+    ) -> None:
+        """`cache_bytes`: memory for keys and values; a share of what is free where it is not given."""
+        self.cache_bytes = cache_bytes
         self.model = model.eval().requires_grad_(False)
         self.eos_id, self.pad_id = eos_id, pad_id
         self.positions = (0, 0)  # that the model computed in the last `sample`: in prompts, in steps of one token
@@ -60,20 +71,49 @@ class InProcessSampler:
         iteration: int,
         on_rows: Callable[[Tensor, Rollout], None] | None = None,
     ) -> Rollout:
-        """Answers for every prompt, `settings.batch_size` rows at a time. R is `settings.max_new_tokens`.
+        """Answers for every prompt, `settings.batch_size` rows at a time, or as many as memory holds keys and values of;
+        the others wait. R is `settings.max_new_tokens`. UserError (5) where there is no memory for one row.
 
         The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `on_rows` is given the
         numbers of the rows that have just ended, and these rows: each row once, and often none. What it raises ends the
         sampling.
         """
         alone = on_rows is None  # else rows are scored beside their sampling, or sampled beside an update
-        run = _Run(decoder_of(self.model, alone), self.eos_id, self.pad_id, prompts, settings, (seed, iteration))
+        decoder = decoder_of(self.model, alone)
+        longest = int(prompts.mask_BP.sum(1).max()) if len(prompts.ids_B) else 0
+        slots = self.rows_at_once(longest, settings, alone)
+        run = _Run(decoder, self.eos_id, self.pad_id, prompts, settings, (seed, iteration), slots)
         while run.unfinished:
             ended_N = run.admit() if run.has_room else run.step()
             if on_rows is not None:
                 on_rows(ended_N, run.rollout(ended_N))
         self.positions = (run.prompt_positions, run.step_positions)
         return run.rollout(slice(None))
+
+    def rows_at_once(self, prompt_length: int, settings: SamplingConfig, alone: bool = True) -> int:
+        """Rows of up to so long a prompt that are sampled together. UserError (5) where there is no room for one.
+
+        `alone`: nothing else asks for memory while it samples.
+        """
+        free = self.cache_bytes
+        if free is None:
+            share = CACHE_SHARE if alone else CACHE_SHARE_BESIDE
+            free = int(share * free_bytes(next(self.model.parameters()).device, alone))
+        columns = prompt_length + settings.max_new_tokens
+        config: Any = next(part for part in self.model.modules() if isinstance(part, PreTrainedModel)).config
+        tensors = 2 * config.get_text_config().num_hidden_layers
+        each = self.size.cache_bytes
+        fit = rows_that_fit(free, each, tensors, columns)
+        if not fit:
+            most = int(free * tensors // (each * (tensors + 1)))
+            raise UserError(
+                f"keys and values of one row of {columns} tokens (prompt {prompt_length}, answer "
+                f"{settings.max_new_tokens}) need {each * columns * (tensors + 1) / tensors / 1e9:.3g} GB, and there are "
+                f"{free / 1e9:.3g} GB for them, enough for {most} tokens: lower ppo.max_prompt_length or "
+                "ppo.sampling.max_new_tokens, or shard over more workers (hardware.workers)",
+                5,
+            )
+        return min(fit, settings.batch_size)
 
 
 def decoder_of(model: nn.Module, alone: bool = False) -> Decoder:
@@ -92,6 +132,7 @@ class _Run:
         prompts: PromptBatch,
         settings: SamplingConfig,
         key: tuple[int, int],
+        slots: int,
     ) -> None:
         B, R, device = len(prompts.ids_B), settings.max_new_tokens, prompts.tokens_BP.device
         self.decoder, self.prompts, self.key = decoder, prompts, key
@@ -105,7 +146,8 @@ class _Run:
         self.prompt_B = first_with_prompt(prompts.tokens_BP, prompts.mask_BP)
         by_prompt = self.prompt_B.argsort(stable=True)
         self.waiting = by_prompt[self.prompt_length_B[by_prompt].argsort(descending=True, stable=True)]
-        self.cache = SlotCache(min(B, settings.batch_size), device)
+        most_columns = int(self.prompt_length_B.max()) + R if B else None
+        self.cache = SlotCache(min(B, slots), device, most_columns)
         self.index_S = self.waiting[:0]  # the row of the batch that sits in each slot
         self.token_S = self.index_S  # its last token, not yet read by the model
         self.prompt_positions = self.step_positions = 0  # that the model computed so far

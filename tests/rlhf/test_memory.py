@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
+import torch
 
-from rlhf.memory import keep_freed_memory
+from rlhf import memory
+from rlhf.memory import container_free_bytes, free_bytes, keep_freed_memory
 
 FAULTS = """
 import resource, sys, torch
@@ -46,3 +49,14 @@ def test_the_users_own_setting_goes_before():
 def test_without_glibc_nothing_changes(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     assert not keep_freed_memory()
+
+
+def test_a_worker_gets_its_share_of_what_machine_and_container_leave(tmp_path, monkeypatch):
+    for name, text in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 1\ninactive_file 100\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert container_free_bytes(tmp_path) == 400
+    monkeypatch.setattr(memory, "container_free_bytes", lambda: 400)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_bytes(torch.device("cpu")) == 200
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_free_bytes(tmp_path) > psutil.virtual_memory().total

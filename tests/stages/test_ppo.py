@@ -25,7 +25,7 @@ from rlhf.ledger import COMPUTING, PHASES
 from rlhf.models import load_causal, load_scalar, load_tokenizer, scalar
 from rlhf.models.tiny import train_tokenizer
 from rlhf.runtime import read_progress
-from rlhf.sampling import InProcessSampler
+from rlhf.sampling import InProcessSampler, inprocess
 from rlhf.tracking import read_metrics
 from stages import ppo
 
@@ -344,6 +344,15 @@ def test_a_broken_part_stops_the_stage_before_its_first_step(run, beside, make_s
     with pytest.raises(UserError, match=f"(?m)^{name}: .*, at most .* is allowed. ") as caught:
         make_stage(config, "ppo")
     assert caught.value.exit_code == 6
+    assert series(config) == {}
+
+
+def test_a_row_for_which_there_is_no_memory_is_refused_before_the_first_step(run, beside, make_stage, monkeypatch):
+    config = beside(run(ALL_BUT_PPO))
+    monkeypatch.setattr(inprocess, "free_bytes", lambda *_: 20_000)
+    with pytest.raises(UserError, match="GB for them, enough for [0-9]+ tokens: lower ppo.max_prompt_length") as caught:
+        make_stage(config, "ppo")
+    assert caught.value.exit_code == 5
     assert series(config) == {}
 
 

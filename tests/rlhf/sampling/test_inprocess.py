@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf.batches import joined, rows
+from rlhf.errors import UserError
 from rlhf.policy import PolicyModel
 from rlhf.sampling import InProcessSampler, cache, inprocess
 
@@ -69,6 +71,55 @@ def test_padding_changes_no_answer(sample, answers, prompts):
         mask_BP=torch.nn.functional.pad(prompts.mask_BP, (5, 0)),
     )
     assert answers(sample(wider)) == answers(sample())
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensors_alive(monkeypatch):
+    """Bytes of keys and values at the worst moment, counted by weak references to all that were ever made."""
+    made, peak = [], [0]
+
+    def noted(tensor):
+        made.append(weakref.ref(tensor))
+        alive = [x for ref in made if (x := ref()) is not None]
+        peak[0] = max(peak[0], sum(x.numel() * x.element_size() for x in alive))
+        return tensor
+
+    def watched(self, x, columns):
+        return noted(make(self, x, columns))
+
+    make = cache.SlotCache.room
+    monkeypatch.setattr(cache.SlotCache, "room", watched)
+    return peak
+
+
+@pytest.mark.parametrize("rows_that_fit", [1, 2, 5])
+def test_rows_wait_where_memory_is_short_and_answers_stay_the_same(
+    make_llama, prompts, ppo_config, expect_same_rollout, tensors_alive, monkeypatch, rows_that_fit
+):
+    monkeypatch.setattr(cache, "SPARE_COLUMNS", 2)  # so that the cache is moved often
+    settings = ppo_config.sampling.model_copy(update={"max_new_tokens": 20})
+    plenty = InProcessSampler(make_llama(0), EOS, PAD).sample(prompts, settings, 0, 1)
+    model = make_llama(0)
+    columns, layers = int(prompts.mask_BP.sum(1).max()) + 20, model.config.num_hidden_layers
+    each = InProcessSampler(model, EOS, PAD).size.cache_bytes * columns
+    budget = rows_that_fit * each + rows_that_fit * each // (2 * layers)
+    sampler = InProcessSampler(model, EOS, PAD, cache_bytes=budget)
+    tensors_alive[0] = 0
+    expect_same_rollout(sampler.sample(prompts, settings, 0, 1), plenty)
+    assert sampler.rows_at_once(columns - 20, settings) == rows_that_fit
+    assert 0.5 * budget < tensors_alive[0] <= budget
+
+
+def test_a_row_that_cannot_fit_even_alone_is_refused_in_numbers(make_llama, prompts, ppo_config):
+    sampler = InProcessSampler(make_llama(0), EOS, PAD, cache_bytes=1000)
+    with pytest.raises(
+        UserError, match=r"one row of 16 tokens .* lower ppo.max_prompt_length or ppo.sampling"
+    ) as caught:
+        sampler.sample(prompts, ppo_config.sampling, 0, 1)
+    assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize("slots", [1, 3, 5])
