@@ -16,10 +16,10 @@ from rlhf.engine import full_state
 from rlhf.evaluation.intervals import Estimate
 from rlhf.evaluation.policy_report import gain, policy_report
 from rlhf.evaluation.samples import before_and_after
-from rlhf.models import ScalarModel, load_causal, resolve, save_causal
+from rlhf.models import ScalarModel, resolve, save_causal
 from rlhf.policy import PolicyModel
 from rlhf.runtime import StageContext
-from rlhf.sampling import InProcessSampler
+from rlhf.sampling import sampler_of
 
 if TYPE_CHECKING:
     from stages.ppo import Judge, Models
@@ -65,15 +65,9 @@ def finish(
 ) -> Artifact:
     """Reports base, SFT and best policy on the prompts that chose nothing, and seals the artifact."""
     best = checkpoint.best_folder(context.checkpoint_folder, state["best_iteration"])
-    answers = {}
+    answers, sampler = {}, models.sampler
     for name, path in (("base", resolve(config)), ("sft", context.inputs["sft"].path), ("ppo", best)):
-        model: Any = load_causal(path, attention=config.model.attention)
-        sampler = InProcessSampler(
-            model.to(context.device),
-            models.tokenizer.eos_token_id,
-            models.tokenizer.pad_token_id,
-            config.hardware.precision,
-        )
+        sampler = sampler_of(path, sampler, config, models.tokenizer, context.device)
         answers[name] = judge.answers(prompts, sampler)
     metrics = {
         "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in answers.items()},

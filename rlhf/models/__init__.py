@@ -5,6 +5,7 @@ lora.py        adapters                                    tiny.py    a small Ll
 gguf.py        GGUF files → ordinary folders              attention.py  causal attention in bf16
 packing.py     rows one behind the other                  norm.py    norms of a Llama's layers in bf16
 requirements.py  what a run asks of a model
+weights.py     a folder's weights one at a time
 """
 
 from pathlib import Path
@@ -27,6 +28,7 @@ from rlhf.models.pretrained import (
 from rlhf.models.requirements import check_model, positions
 from rlhf.models.scalar import ScalarModel, last_value, load_scalar, new_critic
 from rlhf.models.tiny import make_tiny
+from rlhf.models.weights import weights_that_fit
 
 __all__ = [
     "ScalarModel",
@@ -49,6 +51,7 @@ __all__ = [
     "recompute_activations",
     "resolve",
     "save_causal",
+    "weights_that_fit",
 ]
 
 

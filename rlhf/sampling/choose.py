@@ -28,4 +28,17 @@ def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.
     model: Any = load_causal(folder, attention=config.model.attention)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "causal", config.seed)
-    return InProcessSampler(model.to(device), *ends, precision)
+    return InProcessSampler(model, *ends, precision, device)
+
+
+def sampler_of(
+    path: Path, sampler: Sampler, config: RunConfig, tokenizer: Any, device: torch.device
+) -> InProcessSampler:
+    """A sampler in process with the model in `path`: `sampler` itself with these weights, or another one in its place
+    once it has let its own go, so that two are never held at once."""
+    if isinstance(sampler, InProcessSampler) and sampler.take(path):
+        return sampler
+    sampler.close()
+    model: Any = load_causal(path, attention=config.model.attention)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return InProcessSampler(model, *ends, config.hardware.precision, device)

@@ -7,9 +7,11 @@ reading of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +20,7 @@ from rlhf.config import SamplingConfig
 from rlhf.errors import UserError
 from rlhf.limits import ModelSize, size_of
 from rlhf.memory import free_bytes
+from rlhf.models import weights_that_fit
 from rlhf.sampling.cache import SlotCache, rows_that_fit
 from rlhf.sampling.causal import CausalDecoder, Decoder
 from rlhf.sampling.keyed import keyed_uniform, pick_token
@@ -37,9 +40,16 @@ class InProcessSampler:
     """Samples from `model`, any causal language model of transformers. `eos_id` ends an answer, `pad_id` fills it up."""
 
     def __init__(
-        self, model: nn.Module, eos_id: int, pad_id: int, precision: str = "float32", cache_bytes: int | None = None
+        self,
+        model: nn.Module,
+        eos_id: int,
+        pad_id: int,
+        precision: str = "float32",
+        device: torch.device | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
-        """`cache_bytes`: memory for keys and values; a share of what is free where it is not given."""
+        """`device`: where the model goes; where it is, if not given. `cache_bytes`: memory for keys and values; a share
+        of what is free if not given."""
         self.cache_bytes = cache_bytes
         self.model = model.eval().requires_grad_(False)
         self.eos_id, self.pad_id = eos_id, pad_id
@@ -47,6 +57,8 @@ class InProcessSampler:
         if precision == "bf16":
             for parameter in model.parameters():  # not the buffers: rounded rotary frequencies misplace every token
                 parameter.data = parameter.data.to(torch.bfloat16)
+        if device is not None:  # cast first: a float32 copy takes twice the memory there
+            model.to(device)
 
     @property
     def size(self) -> ModelSize:
@@ -61,6 +73,21 @@ class InProcessSampler:
             own[name].copy_(tensor)
             total += tensor.numel() * tensor.element_size()
         return total
+
+    def take(self, path: str | Path) -> bool:
+        """Becomes the sampler of the model in `path`, tensor by tensor, and without adapters of its own. False, and
+        nothing of it is read, where that model has another shape."""
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.unload()
+        named = weights_that_fit(path, {name: p.shape for name, p in self.model.named_parameters()})
+        if named is not None:
+            own = dict(self.model.named_parameters())
+            self.load_weights((name, tensor.to(own[name].dtype)) for name, tensor in named)
+        return named is not None
+
+    def close(self) -> None:
+        """Lets its weights go; nothing can be sampled afterwards."""
+        self.model = nn.Module()
 
     @torch.no_grad()
     def sample(

@@ -41,6 +41,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Lets its weights go; nothing can be sampled afterwards."""
+        ...
+
 
 def rollout_of(prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, length_B: Tensor, eos_id: int) -> Rollout:
     """Prompts with their answers, whose tokens are the first `length_B` of a row."""

@@ -5,6 +5,7 @@ vLLM is optional (`make vllm`); nothing is imported from it before a sampler is 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -164,6 +165,14 @@ class VLLMSampler:
         if self.sleeps:
             self.llm.sleep(level=1)
             self.asleep = {"weights", "kv_cache"}
+
+    def close(self) -> None:
+        """Lets its weights go, those in main memory too; nothing can be sampled afterwards."""
+        if self.sleeps:
+            self._wake("weights", "kv_cache")
+            self.llm.sleep(level=2)
+        self.llm = None
+        gc.collect()  # an engine is a circle
 
 
 def _open(**settings: Any) -> Any:
