@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch import gang, report
 from launch.terminal import StageBars, console
-from launch.worker import FAILURE, read_failure, run_rank, run_under_torchrun
+from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf import artifacts, lineage
 from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig, stage_inputs
@@ -58,12 +58,11 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
                     f"{one} starts from {needed}, which is not complete in {config.folder}. Run it first.", 4
                 )
     data = checked_data(config, chosen)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _run_under_torchrun(config, chosen, data)
+        return 0
     for one in chosen:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            if os.environ["RANK"] == "0":
-                _prepare(config, one, data[one])  # the others wait for this rank when they form their group
-            run_under_torchrun(config, one)
-        elif local:
+        if local:
             _run_local(config, one, data[one])
         else:
             with gang.cluster(config), StageBars(config.folder) as bars:
@@ -136,6 +135,17 @@ def _run_local(config: RunConfig, stage: str, data: dict[str, Split]) -> None:
     _prepare(config, stage, data, local=True)
     with StageBars(config.folder) as bars, bars.followed(stage):
         run_rank(config, stage, local=True)
+
+
+def _run_under_torchrun(config: RunConfig, stages: Sequence[str], data: Data) -> None:
+    """The stages, one after the other, as one of the ranks that torchrun started, with the first rank's settings."""
+    from rlhf import ranks
+
+    with torchrun_group(config):
+        of_first, stages = ranks.agreed(lambda: (config, stages))
+        for stage in stages:
+            ranks.agreed(lambda stage=stage: _prepare(of_first, stage, data[stage]))
+            run_rank(of_first, stage, local=False)
 
 
 def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:

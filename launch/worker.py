@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -43,17 +44,15 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
             world_size=ranks.world_size(),
             device=_device(torch),
             folder=folder,
-            inputs={name: load(config.folder / name / "artifact") for name in stage_inputs(config, stage)},
+            inputs=ranks.agreed(
+                lambda: {name: load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
+            ),
             tracker=tracker,
             progress=Progress(folder, is_writer),
             local=local,
         )
-
-        def prepare() -> None:
-            _record(config, context)
-            resolve(config)  # one rank makes the tiny model, the others find it
-
-        ranks.alone(prepare, "reading the data and making the tiny model")
+        ranks.alone(lambda: _record(config, context), "reading the data")
+        resolve(config)  # one rank makes the tiny model, and the others wait for it
         artifact = import_module(f"stages.{stage.split('/')[0]}").main(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
         tracker.close("FINISHED")
@@ -64,8 +63,9 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
         raise
 
 
-def run_under_torchrun(config: RunConfig, stage: str) -> Artifact:
-    """The stage on the ranks that torchrun started."""
+@contextmanager
+def torchrun_group(config: RunConfig) -> Iterator[None]:
+    """The process group of the ranks that torchrun started: one for the life of the process, because DeepSpeed keeps it."""
     import torch
     import torch.distributed as dist
 
@@ -75,7 +75,7 @@ def run_under_torchrun(config: RunConfig, stage: str) -> Artifact:
     timeout = timedelta(seconds=config.hardware.collective_timeout_s)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     try:
-        return run_rank(config, stage, local=False)
+        yield
     finally:
         dist.destroy_process_group()
 

@@ -107,6 +107,27 @@ def _time_limit_s() -> float:
     return dist.group.WORLD._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
 
 
+def agreed(decide: Callable[[], Value]) -> Value:
+    """What the first rank decides, on every rank, its UserError too. All ranks must call it; the others are not asked.
+
+    A file that one rank sees may not be there for another yet, floats may end in other digits, a clock or a variable of
+    the environment may differ: where such a thing picks the way, two ranks on two ways wait for each other for ever.
+    """
+    if world_size() == 1:
+        return decide()
+    said: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            said = [decide(), None]
+        except UserError as error:
+            said = [None, error]
+    dist.broadcast_object_list(said)
+    value, error = said
+    if error is not None:
+        raise error
+    return value
+
+
 def gather_rows(batch: Batch) -> Batch:
     """The batch of all ranks, rank 0's rows first; every rank gets all of it. Other dimensions must agree."""
     if world_size() == 1:

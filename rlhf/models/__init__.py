@@ -10,6 +10,7 @@ weights.py     a folder's weights one at a time
 
 from pathlib import Path
 
+from rlhf import ranks
 from rlhf.config import RunConfig
 from rlhf.models.gguf import import_gguf
 from rlhf.models.lora import add_lora
@@ -56,5 +57,8 @@ __all__ = [
 
 
 def resolve(config: RunConfig) -> Path:
-    """The folder of the run's base model; `tiny` is made once in the run's folder. UserError (4) where there is none."""
-    return make_tiny(config) if config.model.path == "tiny" else find_model(config.model.path)
+    """The folder of the run's base model; `tiny` is made once in the run's folder, by the first rank. UserError (4) where
+    there is none. All ranks must call it."""
+    if config.model.path == "tiny":
+        return ranks.agreed(lambda: make_tiny(config))
+    return find_model(config.model.path)  # where it lies in a node's own cache of the hub is for the node to say

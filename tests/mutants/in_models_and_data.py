@@ -422,7 +422,11 @@ VLLM = bugs_in(
         "for target in (name, *self.tied.get(name, ())):",
         "for target in (name,):",
     ),
-    ("the engine never sleeps", "        if self.sleeps:\n            self.llm.sleep(level=1)", "        if False:\n            self.llm.sleep(level=1)"),
+    (
+        "the engine never sleeps",
+        "        if self.sleeps:\n            self.llm.sleep(level=1)",
+        "        if False:\n            self.llm.sleep(level=1)",
+    ),
     ("weights are loaded into memory that is gone", 'self._wake("weights")', "self._wake()"),
     ("rows that nobody takes stay in the engine", "(length_B == 0).nonzero()", "(length_B < 0).nonzero()"),
 )
