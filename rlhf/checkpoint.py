@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from rlhf import ranks
 from rlhf.artifacts import write_json
+from rlhf.errors import UserError
 
 KEPT = 2
 STATE = "state.json"
@@ -66,7 +67,10 @@ def number(checkpoint: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; torn ones are removed. All ranks must call it."""
+    """The newest whole checkpoint that the first rank sees; torn ones are removed. All ranks must call it.
+
+    UserError (5), on every rank, where one of them does not see it.
+    """
 
     def choose() -> Path | None:
         found = whole(folder)
@@ -74,7 +78,13 @@ def newest(folder: Path) -> Path | None:
             shutil.rmtree(torn)
         return found[-1] if found else None
 
-    return ranks.alone(choose, f"removing torn checkpoints from {folder}")
+    chosen = ranks.alone(choose, f"removing torn checkpoints from {folder}")
+    missing = [rank for rank, there in enumerate(ranks.gather_objects(not chosen or _sealed(chosen))) if not there]
+    if missing:
+        raise UserError(
+            f"{chosen} is not there for rank {missing[0]}: runs_dir must be a folder that all nodes share", 5
+        )
+    return chosen
 
 
 def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:
@@ -84,7 +94,7 @@ def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:
         return None
     for name, part in parts.items():
         part.load(found / name)
-    return _state(found)
+    return ranks.agreed(lambda: _state(found))
 
 
 def best_folder(folder: Path, iteration: int) -> Path:
@@ -98,6 +108,10 @@ def forget_bests(folder: Path, current: int) -> None:
     named = {current, *(_state(path)["best_iteration"] for path in whole(folder))}
     for path in {*folder.glob("best-*")} - {best_folder(folder, iteration) for iteration in named}:
         shutil.rmtree(path)
+
+
+def _sealed(checkpoint: Path) -> bool:
+    return (checkpoint / STATE).is_file()
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

@@ -170,8 +170,8 @@ class Ahead:
             torch.save({"rollout": vars(self.rollout), "positions": self.positions}, self._file(folder))
 
     def load(self, folder: Path) -> None:
-        """What was saved there; nothing where nothing was sampled ahead."""
-        if self._file(folder).exists():
+        """What was saved there; nothing where nothing was sampled ahead, on no rank then. All ranks must call it."""
+        if ranks.agreed(lambda: self._file(folder).exists()):
             kept = torch.load(self._file(folder))
             self.rollout, self.positions = Rollout(**kept["rollout"]), kept["positions"]
 

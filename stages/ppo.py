@@ -144,7 +144,8 @@ def iterate(
     )
     with clock("scoring"):
         rollout, scores = ranks.gather_rows(moved(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
-    experience, figures = make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
+    # Of one rank, with its branches on floats and the KL that moves β.
+    experience, figures = ranks.agreed(lambda: make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"]))
     with clock("logging"):
         figures |= _work(rollout, chunks, models, config, iteration, world)
         if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
@@ -213,7 +214,7 @@ def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: 
 def watch(config: RunConfig, context: StageContext, figures: dict[str, float], state: dict[str, Any]) -> None:
     """Alarms of the iteration: each becomes a tag and a warning once. UserError (6) where training must stop."""
     limits, iteration = config.ppo.alarms, state["iteration"]
-    figures = ranks.gather_objects(figures)[0]  # times differ; what one rank decides, all must do
+    figures = ranks.agreed(lambda: figures)  # times differ
     alarms.refuse_not_finite(figures, iteration)
     if state["first_entropy"] is None:
         state["first_entropy"] = figures["ppo/entropy"]
@@ -306,7 +307,7 @@ class Judge:
         )
         figures["eval/reward"] = float(score_B.mean())
         self.context.tracker.metrics(figures, step=iteration)
-        return figures["eval/reward"]
+        return ranks.agreed(lambda: figures["eval/reward"])  # it chooses the best policy, and when to stop
 
 
 def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:

@@ -1,0 +1,223 @@
+"""What one rank decides, all do: rank 1 would answer otherwise, and follows rank 0 without waiting for ever.
+
+Two ranks of gloo per decision, in processes of their own. Where a decision picks the way, a collective follows on each.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from rlhf import checkpoint, hf_trainer, models, ranks
+from rlhf.artifacts import write_json
+from rlhf.batches import Rollout
+from rlhf.errors import UserError
+from rlhf.evaluation.held_out import Answers
+from rlhf.overlap import Ahead
+from stages import ppo
+
+LIMIT_S = 15
+
+pytestmark = pytest.mark.integration
+
+
+class Quiet:
+    """A tracker, a progress bar, or anything else that is only told things."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def checkpoints(folder: Path) -> None:
+    """Two whole ones, and one that only rank 1 will take for whole."""
+    for number in (1, 2, 3):
+        target = folder / f"iteration-{number:06d}"
+        target.mkdir(parents=True)
+        if number < 3:
+            write_json(target / "state.json", {"iteration": number})
+
+
+def older_on_rank_1() -> None:
+    if ranks.rank() == 1:
+        listed = checkpoint.whole
+        checkpoint.whole = lambda folder: listed(folder)[:1]  # a listing that is behind
+
+
+# --- decisions: what a rank does, and what must come out on both -------------------------------------------------------
+
+
+def newest(folder: Path) -> Any:
+    older_on_rank_1()
+    found = checkpoint.newest(folder)
+    return found and found.name
+
+
+def unseen(folder: Path) -> Any:
+    """Rank 1 does not see the file that makes a checkpoint whole."""
+    if ranks.rank() == 1:
+        checkpoint._sealed = lambda path: False
+    try:
+        checkpoint.newest(folder)
+    except UserError as error:
+        return [error.exit_code, "rank 1" in error.message]
+    return None
+
+
+def restored_state(folder: Path) -> Any:
+    """PPO goes on with the state that rank 0 reads."""
+    if ranks.rank() == 1:
+        read = checkpoint._state
+        checkpoint._state = lambda path: read(path) | {"iteration": 1}
+    return (checkpoint.restore(folder, {}) or {})["iteration"]
+
+
+def trainer_resumes(folder: Path) -> Any:
+    """SFT and reward models: the folder that the Trainer is told to go on from."""
+    older_on_rank_1()
+    told: dict[str, Any] = {}
+    trainer = SimpleNamespace(
+        remove_callback=lambda *_: None,
+        add_callback=lambda *_: None,
+        train=lambda resume_from_checkpoint: told.update(start=Path(resume_from_checkpoint).name),
+    )
+    hf_trainer.fit(trainer, SimpleNamespace(context=SimpleNamespace(checkpoint_folder=folder, tracker=Quiet())))  # type: ignore[arg-type]
+    return told["start"]
+
+
+def ahead(folder: Path) -> Any:
+    """An old file lies there for rank 1; rank 0 has sampled nothing ahead."""
+    (folder / "rank-1.pt").write_bytes(b"old")
+    kept = Ahead()
+    kept.load(folder)
+    return kept.rollout is None
+
+
+def held_out_reward(folder: Path) -> Any:
+    """What is compared with the best so far."""
+    worth = 0.5 + ranks.rank()
+    answers = Answers(["a"], [1], [True], {"reward.h": [worth], "reward.s": [worth]}, [0.0])
+    config: Any = SimpleNamespace(
+        ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15),
+        data=SimpleNamespace(gold="none"),
+    )
+    judge = ppo.Judge(config, SimpleNamespace(tracker=Quiet()), SimpleNamespace())  # type: ignore[arg-type]
+    judge.answers = lambda *_: answers  # type: ignore[method-assign]
+    ppo.policy_report = lambda *_: {}  # type: ignore[assignment]
+    reward = judge.reward([SimpleNamespace(tag="helpful", messages=[])], 1)
+    if reward > 1.0:  # as where a better policy is kept: its shards are gathered
+        ranks.barrier()
+    return reward
+
+
+def alarm(folder: Path) -> Any:
+    """A figure that is no number on rank 1 alone stops nobody, one of rank 0 stops both."""
+    limits = SimpleNamespace(kl_max=50, eos_share_min=0, entropy_share_min=0, sampler_gap_max=1, stop=True)
+    said = []
+    for bad in (1, 0):
+        names = ("kl", "eos_share", "entropy", "sampler_gap_max", "sampler_gap_mean", "policy_lag")
+        figures = {f"ppo/{name}": 0.5 for name in names}
+        if ranks.rank() == bad:
+            figures["ppo/kl"] = float("nan")
+        config: Any = SimpleNamespace(ppo=SimpleNamespace(alarms=limits))
+        context: Any = SimpleNamespace(tracker=Quiet(), progress=Quiet())
+        try:
+            ppo.watch(config, context, figures, {"iteration": 1, "first_entropy": None, "alarms": []})
+            ranks.barrier()
+            said.append("goes on")
+        except UserError as error:
+            said.append(error.exit_code)
+    return said
+
+
+def experience(folder: Path) -> Any:
+    """Rewards and the KL, which moves β and sounds alarms, come from one rank."""
+    if ranks.rank() == 1:
+        ppo.make_experience = lambda *_: (None, {"ppo/kl": 9.0})  # type: ignore[assignment]
+    else:
+        ppo.make_experience = lambda *_: (None, {"ppo/kl": 1.0})  # type: ignore[assignment]
+    ppo.answer_and_read = lambda *_: (rollout(), rollout(), [])  # type: ignore[assignment]
+    ppo._sync, ppo._work, ppo.draw_prompts = (lambda *_: 0), (lambda *_: {}), (lambda *_: Quiet())  # type: ignore[assignment]
+    ppo.update = lambda *_: {}  # type: ignore[assignment]
+    ppo.moved = lambda batch, device: batch  # type: ignore[assignment]
+    settings = SimpleNamespace(
+        batch_size=2, scoring_chunks=1, eval_every=9, iterations=2, sampling=SimpleNamespace(ahead=False)
+    )
+    settings.kl_target = SimpleNamespace(target=1.0, horizon=10.0)
+    config: Any = SimpleNamespace(ppo=settings, seed=0)
+    context: Any = SimpleNamespace(rank=ranks.rank(), world_size=2, device=torch.device("cpu"), is_writer=False)
+    some: Any = SimpleNamespace(ahead=Ahead(), sampler=None, tokenizer=None, policy=None, critic=None)
+    state = {"iteration": 2, "beta": 0.1}
+    clock: Any = lambda phase: torch.no_grad()
+    figures = ppo.iterate(config, context, some, [], state, clock)
+    return [figures["ppo/kl"], round(state["beta"], 6)]
+
+
+def rollout() -> Rollout:
+    ones = torch.ones(1, 2)
+    return Rollout(ones.long(), ones.bool(), ones[:, :1].bool(), ones[:, :1], torch.ones(1).bool())
+
+
+def tiny_model(folder: Path) -> Any:
+    """Rank 1 reads other texts, of which it would make another tokenizer."""
+    models.make_tiny = lambda config: folder / f"base-of-rank-{ranks.rank()}"  # type: ignore[assignment]
+    return models.resolve(SimpleNamespace(model=SimpleNamespace(path="tiny"))).name  # type: ignore[arg-type]
+
+
+def refused(folder: Path) -> Any:
+    """What rank 0 refuses, all refuse: nobody is left waiting."""
+
+    def decide() -> None:
+        raise UserError("no", 4)
+
+    try:
+        ranks.agreed(decide)
+    except UserError as error:
+        return [error.message, error.exit_code]
+    return None
+
+
+DECISIONS = {
+    newest: "iteration-000002",
+    unseen: [5, True],
+    restored_state: 2,
+    trainer_resumes: "iteration-000002",
+    ahead: True,
+    held_out_reward: 0.5,
+    alarm: ["goes on", 6],
+    experience: [1.0, 0.1],
+    tiny_model: "base-of-rank-0",
+    refused: ["no", 4],
+}
+
+
+def on_a_rank(rank: int, decide: Any, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    said = decide(folder / "run")
+    ranks.barrier()  # a rank on another way would be in another collective now
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("decide", "wanted"), DECISIONS.items(), ids=[decide.__name__ for decide in DECISIONS])
+def test_all_ranks_follow_the_first(decide: Any, wanted: Any, tmp_path: Path) -> None:
+    checkpoints(tmp_path / "run")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=on_a_rank, args=(rank, decide, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT_S)
+    hang = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hang, f"ranks {hang} wait for ever"
+    said = [tmp_path / f"said-{rank}.json" for rank in range(2)]
+    assert [json.loads(path.read_text()) for path in said if path.exists()] == [wanted, wanted]
