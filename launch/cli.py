@@ -235,16 +235,20 @@ def _explain(error: Exception) -> int:
 
 
 def _keep_traceback(error: Exception) -> str:
+    from rlhf.config import without_secrets
+
     try:
         with tempfile.NamedTemporaryFile("w", prefix="rlhf-", suffix=".traceback.txt", delete=False) as file:
-            file.write("".join(traceback.format_exception(error)))
+            file.write(without_secrets("".join(traceback.format_exception(error))))
     except OSError as failure:
         return f"No traceback could be kept ({failure.strerror}); RLHF_DEBUG=1 shows it here."
     return f"The traceback is in {file.name}; RLHF_DEBUG=1 shows it here."
 
 
 def _complain(message: str) -> None:
-    text = f"error: {message}"
+    from rlhf.config import without_secrets
+
+    text = f"error: {without_secrets(message)}"
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     print(f"\033[31m{text}\033[0m" if coloured else text, file=sys.stderr)
 

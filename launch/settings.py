@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from launch import yaml_tree
 from launch.yaml_tree import Keys, Mistake, Node
-from rlhf.config import RunConfig
+from rlhf.config import RunConfig, public
 from rlhf.errors import UserError
 
 PACKAGED = Path(__file__).resolve().parents[1] / "configs"
@@ -57,8 +57,8 @@ def load(runfile: str | Path, overrides: list[str]) -> RunConfig:
 
 
 def dump(config: RunConfig) -> str:
-    """The settings as YAML; a run file of its own that needs no layers."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The settings as YAML without passwords; a run file of its own that needs no layers."""
+    return yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
 
 
 def find_runfile(runfile: str | Path) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import Artifact, load, write_atomic, write_json
-from rlhf.config import RunConfig, stage_inputs
+from rlhf.config import RunConfig, public, stage_inputs, without_secrets
 from rlhf.errors import UserError
 
 FAILURE = "failure.json"
@@ -98,13 +98,13 @@ def _note_failure(folder: Path, error: BaseException) -> None:
     else:
         path = folder / "logs" / "traceback.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(traceback.format_exception(error)))
+        write_atomic(path, without_secrets("".join(traceback.format_exception(error))))
         message += f"\nThe traceback is in {path}"
     write_json(folder / FAILURE, {"message": message, "exit_code": code})
 
 
 def _reason(error: BaseException) -> str:
-    return error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return without_secrets(error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
 
 
 def _record(config: RunConfig, context: Any) -> None:
@@ -113,7 +113,7 @@ def _record(config: RunConfig, context: Any) -> None:
 
     from rlhf import lineage
 
-    settings = config.model_dump(mode="json")
+    settings = public(config)  # a record: nothing reads it again
     write_atomic(context.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     context.tracker.artifact(context.folder / "config.yaml")
     context.tracker.params(lineage.stage_settings(config, context.stage) | {"hardware": settings["hardware"]})

@@ -5,9 +5,10 @@ Marks: [P] published for Llama 2-Chat (arXiv 2307.09288), [O] our choice where n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +20,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Also a folder's name and a part of dotted names."""
 
 Tag = Literal["helpful", "safety"]
+
+CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+SECRET_KEY = re.compile(r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key)=)[^&#\s'\"]*", re.IGNORECASE)
 
 
 class Settings(BaseModel):
@@ -334,6 +338,21 @@ class RunConfig(Settings):
                 "ppo": fit(self.ppo, self.ppo.minibatch_size // self.hardware.workers),
             }
         )
+
+
+def without_secrets(value: Any) -> Any:
+    """`value` as it may be shown and stored: texts in it lose what stands before the host of an address, a user's name
+    and password, and the values of keys like `token` behind a `?`."""
+    if isinstance(value, str):
+        return SECRET_KEY.sub(r"\1***", CREDENTIALS.sub("", value))
+    if isinstance(value, Mapping):
+        return {without_secrets(key): without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def public(config: RunConfig) -> dict[str, Any]:
+    """All settings, as they may be shown and stored."""
+    return without_secrets(config.model_dump(mode="json"))
 
 
 def stage_inputs(config: RunConfig, stage: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rlhf.config import TrackingConfig
+from rlhf.config import TrackingConfig, without_secrets
 
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # MLflow's limits for one call
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # MLflow's limits, characters
@@ -39,7 +39,7 @@ def absolute_uri(uri: str) -> str:
 
 def public_uri(uri: str) -> str:
     """`uri` as it may be shown and stored: absolute, and without a password."""
-    return re.sub(r"(?<=://)[^/@]*@", "", absolute_uri(uri))
+    return without_secrets(absolute_uri(uri))
 
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with training runs

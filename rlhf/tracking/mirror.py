@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import write_json
-from rlhf.config import TrackingConfig
+from rlhf.config import TrackingConfig, without_secrets
 from rlhf.tracking.client import Client, locked, public_uri
 from rlhf.tracking.lines import read_lines
 
@@ -245,4 +245,4 @@ def _warn(folder: Path, settings: TrackingConfig, failure: Exception) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return without_secrets((str(error) or type(error).__name__).splitlines()[0])[:200]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rlhf.artifacts import code_diff, code_revision, plain, write_atomic
-from rlhf.config import TrackingConfig
+from rlhf.config import TrackingConfig, without_secrets
 from rlhf.tracking.lines import Lines, read_lines
 from rlhf.tracking.mirror import EVENTS, METRICS, Follower, Mirror, rewind
 
@@ -51,7 +51,7 @@ def mark_failed(folder: Path, reason: str) -> None:
     states = [event["status"] for event, _ in read_lines(folder / EVENTS) if event["event"] == "status"]
     if states and states[-1] == "RUNNING":
         events = Lines(folder / EVENTS)
-        events.append({"event": "status", "status": "FAILED", "reason": reason})
+        events.append({"event": "status", "status": "FAILED", "reason": without_secrets(reason)})
         events.close()
 
 
@@ -131,7 +131,7 @@ class FileTracker:
                 self._follower.close()
 
     def _event(self, kind: str, **fields: Any) -> None:
-        self._events.append({"event": kind, **fields})
+        self._events.append({"event": kind, **without_secrets(fields)})
 
     def _record_code(self) -> None:
         revision = code_revision()

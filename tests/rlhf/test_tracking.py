@@ -433,6 +433,11 @@ def test_a_full_disk_is_reported(tmp_path):
         ("http://host:5000", "http://host:5000"),
         ("https://me:secret@host/path", "https://host/path"),
         ("postgresql://me:secret@host/db", "postgresql://host/db"),
+        ("https://me:se@cr:et@host/a@b", "https://host/a@b"),
+        (
+            "postgresql://host/db?user=me&password=secret&sslmode=on",
+            "postgresql://host/db?user=me&password=***&sslmode=on",
+        ),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("sqlite:///mlflow.db", f"sqlite:///{Path.cwd()}/mlflow.db"),
         ("sqlite://", "sqlite://"),
