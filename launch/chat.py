@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from rlhf.models import load_causal, load_tokenizer, positions
 HELP = "/reset forgets the dialogue, /system TEXT sets the system text, /exit leaves; Ctrl-C stops an answer"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders give for a character of which bytes are missing
 
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # what stands for a byte that is no text
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not steer the terminal
 
 
@@ -152,6 +154,8 @@ def _room(model: Any, length: int) -> int:
 
 def _asked(lines: TextIO) -> Iterator[str]:
     """What the person says, without blank lines. In a terminal there is a prompt, and Ctrl-D leaves."""
+    if isinstance(lines, io.TextIOWrapper):
+        lines.reconfigure(errors="replace")  # bytes that are no text; the encoding may say they become half characters
     if not lines.isatty():
         yield from (line.strip() for line in lines if line.strip())
         return
@@ -160,7 +164,7 @@ def _asked(lines: TextIO) -> Iterator[str]:
     print(f"{HELP}; Ctrl-D leaves too")
     while True:
         try:
-            text = input("> ").strip()
+            text = SURROGATE.sub(UNFINISHED, input("> ").strip())  # input() has a way of its own to decode
         except EOFError:
             print()
             return

@@ -218,3 +218,19 @@ def test_in_a_terminal_ctrl_c_hints_and_ctrl_d_leaves(
     monkeypatch.setattr("builtins.input", fake_input)
     assert list(itertools.islice(module._asked(Terminal()), 9)) == ["hello", "there"]
     assert capsys.readouterr().out.count("Ctrl-D leaves") == 2
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat() -> None:
+    raw = io.BytesIO(b"caf\xe9\nhello\n")
+    said = list(module._asked(io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape")))
+    assert said == ["caf\N{REPLACEMENT CHARACTER}", "hello"]
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed = iter(["caf\udce9", "hello"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    assert list(itertools.islice(module._asked(Terminal()), 2)) == ["caf\N{REPLACEMENT CHARACTER}", "hello"]
