@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,11 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+STARTS = 3
+TOO_SLOW = re.compile("timed out during startup|while waiting for node to startup", re.IGNORECASE)
+# A socket's path has at most 107 bytes, 103 on a Mac, of which /session_<time>_<pid>/sockets/plasma_store takes 64.
+LONGEST_FOLDER = 103 - 64
+
 
 @contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
@@ -39,12 +47,60 @@ def cluster(config: RunConfig) -> Iterator[None]:
     else:
         arguments["address"] = config.hardware.ray_address
     _keep_messages(config.folder / "ray" / "messages.log")
-    ray.init(**arguments)
+    with short_folder() if config.hardware.ray_address is None else nullcontext() as folder:
+        if folder is not None:
+            arguments["_temp_dir"] = folder
+        try:
+            start(lambda: ray.init(**arguments), ray.shutdown)
+            _wait_for_room(config)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def start(init: Callable[[], Any], shutdown: Callable[[], None]) -> None:
+    """Ray gives a node 30 s to start, which is too short where others compute: it is started again, and again.
+
+    UserError (5) where no start is quick enough.
+    """
+    for _ in range(STARTS):
+        try:
+            init()
+            return
+        except Exception as error:
+            if not TOO_SLOW.search(str(error)):
+                raise
+            shutdown()
+    raise UserError(
+        f"Ray did not start within its time limit, {STARTS} times over: this machine is too busy. Wait until other "
+        "programs on it have ended and run again, or use --local with `rlhf stage`, which needs no Ray.",
+        5,
+    )
+
+
+@contextmanager
+def short_folder() -> Iterator[str | None]:
+    """A folder of this run's own for Ray's sockets, where their paths would be too long in the usual place; else None."""
+    usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    if len(os.fsencode(usual / "ray")) <= LONGEST_FOLDER:
+        yield None
+        return
     try:
-        _wait_for_room(config)
-        yield
+        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    except OSError as error:
+        raise UserError(
+            f"the path of {usual} is too long for the sockets of Ray, and /tmp cannot be used ({error.strerror}): set "
+            f"RAY_TMPDIR to a folder with a path of at most {LONGEST_FOLDER - 4} bytes",
+            5,
+        ) from None
+    text = (
+        f"the path of {usual} is too long for the sockets of Ray, which go to {folder}; RAY_TMPDIR names another place"
+    )
+    print(f"warning: {text}", file=sys.stderr)
+    try:
+        yield folder
     finally:
-        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Gang:
