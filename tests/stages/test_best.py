@@ -25,11 +25,13 @@ class LiveBytes:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.refs: list[weakref.ref] = []
         self.peaks: dict[str, int] = {}
-        self.phase = "iterations"
+        self.phase = "other"  # a check loads a reward model once more
         make, gather = nn.Parameter.__new__, best.full_state
         patch.setattr(nn.Parameter, "__new__", staticmethod(lambda *a, **k: self.noted(make(*a, **k))))
         patch.setattr(best, "full_state", lambda *a, **k: {n: self.noted(t) for n, t in gather(*a, **k).items()})
-        for owner, name, phase in ((ppo, "open_models", "opening"), (best, "keep", "saving"), (best, "finish", "end")):
+        phases = {"opening": (ppo, "open_models"), "iterations": (ppo, "iterate")}
+        phases |= {"saving": (best, "keep"), "end": (best, "finish")}
+        for phase, (owner, name) in phases.items():
             patch.setattr(owner, name, self.during(phase, getattr(owner, name)))
         hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: self.note(module))
         self.remove = hook.remove
@@ -77,9 +79,8 @@ def test_the_end_needs_no_more_memory_for_weights_than_the_iterations(run, besid
     with live_bytes() as live:
         make_stage(config, "ppo")
     model = sum(p.numel() for p in load_causal(config.folder / "sft/artifact").parameters())
-    assert live.peaks.keys() == {"opening", "iterations", "saving", "end"}
     assert live.peaks["end"] <= live.peaks["iterations"], live.peaks
-    assert live.peaks["saving"] <= live.peaks["iterations"] + 4.2 * model, live.peaks  # one model beside them
+    assert live.peaks["saving"] <= live.peaks["iterations"] + 4 * model, live.peaks  # one beside them, in float32
 
 
 class Arrivals(TorchDispatchMode):
