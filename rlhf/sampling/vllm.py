@@ -168,10 +168,7 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Lets its weights go, those in main memory too; nothing can be sampled afterwards."""
-        if self.sleeps:
-            self._wake("weights", "kv_cache")
-            self.llm.sleep(level=2)
-        self.llm = None
+        del self.llm
         gc.collect()  # an engine is a circle
 
 

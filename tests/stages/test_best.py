@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ class LiveBytes:
         self.refs: list[weakref.ref] = []
         self.peaks: dict[str, int] = {}
         self.phase = "other"  # a check loads a reward model once more
-        make, gather = nn.Parameter.__new__, best.full_state
+        gather = best.full_state
+        make: Any = nn.Parameter.__new__
         patch.setattr(nn.Parameter, "__new__", staticmethod(lambda *a, **k: self.noted(make(*a, **k))))
         patch.setattr(best, "full_state", lambda *a, **k: {n: self.noted(t) for n, t in gather(*a, **k).items()})
         phases = {"opening": (ppo, "open_models"), "iterations": (ppo, "iterate")}
@@ -120,11 +122,11 @@ def test_the_resident_sampler_becomes_that_of_another_folder(run, lora_run, adap
         }
 
 
-def test_a_model_of_another_shape_gets_a_sampler_of_its_own_when_the_other_has_let_go(run, make_small):
+def test_a_model_of_another_shape_gets_a_sampler_of_its_own_when_the_other_has_let_go(run, small_model):
     config = run("sft")
     folder = config.folder / "sft/artifact"
     tokenizer, cpu = load_tokenizer(folder), torch.device("cpu")
-    sampler = InProcessSampler(make_small, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    sampler = InProcessSampler(small_model, tokenizer.eos_token_id, tokenizer.pad_token_id)
     another = sampler_of(folder, sampler, config, tokenizer, cpu)
     assert another is not sampler and list(sampler.model.parameters()) == []
     assert sum(p.numel() for p in another.model.parameters()) == sum(
@@ -133,8 +135,9 @@ def test_a_model_of_another_shape_gets_a_sampler_of_its_own_when_the_other_has_l
 
 
 @pytest.fixture
-def make_small():
+def small_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
