@@ -78,4 +78,4 @@ def seal(
         shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
 
     ranks.alone(work, f"writing {folder}")
-    return artifacts.load(folder)
+    return ranks.agreed(lambda: artifacts.load(folder))
