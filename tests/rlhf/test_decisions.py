@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf import checkpoint, hf_trainer, models, ranks
+from rlhf import artifacts, checkpoint, hf_trainer, lineage, models, ranks
 from rlhf.artifacts import write_json
 from rlhf.batches import Rollout
 from rlhf.errors import UserError
@@ -170,6 +170,17 @@ def tiny_model(folder: Path) -> Any:
     return models.resolve(SimpleNamespace(model=SimpleNamespace(path="tiny"))).name  # type: ignore[arg-type]
 
 
+def sealed(folder: Path) -> Any:
+    """Rank 1 does not see yet what rank 0 has just written."""
+    if ranks.rank() == 1:
+        artifacts.load = lambda path: None  # type: ignore[assignment]
+    lineage.settings_digest = lambda *_: "same"  # type: ignore[assignment]
+    context: Any = SimpleNamespace(artifact_folder=folder / "sft", stage="sft", checkpoint_folder=folder / "none")
+    write: Any = lambda path: write_json(path / "weights.json", {})
+    made = lineage.seal(SimpleNamespace(), context, write, {}, {})  # type: ignore[arg-type]
+    return made and made.kind
+
+
 def refused(folder: Path) -> Any:
     """What rank 0 refuses, all refuse: nobody is left waiting."""
 
@@ -193,6 +204,7 @@ DECISIONS = {
     alarm: ["goes on", 6],
     experience: [1.0, 0.1],
     tiny_model: "base-of-rank-0",
+    sealed: "sft",
     refused: ["no", 4],
 }
 
