@@ -80,7 +80,7 @@ def test_smollm2_hh_keeps_the_parts_of_the_split_apart() -> None:
         for parts in ([role.train for role in roles], [role.held_out for role in roles])
     )
     assert trained == [{"sft"}, {"rm_train", "sft"}, {"ppo_prompts"}]
-    assert held_out == [set(), {"rm_val", "ppo_prompts"}, {"rm_val"}]  # no reward model saw the prompts of PPO
+    assert held_out == [set(), {"rm_val"}, {"rm_val"}]  # what one role holds out no role trains on
 
 
 @pytest.fixture(scope="module")
