@@ -21,7 +21,7 @@ from rlhf import artifacts, chat
 from rlhf.data import pad
 from rlhf.errors import UserError
 from rlhf.evaluation.intervals import Estimate, bootstrap_mean, share
-from rlhf.models import ScalarModel, load_scalar, load_tokenizer, positions
+from rlhf.models import Encoder, ScalarModel, load_encoder, load_scalar, load_tokenizer, positions
 
 Row = Preference | Demonstration
 
@@ -80,7 +80,9 @@ def load_rows(file: str, bad_rows: Literal["refuse", "skip"]) -> tuple[list[Row]
     return loaded.rows, loaded.refused, loaded.findings
 
 
-def load_reward_model(folder: Path) -> ScalarModel:
+def load_reward_model(folder: Path) -> ScalarModel | Encoder:
+    if encoder := load_encoder(folder):
+        return encoder.eval()
     scalar = load_scalar(folder)
     if not scalar.head.weight.any():
         raise UserError(f"{folder} is no reward model: it has no trained score head", 4)
@@ -112,7 +114,7 @@ def answers(row: Row) -> tuple[str, ...]:
 
 
 def score_texts(
-    scalar: ScalarModel,
+    scalar: ScalarModel | Encoder,
     pad_id: int,
     texts: Sequence[Text],
     batch_size: int,

@@ -5,13 +5,14 @@ lora.py        adapters                                    tiny.py    a small Ll
 gguf.py        GGUF files → ordinary folders              attention.py  causal attention in bf16
 packing.py     rows one behind the other                  norm.py    norms of a Llama's layers in bf16
 requirements.py  what a run asks of a model
-weights.py     a folder's weights one at a time
+weights.py     a folder's weights one at a time           encoder.py  classifiers that only score
 """
 
 from pathlib import Path
 
 from rlhf import ranks
 from rlhf.config import RunConfig
+from rlhf.models.encoder import Encoder, load_encoder
 from rlhf.models.gguf import import_gguf
 from rlhf.models.lora import add_lora
 from rlhf.models.pretrained import (
@@ -32,6 +33,7 @@ from rlhf.models.tiny import make_tiny
 from rlhf.models.weights import weights_that_fit
 
 __all__ = [
+    "Encoder",
     "ScalarModel",
     "add_lora",
     "check_model",
@@ -44,6 +46,7 @@ __all__ = [
     "lm_head",
     "load_causal",
     "load_config",
+    "load_encoder",
     "load_scalar",
     "load_tokenizer",
     "make_tiny",

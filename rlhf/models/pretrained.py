@@ -75,6 +75,8 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except LOAD_ERRORS as error:
         raise UserError(f"cannot read a tokenizer from {folder}: {error}", 4) from error
+    if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # as BERT names them
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no EOS token, so no answer could end", 4)
     _separate_pad_from_eos(tokenizer, folder)

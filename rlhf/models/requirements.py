@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PretrainedConfig,
 )
@@ -15,6 +14,7 @@ from transformers import (
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.models.attention import has_windows
+from rlhf.models.encoder import is_encoder
 
 BAD_SETTING, UNFIT_MODEL = 2, 4
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -72,8 +72,7 @@ def _lengths(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int
 def _family(model: PretrainedConfig) -> Iterator[tuple[str, int]]:
     kind, text = model.model_type, model.get_text_config()
     remedy = "use a model of another family, such as Llama, Mistral, Qwen2 or GPT-2"
-    encoder = type(model) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model, "is_decoder", False)
-    if model.is_encoder_decoder or encoder or type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if model.is_encoder_decoder or is_encoder(model) or type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         yield f"model.path: {kind} is no causal language model, which SFT and PPO train; {remedy}", UNFIT_MODEL
         return
     if type(model) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
