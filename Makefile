@@ -15,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint proofs mutants install vllm clean
+.PHONY: help quickstart test check lint proofs mutants install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ quickstart: $(STAMP)  ## train on the shipped data, from base model to closing r
 
 test: lint  ## lint, type-check, run the tests
 	$(BIN)/pytest
+
+check: lint  ## lint, type-check, run the quick tests: for daily work
+	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof" tests/rlhf tests/reward_data tests/launch tests/test_*.py
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .

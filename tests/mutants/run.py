@@ -14,6 +14,7 @@ Exit status 0 if all tests pass without a bug, every bug is killed and what is c
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -40,6 +41,7 @@ from tests.mutants.bug import Bug
 from tests.mutants.bugs import BUGS
 
 ROOT = Path(__file__).parents[2]
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "peft")
 NO_PROGRAM = {"ImportError", "ModuleNotFoundError", "NameError", "UnboundLocalError", "SyntaxError"}
 LIMIT = 600.0  # seconds for the tests of one bug; the slowest start two ranks of DeepSpeed
@@ -97,6 +99,7 @@ class FirstFailure:
 def run_tests(tests: Sequence[str], bug: Bug | None, folder: Path) -> None:
     """In a process of its own: runs the tests until one fails, and leaves `found.json` in `folder`."""
     os.setsid()  # what the tests start goes down with them
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and with a runner that is killed: a bug may have no end
     log = os.open(folder / "log", os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
