@@ -326,6 +326,20 @@ CRITIC = [
         ),
     ),
     *bugs_in(
+        "rlhf/engine.py",
+        ["rlhf/test_engine.py::test_what_lies_under_an_adapter_is_kept_in_bf16"],
+        (
+            "adapters are rounded to bf16 too",
+            "(p for p in module.parameters() if not p.requires_grad)",
+            "module.parameters()",
+        ),
+    ),
+    *bugs_in(
+        "rlhf/models/lora.py",
+        ["rlhf/models/test_lora.py"],
+        ("adapters are merged in bf16", "weight.float() + update", "(weight.float() + update).to(weight.dtype)"),
+    ),
+    *bugs_in(
         "rlhf/models/scalar.py",
         ["rlhf/models/test_scalar.py::test_a_new_critic_has_the_trunk_of_the_reward_model_and_no_value_yet"],
         ("the critic keeps the offset of its reward model", "    reward_model.offset = 0.0\n", ""),

@@ -208,6 +208,26 @@ def test_what_lies_under_an_adapter_is_kept_in_bf16(make_llama, iteration):
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
 
 
+def test_with_adapters_every_role_of_ppo_takes_what_its_shapes_say(make_llama, make_scalar):
+    """The arithmetic of docs/how-to/my-model.md, on a Llama that can be counted: products bf16, the rest float32."""
+    V, H, I, L, r = 12, 16, 24, 2, 2
+    products, table, norms = L * (4 * H * H + 3 * H * I), V * H, (2 * L + 1) * H
+    adapters = L * r * (8 * H + 3 * (H + I))
+    lora, optim = LoraConfig(rank=r, alpha=4), OptimConfig(lr=1e-3)
+
+    def size(module, learns=None):
+        engine = local(module, learns, precision="bf16")
+        return sum(p.numel() * p.element_size() for p in engine.module.parameters())
+
+    backbone = 2 * products + 4 * (table + norms)
+    policy = size(PolicyModel(add_lora(make_llama(0), lora, "causal", 0)), optim)
+    critic = size(add_lora(make_scalar(1), lora, "scalar", 0), optim)
+    assert policy == backbone + 2 * table + 4 * adapters
+    assert size(PolicyModel(make_llama(0))) == backbone + 2 * table
+    assert critic == backbone + 4 * H + 4 * adapters
+    assert size(make_scalar(2)) == backbone + 4 * H
+
+
 def test_steps_are_the_same_where_casts_are_kept(make_llama, iteration):
     def learned(around):
         engine = local(PolicyModel(make_llama(0)), OptimConfig(lr=1e-2), precision="bf16")

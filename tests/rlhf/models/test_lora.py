@@ -112,3 +112,16 @@ def test_targets_that_the_model_lacks_are_refused(causal_folder):
     with pytest.raises(UserError, match="model.lora") as error:
         add_lora(load_causal(causal_folder), LoraConfig(targets=["no_such_layer"]), "causal", seed=0)
     assert error.value.exit_code == 2
+
+
+def test_adapters_are_merged_in_float32_into_a_base_that_is_kept_in_bf16(causal):
+    """In bf16 an update of a thousandth of its weight would vanish."""
+    exact = merged(causal, dict(causal.state_dict()))
+    for name, parameter in causal.named_parameters():
+        if ".base_layer." in name:
+            parameter.data = parameter.data.bfloat16()
+    kept = merged(causal, dict(causal.state_dict()))
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    name = next(name for name in kept if name.endswith("q_proj.weight"))
+    update = exact[name] - next(t for n, t in causal.state_dict().items() if "q_proj.base_layer" in n).float()
+    assert not torch.equal(kept[name], kept[name].bfloat16().float()) and update.any()
