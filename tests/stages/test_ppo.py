@@ -18,7 +18,7 @@ from reward_data import Message, Prompt
 from rlhf import checkpoint, checks
 from rlhf.batches import rows
 from rlhf.config import RunConfig
-from rlhf.data import load_prompts
+from rlhf.data import load_prompts, split_held_out
 from rlhf.engine import LocalEngine
 from rlhf.errors import UserError
 from rlhf.ledger import COMPUTING, PHASES
@@ -74,17 +74,26 @@ def test_the_manifest_tells_what_the_report_needs(run, figures):
         assert told["held_out"][policy]["length"]["n"] == 32 - 8  # those that did not choose the policy
     assert told["iterations"] == 2
     assert 0 <= told["best_iteration"] <= 2
-    assert [row["prompt"] for row in told["samples"]] == [
-        prompt.messages[-1].content for prompt in load_prompts(config).held_out[8:18]
-    ]
+    _, for_report = split_held_out(load_prompts(config).held_out, 8, config.seed)
+    assert [row["prompt"] for row in told["samples"]] == [prompt.messages[-1].content for prompt in for_report[:10]]
 
 
 def test_nothing_of_the_way_there_is_left(run):
     assert not (run("ppo").folder / "ppo/checkpoints").exists()
 
 
-def test_lora_is_saved_merged_and_as_an_adapter(lora_run):
-    config = lora_run("ppo")
+@pytest.fixture(scope="module")
+def lora_ppo(lora_run, make_stage):
+    """A run with LoRA that keeps its last policy and critic: adapters that never moved would show nothing."""
+    config = lora_run(ALL_BUT_PPO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo.Judge, "reward", lambda self, prompts, iteration: float(iteration))
+        make_stage(config, "ppo")
+    return config
+
+
+def test_lora_is_saved_merged_and_as_an_adapter(lora_ppo):
+    config = lora_ppo
     folder, tokens = config.folder / "ppo/artifact", torch.randint(4, 500, (2, 9))
     merged = AutoModelForCausalLM.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(config.folder / "sft/artifact")
@@ -93,9 +102,9 @@ def test_lora_is_saved_merged_and_as_an_adapter(lora_run):
     assert series(config)["ppo/grad_norm"][0][1] > 0
 
 
-def test_lora_adapts_the_critic_too(lora_run):
+def test_lora_adapts_the_critic_too(lora_ppo):
     """Adapters and head learn, and the folder is a whole classifier all the same."""
-    config = lora_run("ppo")
+    config = lora_ppo
     names = ("sft", "reward/helpfulness", "reward/safety")
     inputs = {name: SimpleNamespace(path=config.folder / name / "artifact") for name in names}
     context = SimpleNamespace(inputs=inputs, device=torch.device("cpu"), local=True)
@@ -510,13 +519,14 @@ def test_judging_weighs_a_safety_prompt_by_its_safety(monkeypatch):
         finished=[True] * 3,
         scores={"reward.h": [1.0, 5.0, 3.0], "reward.s": [0.5, -1.0, -4.0]},
         kl=[0.0, 0.0, 0.3],
+        flagged=[False, False, True],
     )
-    sent = {}
+    sent, about = {}, ("helpful", "safety", "helpful")
     tracker = SimpleNamespace(metrics=lambda figures, step: sent.update(figures))
     settings = SimpleNamespace(ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15))
     judge = ppo.Judge(settings, SimpleNamespace(tracker=tracker), SimpleNamespace())  # type: ignore[arg-type]
     monkeypatch.setattr(judge, "answers", lambda prompts: answers)
-    prompts = [SimpleNamespace(tag=tag) for tag in ("helpful", "safety", "helpful")]
+    prompts = [Prompt((Message("user", text),), tag, text) for text, tag in zip("xyz", about, strict=True)]
     # helpful: 1; a safety prompt: -1; helpful, but the answer is unsafe: -4
     assert judge.reward(prompts, 0) == pytest.approx(-4 / 3)
     assert sent["eval/kl"] == pytest.approx(0.1)

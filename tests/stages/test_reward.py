@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_data import Message, Preference
 from rlhf.chat import encode_answer, encode_dialogue
-from rlhf.data import MARGINS, load_demonstrations, load_preferences, mix_preferences
+from rlhf.data import MARGINS, draw_rows, load_demonstrations, load_preferences, mix_preferences
 from rlhf.models import load_scalar
 from rlhf.runtime import Progress, StageContext, read_progress
 from rlhf.tracking import NullTracker, read_metrics
@@ -60,7 +60,8 @@ def test_other_tools_read_the_same_scores(trained):
 def test_sft_answers_average_zero(trained, figures):
     _, config, folder = trained
     tokenizer, split = AutoTokenizer.from_pretrained(folder), load_demonstrations(config)
-    rows = [encode_dialogue(tokenizer, row.messages)[0] for row in [*split.held_out, *split.train][:32]]
+    answers, _ = draw_rows([*split.held_out, *split.train], 32, config.seed)
+    rows = [encode_dialogue(tokenizer, row.messages)[0] for row in answers]
     scores = plain_scores(folder, rows)
     assert sum(scores) / len(scores) == pytest.approx(0.0, abs=1e-5)
     assert figures(folder)["offset"] != 0
