@@ -102,7 +102,7 @@ def ahead(folder: Path) -> Any:
 def held_out_reward(folder: Path) -> Any:
     """What is compared with the best so far."""
     worth = 0.5 + ranks.rank()
-    answers = Answers(["a"], [1], [True], {"reward.h": [worth], "reward.s": [worth]}, [0.0])
+    answers = Answers(["a"], [1], [True], {"reward.h": [worth], "reward.s": [worth]}, [0.0], [False])
     config: Any = SimpleNamespace(
         ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15),
         data=SimpleNamespace(gold="none"),
