@@ -61,10 +61,17 @@ class Trainer(OwnOptimizer, SFTTrainer):
 
 
 class PackingCheck(TrainerCallback):
-    """Asks the model before the first step, when it is sharded and can be read, whether packed rows stay apart."""
+    """Asks the model before the first step, when it is sharded and can be read, whether packed rows stay apart: here, and
+    in PPO, which would find out two stages later."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        check_packing(model, "sft.packing")
+        if self.config.sft.packing:
+            check_packing(model, "sft.packing")
+        if self.config.ppo.packing:
+            check_packing(model, "ppo.packing", self.config.ppo.answers_per_prompt > 1)
 
 
 def main(config: RunConfig, context: StageContext) -> Artifact:
@@ -100,8 +107,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         processing_class=tokenizer,
     )
     trainer.optim = config.sft.optim
-    if config.sft.packing:
-        trainer.add_callback(PackingCheck())
+    trainer.add_callback(PackingCheck(config))
     if hasattr(causal.config.get_text_config(), "output_router_logits"):
         causal.config.get_text_config().output_router_logits = False  # TRL turned it on for a loss that is not ours
     causal.forward = partial(answer_logprobs, causal)  # in place of TRL's, and inside whatever wraps the model

@@ -350,6 +350,7 @@ PACKED = bugs_in(
     "stages/sft.py",
     ["stages/test_sft.py::test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_step"],
     ("SFT packs what cannot be packed", 'check_packing(model, "sft.packing")', "pass"),
+    ("PPO asks after two stages what can be packed", 'check_packing(model, "ppo.packing"', '(model, "ppo.packing"'),
 )
 
 BUGS = [

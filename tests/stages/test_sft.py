@@ -197,7 +197,10 @@ def test_packed_rows_do_not_see_each_other(labelled):
         torch.testing.assert_close(together[tuple(row["input_ids"])], alone, atol=1e-4, rtol=0)
 
 
-def test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_step(settings, make_stage, monkeypatch):
+@pytest.mark.parametrize(("stage", "other"), [("sft", "ppo"), ("ppo", "sft")])
+def test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_step(
+    settings, make_stage, monkeypatch, stage, other
+):
     """As in families whose attention reads no positions."""
 
     def leaking(model, tokens_BT, mask_BT, packing=False, response_length=0):
@@ -205,8 +208,8 @@ def test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_s
         return -hidden_BTH if packing else hidden_BTH
 
     monkeypatch.setattr("rlhf.models.pretrained.hidden_states", leaking)
-    config = settings("--sft.packing", "true")
-    with pytest.raises(UserError, match="packed rows see one another.*sft.packing") as error:
+    config = settings(f"--{stage}.packing", "true", f"--{other}.packing", "false")
+    with pytest.raises(UserError, match=f"packed rows see one another.*{stage}.packing") as error:
         make_stage(config, "sft")
     assert error.value.exit_code == 4
     assert not [figures for figures in read_metrics(config.folder / "sft") if "sft/loss" in figures]
