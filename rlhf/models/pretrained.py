@@ -163,6 +163,9 @@ def load_complete(
     config = load_config(folder)
     if labels is not None:
         config.num_labels = labels
+    families = auto_class._model_mapping
+    if attention == "sdpa" and type(config) in families and not families[type(config)]._supports_sdpa:
+        attention = "eager"  # a run has refused before; what reads models without a run has no such setting
     try:
         with quiet():
             model, report = auto_class.from_pretrained(

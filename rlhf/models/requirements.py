@@ -21,7 +21,7 @@ POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_s
 STRETCHED = ("linear", "dynamic", "yarn")  # rope types that see `factor` times the positions of before
 PADDED_POSITIONS = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text")  # counted from pad + 1
 LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-HEAD_BIASES = ("phi", "gptj", "codegen")  # families whose LM head adds a bias
+HEAD_BIASES = ("phi", "gptj", "codegen", "ctrl", "modernbert-decoder")  # families whose LM head adds a bias
 
 
 def positions(config: PretrainedConfig) -> int | None:

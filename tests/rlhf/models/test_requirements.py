@@ -4,12 +4,14 @@ import pytest
 from transformers import (
     BertConfig,
     BloomConfig,
+    CTRLConfig,
     FalconConfig,
     GPT2Config,
     GPTJConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
     MptConfig,
     OPTConfig,
     PhiConfig,
@@ -73,6 +75,8 @@ def test_a_length_of_any_stage_beyond_the_positions_is_refused(setting, value):
         (GraniteConfig(logits_scaling=8.0), "logits_scaling"),
         (PhiConfig(), "bias"),
         (GPTJConfig(), "bias"),
+        (CTRLConfig(), "bias"),
+        (ModernBertDecoderConfig(), "bias"),
     ],
 )
 def test_a_family_that_some_stage_cannot_train_is_refused_with_what_to_use(model, reason):

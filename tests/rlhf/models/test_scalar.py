@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig, GPT2Config
 
 from rlhf.data import pad
 from rlhf.errors import UserError
-from rlhf.models import hidden_states, last_value, load_scalar, new_critic
+from rlhf.models import hidden_states, last_value, load_causal, load_scalar, new_critic
 
 
 @pytest.fixture
@@ -92,6 +92,17 @@ def test_classifier_of_another_family_loads(tmp_path, tokenizer, right_padded):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     torch.testing.assert_close(load_scalar(tmp_path).score(*right_padded), plain_scores(tmp_path, *right_padded))
+
+
+def test_a_family_without_sdpa_is_read_where_no_attention_is_named(tmp_path, tokenizer, right_padded):
+    config = BloomConfig(vocab_size=280, hidden_size=16, n_layer=1, n_head=2, pad_token_id=3)
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "scores")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "speaks")
+    tokenizer.save_pretrained(tmp_path / "scores")
+    scores = load_scalar(tmp_path / "scores").score(*right_padded)
+    torch.testing.assert_close(scores, plain_scores(tmp_path / "scores", *right_padded))
+    assert load_causal(tmp_path / "speaks")(right_padded[0]).logits.shape[-1] == 280
 
 
 def test_head_of_a_causal_model_starts_at_zero_on_its_trunk(causal_folder, right_padded):
