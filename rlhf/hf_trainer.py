@@ -63,8 +63,11 @@ def in_training_order(
     """
     size = settings.batch_size
     if len(dataset) < size:
-        key = f"{stage.split('/')[0]}.batch_size"
-        raise UserError(f"{stage}: {len(dataset)} training rows are less than one batch; lower {key} ({size})", 3)
+        section, kind, remedy = stage.split("/")[0], "training rows", ""
+        if getattr(settings, "packing", False):  # the files have more rows than are counted here
+            kind, remedy = "packed rows of several texts each", f", or set {section}.packing to false"
+        lower = f"lower {section}.batch_size ({size})"
+        raise UserError(f"{stage}: {len(dataset)} {kind} are less than one batch; {lower}{remedy}", 3)
     steps = max(math.floor(settings.epochs * (len(dataset) // size)), 1)
     order: list[int] = []
     while len(order) < steps * size:

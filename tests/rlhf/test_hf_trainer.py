@@ -59,5 +59,5 @@ def test_a_part_of_an_epoch_is_whole_batches_too():
 
 
 def test_less_than_one_batch_is_refused():
-    with pytest.raises(UserError, match=r"sft: 7 training rows are less than one batch; lower sft.batch_size \(8\)"):
+    with pytest.raises(UserError, match=r"sft: 7 packed rows .* are less than one batch; lower sft.batch_size \(8\)"):
         rows_of(7, batch_size=8)

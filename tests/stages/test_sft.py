@@ -141,6 +141,12 @@ def test_less_than_one_batch_is_refused(settings, make_stage):
         make_stage(config, "sft")
 
 
+def test_less_than_one_batch_of_packed_rows_is_not_told_as_rows_of_the_file(settings, make_stage):
+    config = settings("--sft.packing", "true", "--sft.batch_size", "256")
+    with pytest.raises(UserError, match=r"packed rows of several texts .*\(256\), or set sft.packing to false"):
+        make_stage(config, "sft")
+
+
 def test_checkpoints_of_a_finished_stage_are_gone(run):
     assert not (run("sft").folder / "sft/checkpoints").exists()
 
