@@ -12,10 +12,11 @@ from reward_data.converters.fields import dialogue, field, question, reply, show
 from reward_data.converters.messages import from_turns
 from reward_data.errors import BadRow
 from reward_data.files import Row
-from reward_data.records import Demonstration, Message, Record, Tag
+from reward_data.records import Demonstration, Message, Record, Role, Tag
 
 QUESTIONS = ("prompt", "instruction", "question", "query", "input")
 ANSWERS = ("response", "answer", "output", "completion")
+SPOKEN: tuple[tuple[Role, str], ...] = (("user", "input"), ("assistant", "output"))
 
 
 def matches(value: Any) -> bool:
@@ -63,6 +64,6 @@ def _conversation(turns: Any, tag: Tag, place: str) -> Record:
     spoken = [
         Message(role, text_of(field(turn, key), f"conversation[{n}].{key}"))
         for n, turn in enumerate(turns)
-        for role, key in (("user", "input"), ("assistant", "output"))
+        for role, key in SPOKEN
     ]
     return Demonstration(dialogue(spoken, "conversation", "assistant"), tag, place)

@@ -45,7 +45,7 @@ def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Esti
         (found, own) for text, own in zip(answers.texts, clusters, strict=True) if (found := distinct_bigrams(text))
     ]
     if variety:
-        report["distinct_2"] = bootstrap_mean(*zip(*variety, strict=True))
+        report["distinct_2"] = bootstrap_mean([found for found, _ in variety], [own for _, own in variety])
     return report
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from reward_data import DataError, load
 from reward_data.meaning import turns_in
+from reward_data.records import Kind
 
 USER, GOOD, BAD = (
     {"role": r, "content": c} for r, c in (("user", "Two plus two?"), ("assistant", "Four."), ("assistant", "Nine."))
@@ -19,7 +20,7 @@ DIALOGUES = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
 PAIR = {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "Nine."}
 
 
-def read(folder, rows, kind="preferences", **options):
+def read(folder, rows, kind: Kind = "preferences", **options):
     file = folder / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return load(kind, file, **options)

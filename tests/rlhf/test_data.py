@@ -244,7 +244,7 @@ def test_the_draw_is_a_split_that_the_order_of_the_files_does_not_change(strata,
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
 def test_every_stratum_is_drawn_in_proportion(sizes, data):
-    kinds = [("helpful", "a"), ("helpful", "b"), ("safety", "a"), ("safety", "b")]
+    kinds: list[tuple[Tag, str]] = [("helpful", "a"), ("helpful", "b"), ("safety", "a"), ("safety", "b")]
     rows = [prompt(f"{kind}{n}", *kind) for kind, size in zip(kinds, sizes, strict=False) for n in range(size)]
     count = data.draw(st.integers(0, len(rows)))
     drawn, _ = draw_rows(rows, count, seed=0)

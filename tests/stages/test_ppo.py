@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launch import cli
 from reward_data import Message, Prompt
+from reward_data.records import Tag
 from rlhf import checkpoint, checks
 from rlhf.batches import rows
 from rlhf.config import RunConfig
@@ -521,7 +522,8 @@ def test_judging_weighs_a_safety_prompt_by_its_safety(monkeypatch):
         kl=[0.0, 0.0, 0.3],
         flagged=[False, False, True],
     )
-    sent, about = {}, ("helpful", "safety", "helpful")
+    sent: dict[str, float] = {}
+    about: tuple[Tag, ...] = ("helpful", "safety", "helpful")
     tracker = SimpleNamespace(metrics=lambda figures, step: sent.update(figures))
     settings = SimpleNamespace(ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15))
     judge = ppo.Judge(settings, SimpleNamespace(tracker=tracker), SimpleNamespace())  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from reward_data import Message, Prompt
+from reward_data.records import Tag
 from rlhf.evaluation.intervals import bootstrap_mean, wilson
 from rlhf.evaluation.policy_report import Answers, distinct_bigrams, gain, policy_report
 
@@ -18,7 +19,7 @@ ANSWERS = Answers(
 )
 
 
-def prompts(*texts, tag="helpful"):
+def prompts(*texts, tag: Tag = "helpful"):
     return [Prompt((Message("user", text),), tag, "p.jsonl:1") for text in texts]
 
 
@@ -52,12 +53,9 @@ def test_flagged_answers_are_counted_among_the_prompts_of_each_tag():
 
 def repeated(times):
     """Every answer so often, to prompts that differ in case and spaces alone."""
-    many = Answers(
-        **{
-            name: {key: list(scores) * times for key, scores in value.items()} if name == "scores" else value * times
-            for name, value in vars(ANSWERS).items()
-        }
-    )
+    own = vars(ANSWERS)
+    scores = {name: values * times for name, values in ANSWERS.scores.items()}
+    many = dataclasses.replace(ANSWERS, **{n: own[n] * times for n in own if n != "scores"}, scores=scores)
     return many, [
         p for n in range(times) for p in prompts(*(" " * n + (text.upper() if n % 2 else text) for text in "abc"))
     ]

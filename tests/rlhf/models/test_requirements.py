@@ -43,7 +43,7 @@ def said(model, *overrides: str) -> list[str]:
         (MptConfig(max_seq_len=64), 64),
         (BloomConfig(), None),
         (FalconConfig(alibi=True), None),
-        (LlamaConfig(max_position_embeddings=64, rope_scaling={"rope_type": "linear", "factor": 2.0}), 128),
+        (LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "linear", "factor": 2.0}), 128),
     ],
 )
 def test_positions_of_each_family(config, limit):
