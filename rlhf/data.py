@@ -73,7 +73,7 @@ def _load(kind: Any, role: RoleConfig, data: DataConfig) -> Split:
         held_out, more_digests, more_findings = _read(kind, role.held_out, data)
         digests, findings = digests | more_digests, findings + more_findings
         findings += [f"{kind}: {_said(f)}" for f in reward_data.check(train, held_out)]
-        train = _without_shared(kind, train, held_out, data)
+        train, _ = _without_shared(kind, train, _prompts_of(held_out), "also held out", data)
     else:
         findings += [f"{kind}: {_said(f)}" for f in reward_data.check(train)]
         train, held_out = _hold_out(train, data.held_out_share)
@@ -158,17 +158,25 @@ def _said(finding: reward_data.Finding) -> str:
     return f"{finding.count} × {finding.kind} ({', '.join(finding.examples)})"
 
 
-def _without_shared(kind: str, train: list, held_out: list, data: DataConfig) -> list:
-    """Training rows whose prompt is not held out as well."""
-    known = {normalised_prompt(prompt_of(row)) for row in held_out}
-    shared = [row for row in train if normalised_prompt(prompt_of(row)) in known]
+def _without_shared(kind: str, train: list, held_out: set[str], where: str, data: DataConfig) -> tuple[list, list]:
+    """Training rows whose prompt is none of `held_out`, and the others; UserError (3) where these are refused.
+
+    `where` says in the message where their prompt is held out.
+    """
+    kept, shared = [], []
+    for row in train:
+        (shared if normalised_prompt(prompt_of(row)) in held_out else kept).append(row)
     if shared and data.shared_prompts == "refuse":
         raise UserError(
-            f"data.{kind}: {len(shared)} training rows have a prompt that is also held out, the first is "
+            f"data.{kind}: {len(shared)} training rows have a prompt that is {where}, the first is "
             f"{shared[0].source}; mend the files, or leave these rows out (data.shared_prompts: drop)",
             3,
         )
-    return [row for row in train if normalised_prompt(prompt_of(row)) not in known]
+    return kept, shared
+
+
+def _prompts_of(rows: Sequence[Any]) -> set[str]:
+    return {normalised_prompt(prompt_of(row)) for row in rows}
 
 
 def _hold_out(rows: list, share: float) -> tuple[list, list]:
@@ -186,22 +194,15 @@ def hold_out_everywhere(splits: Mapping[str, Split], data: DataConfig) -> dict[s
 
     UserError (3) where there are some and `data.shared_prompts` refuses them, or where no training row is left.
     """
-    held_out = {role: {normalised_prompt(prompt_of(row)) for row in split.held_out} for role, split in splits.items()}
+    held_out = {role: _prompts_of(split.held_out) for role, split in splits.items()}
     return {role: _without_others(role, split, held_out, data) for role, split in splits.items()}
 
 
 def _without_others(role: str, split: Split, held_out: Mapping[str, set[str]], data: DataConfig) -> Split:
     train, digests, findings = split.train, dict(split.digests), [*split.findings]
-    for other in held_out.keys() - {role}:
-        shared = [row for row in train if normalised_prompt(prompt_of(row)) in held_out[other]]
-        if shared and data.shared_prompts == "refuse":
-            raise UserError(
-                f"data.{role}: {len(shared)} training rows have a prompt that is held out in data.{other}, the first is "
-                f"{shared[0].source}; mend the files, or leave these rows out (data.shared_prompts: drop)",
-                3,
-            )
+    for other in (name for name in held_out if name != role):  # in one order everywhere: the digests name it
+        train, shared = _without_shared(role, train, held_out[other], f"held out in data.{other}", data)
         if shared:
-            train = [row for row in train if normalised_prompt(prompt_of(row)) not in held_out[other]]
             names = sorted(row.source for row in shared)
             digests[f"held out in {other}"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
             findings.append(f"{role}: {len(shared)} training rows left out whose prompt is held out in {other}")

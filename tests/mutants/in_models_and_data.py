@@ -342,7 +342,11 @@ DATA = bugs_in(
     ),
     ("the draw is blind to tags", "min((row.tag, row.source", "min((row.source, row.source"),
     ("the draw follows no seed", 'f"{seed}/{prompt}"', 'f"{prompt}"'),
-    ("what a role holds out others train on", "for other in held_out.keys() - {role}:", "for other in ():"),
+    (
+        "what a role holds out others train on",
+        "for other in (name for name in held_out if name != role):",
+        "for other in ():",
+    ),
     (
         "margins fall with the rating",
         '"large": {"significantly": 3.0, "better": 2.0, "slightly": 1.0',
@@ -372,8 +376,8 @@ DATA = bugs_in(
     ),
     (
         "prompts that are held out are trained on",
-        "    return [row for row in train if normalised_prompt(prompt_of(row)) not in known]",
-        "    return train",
+        "    return kept, shared\n",
+        "    return train, shared\n",
     ),
     (
         "the prompts that chose the policy report it too",

@@ -263,6 +263,16 @@ def test_another_seed_draws_other_rows():
 # --- what one role holds out ---
 
 
+def test_a_row_that_two_roles_hold_out_is_left_out_for_the_first_of_them(config):
+    """A digest that hung on the order of a set would make a finished stage look stale in the next process."""
+    names = [f"role{n}" for n in range(8)]
+    splits = {name: Split([demonstration("q"), demonstration(name)], [demonstration("q")], {}, []) for name in names}
+    data = config([], [], shared_prompts="drop").data
+    got = hold_out_everywhere(splits, data)
+    assert set(got["role0"].digests) == {"held out in role1"}
+    assert all(set(got[name].digests) == {"held out in role0"} for name in names[1:])
+
+
 @pytest.mark.parametrize("role", ["demonstrations", "preferences", "prompts"])
 def test_what_one_role_holds_out_no_other_trains_on(config, role):
     make = {"demonstrations": demonstration, "preferences": preference, "prompts": prompt}
