@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -52,6 +53,7 @@ class VLLMSampler:
         self.size, self.tied = size_of(model), tied_names(model)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.positions = (0, 0)
+        self.in_group = dist.is_initialized()
         self.sleeps = device.type == "cuda"
         self.asleep: set[str] = set()
         self.llm = _open(
@@ -168,8 +170,9 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Lets its weights go, those in main memory too; nothing can be sampled afterwards."""
-        del self.llm
-        gc.collect()  # an engine is a circle
+        with _group_kept() if self.in_group else nullcontext():
+            del self.llm
+            gc.collect()  # an engine is a circle
 
 
 def _open(**settings: Any) -> Any:
@@ -194,6 +197,22 @@ def _process_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
             os.environ.clear()
             os.environ.update(environment)
+
+
+@contextmanager
+def _group_kept() -> Iterator[None]:
+    """An engine that goes destroys the process group, even one that it found: this leaves the trainer its own."""
+    destroy = dist.destroy_process_group
+
+    def destroy_parts(group: dist.ProcessGroup | None = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    dist.destroy_process_group = destroy_parts
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 def tied_names(model: Any) -> dict[str, list[str]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import preflight
@@ -18,6 +21,7 @@ from rlhf.batches import rows
 from rlhf.policy import PolicyModel
 from rlhf.sampling import InProcessSampler, vllm
 from rlhf.sampling.vllm import VLLMSampler
+from tests.gang import leave, run_ranks
 
 EOS, PAD, R, SLOTS = 2, 0, 9, 16
 TEMPERATURE = 0.7
@@ -265,6 +269,12 @@ class Sleeper:
         self.loaded = dict(kwargs["weights_iterator"])
 
 
+@installed
+def test_an_engine_that_goes_leaves_the_process_group_to_the_trainer(tmp_path):
+    make(5).save_pretrained(tmp_path / "model")
+    run_ranks(__file__, tmp_path, ranks=2, timeout=120)
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch) -> Any:
     sampler: Any = VLLMSampler.__new__(VLLMSampler)
@@ -302,3 +312,19 @@ def test_what_a_taker_of_rows_raises_ends_the_other_rows_and_puts_the_engine_to_
     with pytest.raises(ValueError, match="no room"):
         on_a_gpu.sample(prompts, ppo_config.sampling, 0, 1, refuse)
     assert on_a_gpu.llm.told == ["abort 1 2 3 4 5 6 7", "sleep 1"]
+
+
+def main(folder: Path) -> None:
+    """One of the ranks: opens an engine, lets it go, and adds numbers up with the other rank."""
+    dist.init_process_group("gloo")
+    with torch._dynamo.config.patch(disable=True):
+        sampler = VLLMSampler(folder / "model", EOS, PAD, "float32", torch.device("cpu"), SLOTS, 7 + R)
+        sampler.close()
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    assert ones.item() == 2
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
