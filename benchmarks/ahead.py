@@ -27,9 +27,9 @@ from benchmarks import turns
 from benchmarks.closed_form import LENGTH, settings
 from benchmarks.small_world import World, train
 from launch.plots import MODELS, drawn
-from rlhf import experience
 from rlhf.algorithms.masked import keep
 from rlhf.config import PPOConfig
+from rlhf.ppo import experience
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import given_or_random
 from benchmarks.turns import device_of, in_turns, report, settings, table
-from rlhf.artifacts import Artifact
 from rlhf.config import OptimConfig, RewardConfig, RewardModelConfig, RunConfig, SFTConfig
-from rlhf.engine import build_optimizer
+from rlhf.distributed.engine import build_optimizer
 from rlhf.errors import UserError
-from rlhf.limits import wait
-from rlhf.runtime import Progress, StageContext
+from rlhf.profiling.roofline import wait
+from rlhf.runs.artifacts import Artifact
+from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker, Tracker, open_tracker
 
 OPTIM = OptimConfig(lr=1e-4)  # large enough that a step which is not the same shows in the next loss

@@ -27,7 +27,7 @@ from benchmarks.turns import device_of, settings
 from rlhf.config import HardwareConfig, PPOConfig, RunConfig, SamplingConfig
 from rlhf.data import load_prompts, short_prompts
 from rlhf.errors import UserError
-from rlhf.runtime import StageContext
+from rlhf.runs.context import StageContext
 from stages.ppo import Models, open_models
 
 ROOT = Path(__file__).parent.parent

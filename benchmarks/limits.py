@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from rlhf.limits import Machine, ModelSize, best_seconds, least_steps, tokens_seen
-from rlhf.sampling.linear import Linear
+from rlhf.kernels.linear import Linear
+from rlhf.profiling.roofline import Machine, ModelSize, best_seconds, least_steps, tokens_seen
 
 PRODUCT_ROWS = {"cpu": 512, "cuda": 16384}  # enough that a product is bound by arithmetic
 READ_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}  # more than any cache; on a GPU long beside the call

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from benchmarks.side import NEVER, Job, peak_memory
 from benchmarks.turns import device_of
-from rlhf import ledger, ranks
-from rlhf.artifacts import Artifact
-from rlhf.batches import PromptBatch
 from rlhf.config import RunConfig
 from rlhf.data import pad
-from rlhf.runtime import Progress, StageContext
-from rlhf.sampling import InProcessSampler, inprocess
+from rlhf.data.batches import PromptBatch
+from rlhf.distributed import collectives
+from rlhf.generation import InProcessSampler, in_process
+from rlhf.ppo import step_profiler
+from rlhf.runs.artifacts import Artifact
+from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker
 from stages import ppo
 from stages.ppo import open_models
@@ -38,18 +39,18 @@ def main(job: Job, result: Path) -> None:
         load_dice(job)
     ppo.draw_prompts = partial(prompts_of, job)
     state = {"iteration": 0, "beta": config.ppo.beta}
-    machine = ledger.all_machines(context.device, config.hardware.precision)
-    seconds, figures, clock = [], [], ledger.Clock(context.device)
+    machine = step_profiler.all_machines(context.device, config.hardware.precision)
+    seconds, figures, clock = [], [], step_profiler.Clock(context.device)
     for _ in range(job.iterations):
-        ranks.barrier()
+        collectives.barrier()
         state["iteration"] += 1
         start = time.perf_counter()
         figures.append(ppo.iterate(config, context, models, job.prompts, state, clock))
         seconds.append(time.perf_counter() - start)
-        figures[-1] |= ledger.close(clock, figures[-1], machine)
+        figures[-1] |= step_profiler.close(clock, figures[-1], machine)
     # On CUDA the clock begins the peak anew in each phase.
     on_device = [value for one in figures for name, value in one.items() if name.startswith("perf/memory_")]
-    memory = sum(ranks.gather_objects(max(on_device) if job.device == "cuda" else peak_memory()))
+    memory = sum(collectives.gather_objects(max(on_device) if job.device == "cuda" else peak_memory()))
     if context.is_writer:
         lengths = [one["ppo/length"] for one in figures]
         result.write_text(
@@ -63,8 +64,8 @@ def stage_context(job: Job, folder: Path) -> StageContext:
 
     return StageContext(
         stage="ppo",
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
         device=device_of(job.device),
         folder=folder,
         inputs={"sft": artifact(job.model), "reward/reward": artifact(job.reward)},
@@ -84,7 +85,7 @@ def prompts_of(job: Job, tokenizer: Any, prompts: Any, config: RunConfig, iterat
 def load_dice(job: Job) -> None:
     """The sampler draws as ever, and gets the token of the job's answer in place of what it drew."""
     answers_BR, _ = pad(job.answers, job.pad)
-    draw, pick = inprocess.keyed_uniform, inprocess.pick_token
+    draw, pick = in_process.keyed_uniform, in_process.pick_token
     dictated: list[torch.Tensor] = []
 
     def keyed_uniform(seed: int, iteration: int, ids_G: torch.Tensor, t_G: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,7 @@ def load_dice(job: Job) -> None:
         pick(probs_GV, uniform_G)
         return dictated.pop()
 
-    inprocess.keyed_uniform, inprocess.pick_token = keyed_uniform, pick_token
+    in_process.keyed_uniform, in_process.pick_token = keyed_uniform, pick_token
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.gang import Rank, add_sizes, by_workers
 from benchmarks.turns import in_turns, parser_of, report, table
-from rlhf import ranks
 from rlhf.config import RunConfig
-from rlhf.ledger import COMPUTING, PHASES, Clock
-from rlhf.overlap import Ahead
+from rlhf.distributed import collectives
+from rlhf.ppo.rollout_source import Ahead
+from rlhf.ppo.step_profiler import COMPUTING, PHASES, Clock
 from stages.ppo import Models, iterate
 
 WAYS = IN_TURN, BESIDE, AHEAD = "in turn", "scoring beside sampling", "sampling beside the update"
@@ -36,7 +36,7 @@ def measure(rank: Rank, repeats: int) -> dict[str, list[dict[str, float]]]:
 
     def turn(way: str, config: RunConfig, models: Models) -> dict[str, float]:
         iterations[way] += 1
-        ranks.barrier()
+        collectives.barrier()
         clock, state = Clock(rank.context.device), {"iteration": iterations[way], "beta": config.ppo.beta}
         iterate(config, rank.context, models, rank.prompts, state, clock)
         return clock.close()

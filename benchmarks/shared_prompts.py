@@ -6,7 +6,7 @@ Both sides have rows of the same lengths and the same code, with packing. shared
 common. apart: every answer has a prompt of its own. Tokens are random; the sides take turns.
 
 sample: `InProcessSampler`, no answer ends. read: the policy's logprobs, without gradient. learn: with forward and
-backward pass. The last two in the passes that `rlhf.passes` makes.
+backward pass. The last two in the passes that `rlhf.distributed.micro_batches` makes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import turns
 from benchmarks.side import NEVER
-from rlhf.batches import Experience, PromptBatch, rows, trim
 from rlhf.config import PPOConfig, SamplingConfig
+from rlhf.data.batches import Experience, PromptBatch, rows, trim
+from rlhf.distributed.micro_batches import passes_of_minibatch, tokens_of_minibatch
+from rlhf.generation import InProcessSampler
 from rlhf.models import load_causal
-from rlhf.passes import passes_of_minibatch, tokens_of_minibatch
-from rlhf.policy import PolicyModel
-from rlhf.sampling import InProcessSampler
+from rlhf.models.policy import PolicyModel
 
 SIDES = ("apart", "shared")
 

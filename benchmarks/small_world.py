@@ -19,12 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward_data.records import Message, Prompt
 from rlhf.config import DataConfig, HardwareConfig, PPOConfig, RoleConfig, RunConfig
-from rlhf.engine import LocalEngine
-from rlhf.ledger import Clock
+from rlhf.distributed.engine import LocalEngine
+from rlhf.generation import InProcessSampler
 from rlhf.models import ScalarModel
-from rlhf.policy import PolicyModel
-from rlhf.runtime import Progress, StageContext
-from rlhf.sampling import InProcessSampler
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo.step_profiler import Clock
+from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker
 from stages.ppo import Models, iterate
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from benchmarks.gang import Rank, add_sizes, by_workers
 from benchmarks.turns import in_turns, parser_of, report, table
-from rlhf import ranks
-from rlhf.engine import import_deepspeed
-from rlhf.ledger import Clock
-from rlhf.limits import wait
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import import_deepspeed
+from rlhf.ppo.step_profiler import Clock
+from rlhf.profiling.roofline import wait
 from stages import ppo as stage
 
 ITERATIONS = 3  # whose share of sync is told, after one that is not counted
@@ -45,11 +45,11 @@ def measure(rank: Rank, repeats: int) -> dict[str, Any]:
     """On every rank: (seconds, bytes) of each side and turn, and shares of whole iterations."""
 
     def timed(sync: Callable[[stage.Models], int]) -> tuple[float, int]:
-        ranks.barrier()
+        collectives.barrier()
         start = time.perf_counter()
         moved = sync(rank.models)
         wait(rank.context.device)
-        ranks.barrier()
+        collectives.barrier()
         return time.perf_counter() - start, moved
 
     sides = {"ours": lambda: timed(stage._sync), "naive": lambda: timed(naive_sync)}

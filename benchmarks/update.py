@@ -2,7 +2,7 @@
 
     python -m benchmarks.update --model FOLDER --out update.json
 
-ours: `rlhf.update.update`, the whole phase of one epoch: packed passes, the losses of policy and critic with all their
+ours: `rlhf.ppo.update.update`, the whole phase of one epoch: packed passes, the losses of policy and critic with all their
 figures, clipped gradients, two optimizer steps.
 
 bare: transformers' own models over the same packed passes, cross-entropy of the answer tokens (the LM head runs on them
@@ -26,14 +26,14 @@ from torch.nn import functional as F
 from benchmarks.packing import experience
 from benchmarks.shapes import given_or_random
 from benchmarks.turns import device_of, in_turns, parser_of, report, table
-from rlhf.batches import Experience, moved, rows, trim
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
-from rlhf.engine import LocalEngine
-from rlhf.limits import wait
+from rlhf.data.batches import Experience, moved, rows, trim
+from rlhf.distributed.engine import LocalEngine
+from rlhf.distributed.micro_batches import passes_of_minibatch
 from rlhf.models import ScalarModel, load_causal
-from rlhf.passes import passes_of_minibatch
-from rlhf.policy import PolicyModel
-from rlhf.update import minibatches, update
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo.update import minibatches, update
+from rlhf.profiling.roofline import wait
 
 
 def our_seconds(policy: LocalEngine, critic: LocalEngine, given: Experience, config: PPOConfig) -> float:

@@ -1,6 +1,6 @@
 """The ledger of a PPO stage: the perf/ figures of all its iterations as one account, for the report.
 
-docs/metrics.md defines the figures; the stage takes them in rlhf/ledger.py.
+docs/metrics.md defines the figures; the stage takes them in rlhf/ppo/step_profiler.py.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf import artifacts
 from rlhf.models import find_model
+from rlhf.runs import artifacts
 
 
 def model_folder(name: str) -> Path:

@@ -12,11 +12,11 @@ from pathlib import Path
 from launch import gang, report
 from launch.terminal import StageBars, console
 from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
-from rlhf import artifacts, lineage
-from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig, stage_inputs
 from rlhf.data import Split, mix_preferences, split_held_out
 from rlhf.errors import UserError
+from rlhf.runs import artifacts, provenance
+from rlhf.runs.artifacts import Artifact
 from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
 
 POLL_S = 0.3
@@ -94,7 +94,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def checked_data(config: RunConfig, stages: Sequence[str]) -> Data:
     """The data of each of `stages`. UserError (3) for what one of them could not use: now, not when its turn has come."""
-    data = lineage.read_data(config, stages)
+    data = provenance.read_data(config, stages)
     splits = {role: split for by_role in data.values() for role, split in by_role.items()}
     for finding in dict.fromkeys(finding for split in splits.values() for finding in split.findings):
         console.print(f"data: {finding}", style="yellow", markup=False, highlight=False)
@@ -112,8 +112,8 @@ def complete_artifact(config: RunConfig, stage: str, data: Data) -> Artifact | N
     inputs = {name: complete_artifact(config, name, data) for name in stage_inputs(config, stage)}
     if None in inputs.values():
         return None
-    parents = lineage.parents(data[stage], inputs)  # type: ignore[arg-type]
-    return artifacts.find(config.folder / stage / "artifact", lineage.settings_digest(config, stage), parents)
+    parents = provenance.parents(data[stage], inputs)  # type: ignore[arg-type]
+    return artifacts.find(config.folder / stage / "artifact", provenance.settings_digest(config, stage), parents)
 
 
 def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
@@ -139,12 +139,12 @@ def _run_local(config: RunConfig, stage: str, data: dict[str, Split]) -> None:
 
 def _run_under_torchrun(config: RunConfig, stages: Sequence[str], data: Data) -> None:
     """The stages, one after the other, as one of the ranks that torchrun started, with the first rank's settings."""
-    from rlhf import ranks
+    from rlhf.distributed import collectives
 
     with torchrun_group(config):
-        of_first, stages = ranks.agreed(lambda: (config, stages))
+        of_first, stages = collectives.agreed(lambda: (config, stages))
         for stage in stages:
-            ranks.agreed(lambda stage=stage: _prepare(of_first, stage, data[stage]))
+            collectives.agreed(lambda stage=stage: _prepare(of_first, stage, data[stage]))
             run_rank(of_first, stage, local=False)
 
 
@@ -171,9 +171,9 @@ def _prepare(config: RunConfig, stage: str, data: dict[str, Split], local: bool 
     folder = config.folder / stage
     made_by = folder / MADE_BY
     inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
-    parents = lineage.parents(data, inputs)
+    parents = provenance.parents(data, inputs)
     attempt = {
-        "from": artifacts.digest_of([lineage.settings_digest(config, stage), parents]),
+        "from": artifacts.digest_of([provenance.settings_digest(config, stage), parents]),
         "layout": _layout(config, stage, local),
     }
     known = json.loads(made_by.read_text()) if made_by.exists() else {}

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import ledger, plots
-from rlhf import alarms
-from rlhf.artifacts import load, write_atomic, write_json
 from rlhf.config import RunConfig
+from rlhf.ppo import alarms
+from rlhf.runs.artifacts import load, write_atomic, write_json
 from rlhf.tracking import read_metrics
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ from rich.table import Table
 import reward_data
 from launch.model_folder import model_folder
 from reward_data import DataError, Demonstration, Preference, prompt_of
-from rlhf import artifacts, chat
+from rlhf import chat
 from rlhf.data import pad
 from rlhf.errors import UserError
-from rlhf.evaluation.intervals import Estimate, bootstrap_mean, share
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, share
 from rlhf.models import Encoder, ScalarModel, load_encoder, load_scalar, load_tokenizer, positions
+from rlhf.runs import artifacts
 
 Row = Preference | Demonstration
 

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from rlhf.runtime import read_progress
+from rlhf.runs.context import read_progress
 
 console = Console(highlight=False)
 REFRESH_S = 0.5

@@ -15,9 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import Artifact, load, write_atomic, write_json
 from rlhf.config import RunConfig, public, stage_inputs, without_secrets
 from rlhf.errors import UserError
+from rlhf.runs.artifacts import Artifact, load, write_atomic, write_json
 
 FAILURE = "failure.json"
 UNEXPECTED = 1  # exit code of a failure that is nobody's known mistake
@@ -27,31 +27,31 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     """Runs `stage` as the rank that the environment names. Raises what the stage raises, after noting it."""
     import torch
 
-    from rlhf import ranks
+    from rlhf.distributed import collectives
     from rlhf.models import resolve
-    from rlhf.runtime import Progress, StageContext
+    from rlhf.runs.context import Progress, StageContext
     from rlhf.tracking import open_tracker
 
     if not local:  # alone, torch takes all processors, or what OMP_NUM_THREADS says
         torch.set_num_threads(config.hardware.cpus_per_worker)
     folder = config.folder / stage
-    is_writer = ranks.rank() == 0
+    is_writer = collectives.rank() == 0
     tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
     try:
         context = StageContext(
             stage=stage,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
             device=_device(torch),
             folder=folder,
-            inputs=ranks.agreed(
+            inputs=collectives.agreed(
                 lambda: {name: load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
             ),
             tracker=tracker,
             progress=Progress(folder, is_writer),
             local=local,
         )
-        ranks.alone(lambda: _record(config, context), "reading the data")
+        collectives.alone(lambda: _record(config, context), "reading the data")
         resolve(config)  # one rank makes the tiny model, and the others wait for it
         artifact = import_module(f"stages.{stage.split('/')[0]}").main(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
@@ -111,13 +111,13 @@ def _record(config: RunConfig, context: Any) -> None:
     """What the run history needs before the first step: settings, inputs, and where they came from."""
     import yaml
 
-    from rlhf import lineage
+    from rlhf.runs import provenance
 
     settings = public(config)  # a record: nothing reads it again
     write_atomic(context.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     context.tracker.artifact(context.folder / "config.yaml")
-    context.tracker.params(lineage.stage_settings(config, context.stage) | {"hardware": settings["hardware"]})
-    for role, split in lineage.stage_data(config, context.stage).items():
+    context.tracker.params(provenance.stage_settings(config, context.stage) | {"hardware": settings["hardware"]})
+    for role, split in provenance.stage_data(config, context.stage).items():
         for name, digest in split.digests.items():
             context.tracker.dataset(name, name, digest, role)
         context.tracker.tags({f"findings.{role}": "; ".join(split.findings)} if split.findings else {})

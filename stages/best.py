@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from rlhf import checkpoint, lineage, ranks
-from rlhf.artifacts import Artifact, link_tree
 from rlhf.config import RunConfig
-from rlhf.engine import full_state
-from rlhf.evaluation.intervals import Estimate
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import full_state
 from rlhf.evaluation.policy_report import gain, policy_report
-from rlhf.evaluation.samples import before_and_after
+from rlhf.evaluation.statistics import Estimate
+from rlhf.generation import sampler_of
 from rlhf.models import ScalarModel, resolve, save_causal
-from rlhf.policy import PolicyModel
-from rlhf.runtime import StageContext
-from rlhf.sampling import sampler_of
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo.samples import before_and_after
+from rlhf.runs import checkpoint, provenance
+from rlhf.runs.artifacts import Artifact, link_tree
+from rlhf.runs.context import StageContext
 
 if TYPE_CHECKING:
     from stages.ppo import Judge, Models
@@ -50,8 +51,8 @@ def keep(context: StageContext, models: Models, iteration: int) -> None:
 
 
 def _save_whole(module: nn.Module, save: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
-    state = full_state(module, keep=ranks.rank() == 0)
-    ranks.alone(lambda: save(state), f"saving a model to {folder}")
+    state = full_state(module, keep=collectives.rank() == 0)
+    collectives.alone(lambda: save(state), f"saving a model to {folder}")
 
 
 def finish(
@@ -80,7 +81,7 @@ def finish(
     }
     context.tracker.table("held_out_answers", metrics["samples"])
 
-    return lineage.seal(config, context, lambda folder: link_tree(best, folder), parents, metrics)
+    return provenance.seal(config, context, lambda folder: link_tree(best, folder), parents, metrics)
 
 
 def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:

@@ -13,21 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf import alarms, checkpoint, checks, ledger, lineage, ranks
 from rlhf.algorithms.kl import adaptive_beta
 from rlhf.algorithms.rewards import piecewise_reward
-from rlhf.artifacts import Artifact
-from rlhf.batches import PromptBatch, Rollout, Scores, moved, rows
 from rlhf.config import PPOConfig, RunConfig
 from rlhf.data import draw_prompts, short_prompts, split_held_out
-from rlhf.engine import Engine, full_parameters, open_engine, sharded_loading
+from rlhf.data.batches import PromptBatch, Rollout, Scores, moved, rows
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import Engine, full_parameters, open_engine, sharded_loading
 from rlhf.errors import UserError
-from rlhf.evaluation.held_out import answer_held_out
 from rlhf.evaluation.policy_report import Answers, policy_report
-from rlhf.evaluation.samples import sampled
-from rlhf.experience import make_experience
-from rlhf.ledger import Clock
-from rlhf.memory import keep_freed_memory
+from rlhf.generation import InProcessSampler, Sampler, open_sampler
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -39,13 +34,20 @@ from rlhf.models import (
     new_critic,
     recompute_activations,
 )
-from rlhf.overlap import Ahead, answer_and_read, learn_and_sample
-from rlhf.policy import PolicyModel
-from rlhf.runtime import StageContext
-from rlhf.sampling import InProcessSampler, Sampler, open_sampler
-from rlhf.scoring import read_rollout
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo import alarms, preflight_checks, step_profiler
+from rlhf.ppo.experience import make_experience
+from rlhf.ppo.held_out import answer_held_out
+from rlhf.ppo.rollout_source import Ahead, answer_and_read, learn_and_sample
+from rlhf.ppo.samples import sampled
+from rlhf.ppo.scoring import read_rollout
+from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.update import update
+from rlhf.profiling.memory import keep_freed_memory
+from rlhf.runs import checkpoint, provenance
+from rlhf.runs.artifacts import Artifact
+from rlhf.runs.context import StageContext
 from rlhf.tracking import NOTHING
-from rlhf.update import update
 from stages import best
 
 
@@ -63,8 +65,8 @@ class Models:
 def main(config: RunConfig, context: StageContext) -> Artifact:
     """Trains the policy and returns the artifact of the iteration with the best held-out reward."""
     ppo = config.ppo
-    data = lineage.stage_data(config, context.stage)
-    machine = ledger.all_machines(context.device, config.hardware.precision)
+    data = provenance.stage_data(config, context.stage)
+    machine = step_profiler.all_machines(context.device, config.hardware.precision)
     models = open_models(config, context)
     prompts, held_out = (
         short_prompts(models.tokenizer, rows_, ppo.max_prompt_length)
@@ -112,8 +114,8 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         if state["iteration"] % ppo.checkpoint_every == 0:
             with clock("checkpoint"):
                 checkpoint.save(context.checkpoint_folder, state["iteration"], _parts(models), state)
-        context.tracker.metrics(ledger.close(clock, figures, machine), step=state["iteration"])
-    return best.finish(config, context, models, judge, for_report, state, lineage.parents(data, context.inputs))
+        context.tracker.metrics(step_profiler.close(clock, figures, machine), step=state["iteration"])
+    return best.finish(config, context, models, judge, for_report, state, provenance.parents(data, context.inputs))
 
 
 def iterate(
@@ -126,7 +128,7 @@ def iterate(
 ) -> dict[str, float]:
     """One iteration: sample → score → experience → update."""
     ppo, iteration, rank, world = config.ppo, state["iteration"], context.rank, context.world_size
-    share = ranks.share(ppo.batch_size, rank, world)
+    share = collectives.share(ppo.batch_size, rank, world)
     draw = partial(draw_prompts, models.tokenizer, prompts, config)
 
     def sample(batch: PromptBatch, iteration: int, on_rows: Any = None) -> Rollout:
@@ -143,9 +145,11 @@ def iterate(
         partial(sample, batch, iteration), read, models.ahead, models.sampler, size, ppo.scoring_chunks, clock
     )
     with clock("scoring"):
-        rollout, scores = ranks.gather_rows(moved(rollout, torch.device("cpu"))), ranks.gather_rows(scores)
+        rollout, scores = collectives.gather_rows(moved(rollout, torch.device("cpu"))), collectives.gather_rows(scores)
     # Of one rank, with its branches on floats and the KL that moves β.
-    experience, figures = ranks.agreed(lambda: make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"]))
+    experience, figures = collectives.agreed(
+        lambda: make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
+    )
     with clock("logging"):
         figures |= _work(rollout, chunks, models, config, iteration, world)
         if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
@@ -174,22 +178,24 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
     ppo, precision = config.ppo, config.hardware.precision
     _check_room(models.sampler, ppo)
     batch = draw_prompts(models.tokenizer, prompts, config, 1)
-    mine = rows(batch, ranks.share(ppo.batch_size, context.rank, context.world_size))
-    few = rows(mine, slice(checks.ROWS))
-    short = ppo.sampling.model_copy(update={"max_new_tokens": min(checks.NEW_TOKENS, ppo.sampling.max_new_tokens)})
+    mine = rows(batch, collectives.share(ppo.batch_size, context.rank, context.world_size))
+    few = rows(mine, slice(preflight_checks.ROWS))
+    short = ppo.sampling.model_copy(
+        update={"max_new_tokens": min(preflight_checks.NEW_TOKENS, ppo.sampling.max_new_tokens)}
+    )
     rollout = models.sampler.sample(moved(few, context.device), short, config.seed, 0)
     scores = _read(rollout, models, config)
     findings = [
-        checks.first_ratio(models.policy, rollout, scores, ppo, precision),
-        checks.broken_ends(rollout, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id),
+        preflight_checks.first_ratio(models.policy, rollout, scores, ppo, precision),
+        preflight_checks.broken_ends(rollout, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id),
         _sampler_check(models, rollout, scores, precision),
     ]
     if fresh:
-        findings.append(checks.same_as_reference(scores, rollout, precision))
+        findings.append(preflight_checks.same_as_reference(scores, rollout, precision))
     for name, engine in models.rewards.items():
         folder = context.inputs[f"reward/{name}"].path
-        findings.append(checks.fixed_score(name, engine, folder, models.tokenizer, precision))
-    context.tracker.tags(checks.agree(findings))
+        findings.append(preflight_checks.fixed_score(name, engine, folder, models.tokenizer, precision))
+    context.tracker.tags(preflight_checks.agree(findings))
 
 
 def _check_room(sampler: Sampler, ppo: PPOConfig) -> None:
@@ -200,21 +206,21 @@ def _check_room(sampler: Sampler, ppo: PPOConfig) -> None:
             sampler.rows_at_once(ppo.max_prompt_length, ppo.sampling)
         except UserError as error:
             refusal = error
-    if refused := [error for error in ranks.gather_objects(refusal) if error is not None]:
+    if refused := [error for error in collectives.gather_objects(refusal) if error is not None]:
         raise refused[0]
 
 
-def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: str) -> checks.Finding:
+def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: str) -> preflight_checks.Finding:
     """Weights can be compared where the sampler keeps them as they are; vLLM lays them out anew."""
     if isinstance(models.sampler, InProcessSampler):
-        return checks.synced(models.policy, models.sampler.model)
-    return checks.sampler_agrees(rollout, scores, precision)
+        return preflight_checks.synced(models.policy, models.sampler.model)
+    return preflight_checks.sampler_agrees(rollout, scores, precision)
 
 
 def watch(config: RunConfig, context: StageContext, figures: dict[str, float], state: dict[str, Any]) -> None:
     """Alarms of the iteration: each becomes a tag and a warning once. UserError (6) where training must stop."""
     limits, iteration = config.ppo.alarms, state["iteration"]
-    figures = ranks.agreed(lambda: figures)  # times differ
+    figures = collectives.agreed(lambda: figures)  # times differ
     alarms.refuse_not_finite(figures, iteration)
     if state["first_entropy"] is None:
         state["first_entropy"] = figures["ppo/entropy"]
@@ -307,7 +313,7 @@ class Judge:
         )
         figures["eval/reward"] = float(score_B.mean())
         self.context.tracker.metrics(figures, step=iteration)
-        return ranks.agreed(lambda: figures["eval/reward"])  # it chooses the best policy, and when to stop
+        return collectives.agreed(lambda: figures["eval/reward"])  # it chooses the best policy, and when to stop
 
 
 def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:
@@ -323,7 +329,7 @@ def _work(
     """What the iteration asks of the models."""
     learners = [models.policy.module, models.critic.module]
     readers = [*learners, models.reference.module, *(engine.module for engine in models.rewards.values())]
-    return ledger.work(rollout, chunks, models.sampler, readers, learners, config, iteration, world)
+    return step_profiler.work(rollout, chunks, models.sampler, readers, learners, config, iteration, world)
 
 
 def _sync(models: Models) -> int:

@@ -17,25 +17,19 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from reward_data import Preference, normalised_prompt
-from rlhf import lineage, ranks
 from rlhf.algorithms.losses import safety_loss
-from rlhf.artifacts import Artifact
 from rlhf.chat import encode_answer
 from rlhf.config import RunConfig
 from rlhf.data import draw_rows, encode_demonstrations, encode_preferences, mix_preferences, pad
-from rlhf.engine import end_sharded_loading, full_state, sharded_loading
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import end_sharded_loading, full_state, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.reward_report import reward_report
-from rlhf.hf_trainer import (
-    OwnOptimizer,
-    Reporter,
-    fit,
-    in_training_order,
-    quieten,
-    trainer_arguments,
-)
 from rlhf.models import ScalarModel, add_lora, check_model, last_value, load_scalar, load_tokenizer
-from rlhf.runtime import StageContext
+from rlhf.runs import provenance
+from rlhf.runs.artifacts import Artifact
+from rlhf.runs.context import StageContext
+from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, quieten, trainer_arguments
 
 
 class PairScorer(nn.Module):
@@ -87,7 +81,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     reward, settings = config.reward, config.reward.models[context.stage.split("/")[1]]
     sft = context.inputs["sft"].path
     tokenizer = load_tokenizer(sft)
-    data = lineage.stage_data(config, context.stage)
+    data = provenance.stage_data(config, context.stage)
     preferences = mix_preferences(data["preferences"].train, settings, config.seed)
     pairs = encode_preferences(tokenizer, preferences, reward.margin, reward.max_length)
     lengths = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
@@ -126,7 +120,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     answers = encode_demonstrations(tokenizer, answers, reward.max_length)
     scores = score([row["input_ids"] for row in answers])
     metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps}
-    return _seal(config, context, scorer, tokenizer, lineage.parents(data, context.inputs), metrics)
+    return _seal(config, context, scorer, tokenizer, provenance.parents(data, context.inputs), metrics)
 
 
 class HeldOut:
@@ -169,7 +163,7 @@ def score_all(
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    mine = [rows[order[i]] for i in ranks.even_share(len(rows))]
+    mine = [rows[order[i]] for i in collectives.even_share(len(rows))]
     scores: list[float] = []
     for start in range(0, len(mine), config.reward.micro_batch_size):
         tokens_BT, mask_BT = pad(mine[start : start + config.reward.micro_batch_size], pad_id)
@@ -177,7 +171,7 @@ def score_all(
             out = model(input_ids=tokens_BT.to(context.device), attention_mask=mask_BT.to(context.device))
         scores += out.logits[:, 0].float().tolist()
     model.train(was_training)
-    by_place = dict(zip(order, ranks.join_shares(scores, len(rows)), strict=True))
+    by_place = dict(zip(order, collectives.join_shares(scores, len(rows)), strict=True))
     return [by_place[i] for i in range(len(rows))]
 
 
@@ -193,4 +187,6 @@ def _seal(
     end_sharded_loading()
     scorer.scalar.offset = metrics["offset"]
     state = {name.removeprefix("scalar."): tensor for name, tensor in state.items()}
-    return lineage.seal(config, context, lambda folder: scorer.scalar.save(folder, tokenizer, state), parents, metrics)
+    return provenance.seal(
+        config, context, lambda folder: scorer.scalar.save(folder, tokenizer, state), parents, metrics
+    )

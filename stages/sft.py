@@ -18,21 +18,12 @@ from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
-from rlhf import lineage, ranks
-from rlhf.algorithms.logprobs import logprobs_from_hidden
-from rlhf.artifacts import Artifact
 from rlhf.config import RunConfig, SFTConfig
 from rlhf.data import encode_demonstrations
-from rlhf.engine import end_sharded_loading, full_state, sharded_loading
-from rlhf.hf_trainer import (
-    OwnOptimizer,
-    Reporter,
-    fit,
-    in_training_order,
-    quieten,
-    trainer_arguments,
-)
-from rlhf.metrics import Means
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import end_sharded_loading, full_state, sharded_loading
+from rlhf.distributed.means import Means
+from rlhf.kernels.logprobs import logprobs_from_hidden
 from rlhf.models import (
     add_lora,
     check_model,
@@ -44,7 +35,10 @@ from rlhf.models import (
     resolve,
     save_causal,
 )
-from rlhf.runtime import StageContext
+from rlhf.runs import provenance
+from rlhf.runs.artifacts import Artifact
+from rlhf.runs.context import StageContext
+from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, quieten, trainer_arguments
 
 IGNORED = -100  # the label of tokens without loss, as transformers has it
 
@@ -79,7 +73,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     quieten()
     base = resolve(config)
     tokenizer = load_tokenizer(base)
-    roles = lineage.stage_data(config, context.stage)
+    roles = provenance.stage_data(config, context.stage)
     data = roles["demonstrations"]
     train = _labelled(encode_demonstrations(tokenizer, data.train, config.sft.max_length))
     held_out = _labelled(encode_demonstrations(tokenizer, data.held_out, config.sft.max_length))
@@ -124,7 +118,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     )
 
     metrics = measure() | {"steps": steps, "sequences": len(train)}
-    return _seal(config, context, model, tokenizer, lineage.parents(roles, context.inputs), metrics)
+    return _seal(config, context, model, tokenizer, provenance.parents(roles, context.inputs), metrics)
 
 
 def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
@@ -157,7 +151,7 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     means = Means()
-    mine = [rows[i] for i in ranks.even_share(len(rows))]
+    mine = [rows[i] for i in collectives.even_share(len(rows))]
     for start in range(0, len(mine), config.sft.micro_batch_size):
         part = mine[start : start + config.sft.micro_batch_size]
         tokens_BT = _padded([r["input_ids"] for r in part], pad_id).to(context.device)
@@ -180,7 +174,9 @@ def _seal(
 ) -> Artifact:
     state = full_state(model, keep=context.is_writer)
     end_sharded_loading()
-    return lineage.seal(config, context, lambda folder: save_causal(model, folder, tokenizer, state), parents, metrics)
+    return provenance.seal(
+        config, context, lambda folder: save_causal(model, folder, tokenizer, state), parents, metrics
+    )
 
 
 def _labelled(rows: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:

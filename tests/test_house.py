@@ -16,14 +16,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = ("rlhf", "stages", "launch", "reward_data", "configs", "benchmarks")
 
-LAYERS = (  # a room imports its own layer and the ones before it
-    {"rlhf.errors", "rlhf.config", "rlhf.artifacts", "rlhf.batches", "rlhf.algorithms", "rlhf.ranks"}
-    | {"reward_data", "configs"},
-    {"rlhf.chat", "rlhf.data", "rlhf.models"},
-    {"rlhf.engine", "rlhf.sampling", "rlhf.policy", "rlhf.experience", "rlhf.metrics", "rlhf.tracking", "rlhf.runtime"}
-    | {"rlhf.lineage", "rlhf.passes", "rlhf.alarms", "rlhf.limits", "rlhf.memory"},
-    {"rlhf.scoring", "rlhf.update", "rlhf.checks", "rlhf.checkpoint", "rlhf.evaluation", "rlhf.hf_trainer"}
-    | {"rlhf.ledger", "rlhf.overlap"},
+LAYERS = (  # a package imports its own layer and the ones before it
+    {"rlhf.errors", "rlhf.config", "rlhf.algorithms", "reward_data", "configs"},
+    {"rlhf.chat", "rlhf.kernels", "rlhf.profiling"},
+    {"rlhf.data"},
+    {"rlhf.distributed"},
+    {"rlhf.models"},
+    {"rlhf.generation", "rlhf.tracking", "rlhf.runs"},
+    {"rlhf.rewards", "rlhf.evaluation"},
+    {"rlhf.ppo"},
     {"stages"},
     {"launch"},
     {"benchmarks"},
@@ -31,11 +32,11 @@ LAYERS = (  # a room imports its own layer and the ones before it
 ALONE = ("reward_data", "rlhf.algorithms")  # rooms that import nothing of ours
 OWNERS = {  # the one room that may speak to a library
     "ray": "launch/",
-    "deepspeed": "rlhf/engine.py",
+    "deepspeed": "rlhf/distributed/",
     "mlflow": "rlhf/tracking/",
-    "vllm": "rlhf/sampling/",
+    "vllm": "rlhf/generation/vllm",
 }
-WITHOUT_TORCH = ("rlhf.errors", "rlhf.config", "rlhf.artifacts", "reward_data")
+WITHOUT_TORCH = ("rlhf.errors", "rlhf.config", "reward_data")
 TORCH = {"torch", "transformers", "trl", "peft", "deepspeed"}
 HEAVY = TORCH | {"datasets", "ray", "mlflow"}
 LONGEST_FUNCTION, LONGEST_FILE = 80, 400
@@ -184,9 +185,9 @@ LONG_FUNCTION = "def f():\n" + "    pass\n" * LONGEST_FUNCTION
 @pytest.mark.parametrize(
     ("check", "name", "text"),
     [
-        (wrong_directions, "rlhf/chat.py", "import stages.ppo"),
-        (wrong_directions, "rlhf/models/tiny.py", "from rlhf import engine"),
-        (wrong_directions, "rlhf/data.py", "def f():\n    from .engine import Engine"),
+        (wrong_directions, "rlhf/chat/llama2.py", "import stages.ppo"),
+        (wrong_directions, "rlhf/models/tiny.py", "from rlhf.generation import Sampler"),
+        (wrong_directions, "rlhf/data/loading.py", "def f():\n    from rlhf.distributed.engine import Engine"),
         (wrong_directions, "stages/ppo.py", "from launch import gang"),
         (wrong_directions, "reward_data/load.py", "from rlhf.errors import UserError"),
         (wrong_directions, "rlhf/algorithms/kl.py", "import rlhf.config"),
@@ -196,8 +197,8 @@ LONG_FUNCTION = "def f():\n" + "    pass\n" * LONGEST_FUNCTION
         (borrowed_libraries, "launch/pipeline.py", "import mlflow"),
         (borrowed_libraries, "rlhf/config.py", "import torch"),
         (borrowed_libraries, "reward_data/load.py", "def f():\n    from transformers import AutoModel"),
-        (too_long, "rlhf/chat.py", LONG_FUNCTION),
-        (too_long, "rlhf/chat.py", "#\n" * (LONGEST_FILE + 1)),
+        (too_long, "rlhf/chat/llama2.py", LONG_FUNCTION),
+        (too_long, "rlhf/chat/llama2.py", "#\n" * (LONGEST_FILE + 1)),
         (foreign_text, "README.md", "see " + "/ho" + "me/me/models"),
         (foreign_text, "Makefile", "pip install --index-url " + "https:" + "//example.org"),
         (asserts_nothing, "tests/test_x.py", "def test_x():\n    f()"),
@@ -213,7 +214,7 @@ def test_a_planted_fault_is_found(check, name: str, text: str) -> None:
         (wrong_directions, "stages/ppo.py", "from rlhf import engine\nimport rlhf.config, torch, stages.sft"),
         (wrong_directions, "rlhf/algorithms/losses.py", "from rlhf.algorithms.masked import masked_sum"),
         (borrowed_libraries, "launch/gang.py", "import ray"),
-        (too_long, "rlhf/chat.py", LONG_FUNCTION.replace("    pass\n", "", 1)),
+        (too_long, "rlhf/chat/llama2.py", LONG_FUNCTION.replace("    pass\n", "", 1)),
         (foreign_text, "docs/a.md", "~/work/x and /usr/bin and runs/home/x and $HOME/work/x"),
         (asserts_nothing, "tests/test_x.py", "def test_x():\n    with pytest.raises(ValueError):\n        f()"),
     ],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from reward_data import Prompt, normalised_prompt
-from rlhf.evaluation.intervals import Estimate, bootstrap_mean, paired_difference, share
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, share
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from rlhf.evaluation.intervals import share
+from rlhf.evaluation.statistics import share
 
 RATINGS = ("significantly", "better", "slightly", "negligibly", "unrated")
 CALIBRATION_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -10,8 +10,8 @@ weights.py     a folder's weights one at a time           encoder.py  classifier
 
 from pathlib import Path
 
-from rlhf import ranks
 from rlhf.config import RunConfig
+from rlhf.distributed import collectives
 from rlhf.models.encoder import Encoder, load_encoder
 from rlhf.models.gguf import import_gguf
 from rlhf.models.lora import add_lora
@@ -63,5 +63,5 @@ def resolve(config: RunConfig) -> Path:
     """The folder of the run's base model; `tiny` is made once in the run's folder, by the first rank. UserError (4) where
     there is none. All ranks must call it."""
     if config.model.path == "tiny":
-        return ranks.agreed(lambda: make_tiny(config))
+        return collectives.agreed(lambda: make_tiny(config))
     return find_model(config.model.path)  # where it lies in a node's own cache of the hub is for the node to say

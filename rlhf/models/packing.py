@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.batches import first_with_prompt
+from rlhf.data.batches import first_with_prompt
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from transformers.utils import logging as logs
 
 from rlhf import chat
 from rlhf.errors import UserError
+from rlhf.kernels.attention import attend, has_windows
+from rlhf.kernels.norm import tune_norms
 from rlhf.models import lora
-from rlhf.models.attention import attend, has_windows
-from rlhf.models.norm import tune_norms
 from rlhf.models.packing import pack
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from transformers import (
 
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.models.attention import has_windows
+from rlhf.kernels.attention import has_windows
 from rlhf.models.encoder import is_encoder
 
 BAD_SETTING, UNFIT_MODEL = 2, 4

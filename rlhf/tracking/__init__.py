@@ -6,9 +6,9 @@ mirror.py   what MLflow has of a folder (mlflow.json), the thread that sends the
 client.py   the only file that speaks MLflow
 """
 
-from rlhf.tracking.client import absolute_uri, public_uri
-from rlhf.tracking.mirror import NOTHING, fill_in, prepare_store
-from rlhf.tracking.tracker import NullTracker, Tracker, mark_failed, open_parent, open_tracker, read_metrics
+from rlhf.tracking.base import NullTracker, Tracker, mark_failed, open_parent, open_tracker, read_metrics
+from rlhf.tracking.mlflow_client import absolute_uri, public_uri
+from rlhf.tracking.mlflow_sync import NOTHING, fill_in, prepare_store
 
 __all__ = [
     "NOTHING",

@@ -3,7 +3,7 @@
 import json
 
 from benchmarks import overlap
-from rlhf.ledger import COMPUTING, PHASES
+from rlhf.ppo.step_profiler import COMPUTING, PHASES
 
 QUICK = ["--quick", "--threads", "1", "--repeats", "2", "--rows", "8", "--length", "24"]
 

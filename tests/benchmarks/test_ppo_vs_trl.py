@@ -10,7 +10,7 @@ from benchmarks.sampling import tiny
 from benchmarks.trl_environment import trl_python
 from rlhf.config import SamplingConfig
 from rlhf.errors import UserError
-from rlhf.sampling import InProcessSampler, inprocess
+from rlhf.generation import InProcessSampler, in_process
 
 PARTS = [
     {"seconds": [90.0, 4.0, 2.0], "lengths": [1.0, 10.0, 20.0], "peak_memory": 3e9},
@@ -27,7 +27,7 @@ def test_a_folder_with_other_things_is_refused_and_kept(tmp_path):
 
 def test_dictated_answers_are_what_the_sampler_gives(monkeypatch):
     for name in ("keyed_uniform", "pick_token"):  # put back afterwards
-        monkeypatch.setattr(inprocess, name, getattr(inprocess, name))
+        monkeypatch.setattr(in_process, name, getattr(in_process, name))
     model, prompts, eos_id, pad_id = tiny()
     answers = [[*range(20, 20 + number), eos_id] for number in range(len(prompts.ids_B))]
     load_dice(SimpleNamespace(answers=answers, pad=pad_id))  # type: ignore[arg-type]

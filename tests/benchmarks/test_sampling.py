@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import sampling
 from benchmarks.limits import least_seconds
-from rlhf.limits import Machine, ModelSize
+from rlhf.profiling.roofline import Machine, ModelSize
 
 ARGUMENTS = [
     "--quick",

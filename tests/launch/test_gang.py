@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launch import cli, gang, pipeline
 from launch.settings import load
-from rlhf.ledger import PHASES
+from rlhf.ppo.step_profiler import PHASES
 from rlhf.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]

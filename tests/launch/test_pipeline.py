@@ -13,9 +13,9 @@ import pytest
 
 from launch import gang, pipeline
 from launch.settings import load
-from rlhf import artifacts, lineage
 from rlhf.config import RunConfig, stage_inputs
 from rlhf.errors import UserError
+from rlhf.runs import artifacts, provenance
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
@@ -32,8 +32,8 @@ class FakeGang:
         self.error = self.meets.get(stage)
         if self.error is None:
             inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
-            parents = lineage.parents(lineage.stage_data(config, stage), inputs)
-            digest = lineage.settings_digest(config, stage)
+            parents = provenance.parents(provenance.stage_data(config, stage), inputs)
+            digest = provenance.settings_digest(config, stage)
             folder = artifacts.begin(config.folder / stage / "artifact")
             (folder / "model.safetensors").write_text(json.dumps([stage, digest, parents]))
             artifacts.complete(folder, stage, parents, digest, {})
@@ -175,7 +175,7 @@ def checkpointed(again: Callable[..., list[str]], tmp_path: Path) -> Path:
 
 
 def prepare(config: RunConfig) -> None:
-    pipeline._prepare(config, "ppo", lineage.stage_data(config, "ppo"))
+    pipeline._prepare(config, "ppo", provenance.stage_data(config, "ppo"))
 
 
 def test_checkpoints_stay_for_the_same_settings(checkpointed: Path, tmp_path: Path) -> None:

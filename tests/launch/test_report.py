@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import ledger, plots, report
-from rlhf import artifacts
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
+from rlhf.runs import artifacts
 
 ROOT = Path(report.__file__).parents[1]
 RATINGS = {"significantly": 0.97, "better": 0.93, "slightly": 0.82, "negligibly": 0.61}

@@ -109,7 +109,7 @@ def test_bf16_scores_are_near(reward_model: Path) -> None:
 
 
 def test_a_stage_folder_stands_for_the_artifact_in_it(reward_model: Path, tmp_path: Path) -> None:
-    from rlhf import artifacts
+    from rlhf.runs import artifacts
 
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage/artifact").symlink_to(reward_model)

@@ -9,8 +9,8 @@ import pytest
 from launch import cli
 from launch.settings import load
 from launch.worker import read_failure
-from rlhf import lineage
-from rlhf.artifacts import digest_of
+from rlhf.runs import provenance
+from rlhf.runs.artifacts import digest_of
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 SECRET = "tok3n"
@@ -25,8 +25,8 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     shown = pytest.MonkeyPatch()
     said: list[str] = []
     with shown.context() as patch:
-        patch.setattr("rlhf.tracking.mirror.log.warning", lambda text, *args: said.append(text % args))
-        patch.setattr("rlhf.tracking.mirror.CLOSE_LIMIT_S", 40.0)
+        patch.setattr("rlhf.tracking.mlflow_sync.log.warning", lambda text, *args: said.append(text % args))
+        patch.setattr("rlhf.tracking.mlflow_sync.CLOSE_LIMIT_S", 40.0)
         arguments = [*URI, "--runs_dir", str(folder), "--sft.max_length", "3"]
         assert cli.main(["stage", "sft", str(SMOKE), "--local", *arguments]) == 3
     return folder / "smoke/sft", "\n".join(said)
@@ -79,5 +79,5 @@ def test_it_is_still_used_and_makes_no_artifact_stale() -> None:
     plain, secret = load(SMOKE, []), load(SMOKE, URI)
     assert secret.tracking.uri == f"http://{PLACE}"
     for stage in ("sft", "reward/safety", "ppo"):
-        settings = (lineage.stage_settings(config, stage) for config in (plain, secret))
+        settings = (provenance.stage_settings(config, stage) for config in (plain, secret))
         assert len({digest_of(of_stage) for of_stage in settings}) == 1

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from launch import terminal
 from launch.terminal import StageBars
-from rlhf.runtime import Progress
+from rlhf.runs.context import Progress
 
 WARNING = "iteration 3: KL to the SFT model is 61 nats per answer, over 50 [ppo.alarms.kl_max]"
 

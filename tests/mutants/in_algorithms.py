@@ -105,8 +105,8 @@ ADVANTAGES = bugs_in(
 )
 
 LOGPROBS = bugs_in(
-    "rlhf/algorithms/logprobs.py",
-    ["rlhf/algorithms/test_logprobs.py"],
+    "rlhf/kernels/logprobs.py",
+    ["rlhf/kernels/test_logprobs.py"],
     ("logits are multiplied by the temperature", "logits_GV.float() / temperature", "logits_GV.float() * temperature"),
     (
         "the temperature does not reach the chunks",

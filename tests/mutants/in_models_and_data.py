@@ -5,22 +5,25 @@ from __future__ import annotations
 from tests.mutants.bug import bugs_in
 
 STEP = bugs_in(
-    "rlhf/engine.py",
-    ["rlhf/test_update.py::test_two_steps_are_those_of_a_plain_loop", "rlhf/test_engine.py::test_adam_by_hand"],
+    "rlhf/distributed/engine.py",
+    [
+        "rlhf/ppo/test_update.py::test_two_steps_are_those_of_a_plain_loop",
+        "rlhf/distributed/test_engine.py::test_adam_by_hand",
+    ],
     ("losses are sums", "(loss_sum / max(count, 1)).backward()", "loss_sum.backward()"),
     ("Adam has the eps of torch", ", eps=optim.eps, fused", ", fused"),
     ("Adam has the betas of torch", "betas=(optim.beta1, optim.beta2), ", ""),
 )
 
 ENGINE = bugs_in(
-    "rlhf/engine.py",
+    "rlhf/distributed/engine.py",
     [
-        "rlhf/test_engine.py::test_decay_pulls_on_matrices_alone",
-        "rlhf/test_engine.py::test_the_norm_is_told_before_clipping_and_the_gradient_is_clipped",
-        "rlhf/test_engine.py::test_a_step_over_no_tokens_is_finite",
-        "rlhf/test_engine.py::test_gradients_do_not_outlive_their_step",
-        "rlhf/test_engine.py::test_a_loaded_engine_makes_the_same_next_steps",
-        "rlhf/test_engine.py::test_a_kept_state_does_not_change_with_the_module",
+        "rlhf/distributed/test_engine.py::test_decay_pulls_on_matrices_alone",
+        "rlhf/distributed/test_engine.py::test_the_norm_is_told_before_clipping_and_the_gradient_is_clipped",
+        "rlhf/distributed/test_engine.py::test_a_step_over_no_tokens_is_finite",
+        "rlhf/distributed/test_engine.py::test_gradients_do_not_outlive_their_step",
+        "rlhf/distributed/test_engine.py::test_a_loaded_engine_makes_the_same_next_steps",
+        "rlhf/distributed/test_engine.py::test_a_kept_state_does_not_change_with_the_module",
     ],
     (
         "norms and biases decay",
@@ -44,22 +47,22 @@ ENGINE = bugs_in(
 )
 
 ZERO = bugs_in(
-    "rlhf/engine.py",
-    ["rlhf/test_engine.py::test_shards_are_gathered_bucket_by_bucket"],
+    "rlhf/distributed/engine.py",
+    ["rlhf/distributed/test_engine.py::test_shards_are_gathered_bucket_by_bucket"],
     (
         "the whole model is gathered, as a shard has no elements",
         'getattr(parameter, "ds_numel", parameter.numel())',
         "parameter.numel()",
     ),
 ) + bugs_in(
-    "rlhf/engine.py",
-    ["rlhf/test_engine.py::test_two_ranks_under_zero_make_the_update_of_one_process"],
+    "rlhf/distributed/engine.py",
+    ["rlhf/distributed/test_engine.py::test_two_ranks_under_zero_make_the_update_of_one_process"],
     ("gradients are averaged over ranks", "(self.world_size / max(count, 1))", "(1 / max(count, 1))"),
 )
 
 POSITIONS = bugs_in(
     "rlhf/models/pretrained.py",
-    ["rlhf/sampling/test_decoders.py::test_the_training_model_reads_the_same_logprobs"],
+    ["rlhf/generation/test_decoders.py::test_the_training_model_reads_the_same_logprobs"],
     (
         "padding stands before a row that is read",
         "device=mask_BT.device) < length_B[:, None]",
@@ -75,8 +78,8 @@ POSITIONS = bugs_in(
 )
 
 ATTENTION = bugs_in(
-    "rlhf/models/attention.py",
-    ["rlhf/models/test_attention.py"],
+    "rlhf/kernels/attention.py",
+    ["rlhf/kernels/test_attention.py"],
     ("a token sees the next one", ".triu(1)\n", ".triu(2)\n"),
     ("only the first block of keys is masked", "bias_QL[:, first:] =", "bias_QL[:, :Q] ="),
     ("the mean of weights' gradients stays in", "minus_mean_NX1, grad_NXD", "0 * minus_mean_NX1, grad_NXD"),
@@ -92,7 +95,7 @@ ATTENTION = bugs_in(
     ("packed rows are read in float32", ".to(torch.bfloat16).contiguous()", ".float().contiguous()"),
 ) + bugs_in(
     "rlhf/models/pretrained.py",
-    ["rlhf/models/test_attention.py"],
+    ["rlhf/kernels/test_attention.py"],
     ("packed rows are told as one", "length_B.cumsum(0), (1, 0)", "length_B.sum()[None], (1, 0)"),
     (
         "the first packed row is told as the longest",
@@ -103,8 +106,8 @@ ATTENTION = bugs_in(
 )
 
 NORM = bugs_in(
-    "rlhf/models/norm.py",
-    ["rlhf/models/test_norm.py"],
+    "rlhf/kernels/norm.py",
+    ["rlhf/kernels/test_norm.py"],
     ("the gradient forgets that the scale depends on the input", ".sub_(x_hat_NH.mul_(mean_N1))", ""),
     ("the weight's gradient is that of its input", "product_NH = dy_NH * x_hat_NH", "product_NH = dy_NH * x_NH"),
     ("heads read a rounded norm", "and name.endswith(OF_LAYERS)", ""),
@@ -188,13 +191,13 @@ SCALAR = bugs_in(
 )
 
 KEYED = bugs_in(
-    "rlhf/sampling/keyed.py",
+    "rlhf/generation/counter_rng.py",
     [
-        "rlhf/sampling/test_keyed.py::test_keyed_numbers_are_those_of_whole_number_arithmetic",
-        "rlhf/sampling/test_keyed.py::test_tokens_follow_the_softmax",
-        "rlhf/sampling/test_keyed.py::test_a_picked_token_is_where_the_cumulative_distribution_passes_the_number",
-        "rlhf/sampling/test_keyed.py::test_what_rounding_leaves_falls_to_no_impossible_token",
-        "rlhf/sampling/test_keyed.py::test_every_place_in_a_large_vocabulary_is_found",
+        "rlhf/generation/test_counter_rng.py::test_keyed_numbers_are_those_of_whole_number_arithmetic",
+        "rlhf/generation/test_counter_rng.py::test_tokens_follow_the_softmax",
+        "rlhf/generation/test_counter_rng.py::test_a_picked_token_is_where_the_cumulative_distribution_passes_the_number",
+        "rlhf/generation/test_counter_rng.py::test_what_rounding_leaves_falls_to_no_impossible_token",
+        "rlhf/generation/test_counter_rng.py::test_every_place_in_a_large_vocabulary_is_found",
     ],
     ("sampling is greedy", "return index_B1[:, 0].clamp(max=V - 1)", "return probs_BV.argmax(-1)"),
     (
@@ -234,8 +237,8 @@ KEYED = bugs_in(
 
 SAMPLER = (
     bugs_in(
-        "rlhf/sampling/inprocess.py",
-        ["rlhf/sampling/test_decoders.py", "rlhf/sampling/test_inprocess.py"],
+        "rlhf/generation/in_process.py",
+        ["rlhf/generation/test_decoders.py", "rlhf/generation/test_in_process.py"],
         ("the sampler ignores the temperature", ".div_(self.temperature)", ""),
         (
             "all tokens of an answer draw the same number",
@@ -249,8 +252,8 @@ SAMPLER = (
         ("rows stay when they have ended", "(self.token_S != self.eos_id) & ", ""),
     )
     + bugs_in(
-        "rlhf/sampling/cache.py",
-        ["rlhf/sampling/test_cache.py"],
+        "rlhf/generation/kv_cache.py",
+        ["rlhf/generation/test_kv_cache.py"],
         (
             "a row sees a column of its predecessor",
             "self.start_S[: self.rows, None]",
@@ -269,13 +272,13 @@ SAMPLER = (
         ),
     )
     + bugs_in(
-        "rlhf/sampling/cache.py",
-        ["rlhf/sampling/test_graph.py"],
+        "rlhf/generation/kv_cache.py",
+        ["rlhf/generation/test_cuda_graph.py"],
         ("keys and values wait for the garbage collection", "weakref.proxy(cache)", "cache"),
     )
     + bugs_in(
-        "rlhf/sampling/graph.py",
-        ["rlhf/sampling/test_graph.py"],
+        "rlhf/generation/cuda_graph.py",
+        ["rlhf/generation/test_cuda_graph.py"],
         (
             "a graph outlives the cache that it was recorded for",
             "if self.cache.moves != self.moves:",
@@ -289,8 +292,8 @@ SAMPLER = (
         ("a graph has fewer rows than the cache", "-(-rows // part) * part", "max(rows // part, 1) * part"),
     )
     + bugs_in(
-        "rlhf/sampling/llama.py",
-        ["rlhf/sampling/test_decoders.py"],
+        "rlhf/generation/llama.py",
+        ["rlhf/generation/test_decoders.py"],
         ("prompts see what follows", "is_causal=True", "is_causal=False"),
         ("positions turn the wrong way", "[-sin_NF, sin_NF]", "[sin_NF, -sin_NF]"),
         (
@@ -309,8 +312,8 @@ SAMPLER = (
 )
 
 CHAT = bugs_in(
-    "rlhf/chat.py",
-    ["rlhf/test_chat.py"],
+    "rlhf/chat/llama2.py",
+    ["rlhf/chat/test_llama2.py"],
     ("prompt and answer merge at their seam", "if ids[: len(prompt_ids)] != prompt_ids:", "if False:"),
     ("an answer has no EOS", "[*bos, *ids, tokenizer.eos_token_id]", "[*bos, *ids]"),
     (
@@ -333,8 +336,8 @@ CHAT = bugs_in(
 )
 
 DATA = bugs_in(
-    "rlhf/data.py",
-    ["rlhf/test_data.py"],
+    "rlhf/data/loading.py",
+    ["rlhf/data/test_loading.py"],
     (
         "choice prompts are the first of the file",
         "for _, _, prompt in sorted(places):",
@@ -409,11 +412,11 @@ HH = bugs_in(
 )
 
 VLLM = bugs_in(
-    "rlhf/sampling/vllm.py",
+    "rlhf/generation/vllm.py",
     [
-        "rlhf/sampling/test_vllm.py::test_every_weight_is_handed_over_and_outlives_its_turn",
-        "rlhf/sampling/test_vllm.py::test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples",
-        "rlhf/sampling/test_vllm.py::test_what_a_taker_of_rows_raises_ends_the_other_rows_and_puts_the_engine_to_sleep",
+        "rlhf/generation/test_vllm.py::test_every_weight_is_handed_over_and_outlives_its_turn",
+        "rlhf/generation/test_vllm.py::test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples",
+        "rlhf/generation/test_vllm.py::test_what_a_taker_of_rows_raises_ends_the_other_rows_and_puts_the_engine_to_sleep",
     ],
     ("a weight view outlives its turn", "tensor.to(self.dtype, copy=True)", "tensor.to(self.dtype)"),
     (

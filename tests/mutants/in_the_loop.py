@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.mutants.bug import bugs_in
 
 EXPERIENCE = bugs_in(
-    "rlhf/experience.py",
-    ["rlhf/test_experience.py"],
+    "rlhf/ppo/experience.py",
+    ["rlhf/ppo/test_experience.py"],
     (
         "the safety rule looks at the centred score",
         "flagged_unsafe(scores.safety_logit_B, ",
@@ -90,8 +90,8 @@ EXPERIENCE = bugs_in(
 )
 
 UPDATE = bugs_in(
-    "rlhf/update.py",
-    ["rlhf/test_update.py"],
+    "rlhf/ppo/update.py",
+    ["rlhf/ppo/test_update.py"],
     ("minibatches are the same in every epoch", "* 1_009 + epoch", "* 1_009"),
     ("minibatches do not know the seed", "(seed * 1_000_003 + iteration)", "iteration"),
     ("minibatches do not know the iteration", "(seed * 1_000_003 + iteration)", "seed"),
@@ -157,8 +157,8 @@ UPDATE = bugs_in(
 )
 
 PASSES = bugs_in(
-    "rlhf/passes.py",
-    ["rlhf/test_passes.py"],
+    "rlhf/distributed/micro_batches.py",
+    ["rlhf/distributed/test_micro_batches.py"],
     ("every rank reads the rows of the first", "index[order_NW[:, rank]]", "index[order_NW[:, 0]]"),
     ("rows are those of the minibatch and not of the iteration", "index[order_NW[:, rank]]", "order_NW[:, rank]"),
     ("a rank cuts passes by its own rows", "torch.tensor(of_ranks).transpose(0, 1)", "lengths_N3[order_N][:, None]"),
@@ -185,8 +185,8 @@ PASSES = bugs_in(
 )
 
 SCORING = bugs_in(
-    "rlhf/scoring.py",
-    ["rlhf/test_scoring.py"],
+    "rlhf/ppo/scoring.py",
+    ["rlhf/ppo/test_scoring.py"],
     ("values come from the position of their token", "[:, -R - 1 : -1]", "[:, -R:]"),
     ("rewards are not centred", " - offset_of(engine)", ""),
     ("scores come back in the order of passes", "[torch.cat(passes).argsort().to(parts[0].device)]", ""),
@@ -198,8 +198,8 @@ SCORING = bugs_in(
 )
 
 POLICY = bugs_in(
-    "rlhf/policy.py",
-    ["rlhf/test_scoring.py"],
+    "rlhf/models/policy.py",
+    ["rlhf/ppo/test_scoring.py"],
     ("a token is predicted at its own position", "[:, -response_length - 1 : -1]", "[:, -response_length:]"),
     ("logprobs are of the token before", "tokens_BT[:, -response_length:]", "tokens_BT[:, -response_length - 1 : -1]"),
     ("the temperature is forgotten", "labels_N[None], temperature, with", "labels_N[None], 1.0, with"),
@@ -216,8 +216,8 @@ POLICY = bugs_in(
 )
 
 BATCHES = bugs_in(
-    "rlhf/batches.py",
-    ["rlhf/test_batches.py"],
+    "rlhf/data/batches.py",
+    ["rlhf/data/test_batches.py"],
     ("trimming cuts the last token", "slice(left, P + keep)", "slice(left, P + keep - 1)"),
     ("trimming cuts long prompts", "mask_BT[:, :P].sum(1).max()", "mask_BT[:, :P].sum(1).min()"),
     ("a prompt of padding is taken for one of tokens", ".masked_fill(~mask_BP, -1)", ""),
@@ -225,8 +225,8 @@ BATCHES = bugs_in(
 )
 
 METRICS = bugs_in(
-    "rlhf/metrics.py",
-    ["rlhf/test_metrics.py"],
+    "rlhf/distributed/means.py",
+    ["rlhf/distributed/test_means.py"],
     (
         "a mean of means",
         "Mean(float(part[0]), float(part[1]))",
@@ -237,8 +237,8 @@ METRICS = bugs_in(
 )
 
 RANKS = bugs_in(
-    "rlhf/ranks.py",
-    ["rlhf/test_ranks.py"],
+    "rlhf/distributed/collectives.py",
+    ["rlhf/distributed/test_collectives.py"],
     (
         "every rank whitens its own rows",
         "if world_size() == 1:\n        return batch",
@@ -251,22 +251,25 @@ RANKS = bugs_in(
 )
 
 DRAW = bugs_in(
-    "rlhf/data.py",
+    "rlhf/data/loading.py",
     ["stages/test_ppo.py::test_a_prompt_has_its_answers_next_to_each_other_and_each_its_own_numbers"],
     ("answers of a prompt draw the same numbers", "* answers + answer_B % answers", "* answers"),
 )
 
 CHECKPOINT = bugs_in(
-    "rlhf/checkpoint.py",
-    ["rlhf/test_checkpoint.py"],
+    "rlhf/runs/checkpoint.py",
+    ["rlhf/runs/test_checkpoint.py"],
     ("β is lost on resume", "state | {", '{key: state[key] for key in state if key != "beta"} | {'),
     ("the oldest checkpoint is taken", "return found[-1] if found", "return found[0] if found"),
     ("engines are not loaded", "        part.load(found / name)", "        pass"),
 )
 
 ENGINE = bugs_in(
-    "rlhf/engine.py",
-    ["rlhf/test_engine.py::test_the_cosine_by_hand", "rlhf/test_engine.py::test_an_engine_follows_its_schedule"],
+    "rlhf/distributed/engine.py",
+    [
+        "rlhf/distributed/test_engine.py::test_the_cosine_by_hand",
+        "rlhf/distributed/test_engine.py::test_an_engine_follows_its_schedule",
+    ],
     ("the first step learns nothing", "(step + 1) / warmup", "step / warmup"),
     ("the schedule stands still", "        self.schedule.step()\n", ""),
     ("the cosine rises", "math.cos(math.pi * progress)", "math.cos(math.pi * (1 - progress))"),
@@ -274,8 +277,8 @@ ENGINE = bugs_in(
 
 OVERLAP = (
     bugs_in(
-        "rlhf/overlap.py",
-        ["rlhf/test_overlap.py"],
+        "rlhf/ppo/rollout_source.py",
+        ["rlhf/ppo/test_rollout_source.py"],
         ("scores come back in the order in which rows ended", "rows(scores, order_B.argsort())", "scores"),
         ("rows are scored in the order of the batch's end", "order_B.argsort()", "order_B"),
         (
@@ -290,7 +293,7 @@ OVERLAP = (
         ),
     )
     + bugs_in(
-        "rlhf/experience.py",
+        "rlhf/ppo/experience.py",
         ["stages/test_ahead.py"],
         (
             "answers sampled ahead are weighed as if they were not",
@@ -304,8 +307,8 @@ OVERLAP = (
         ("answers sampled ahead are lost on resume", ', "ahead": models.ahead}', "}"),
     )
     + bugs_in(
-        "rlhf/alarms.py",
-        ["rlhf/test_alarms.py"],
+        "rlhf/ppo/alarms.py",
+        ["rlhf/ppo/test_alarms.py"],
         ("answers sampled ahead sound the alarm", '"mean" if figures["ppo/policy_lag"] else "max"', '"max"'),
     )
 )
@@ -326,8 +329,8 @@ CRITIC = [
         ),
     ),
     *bugs_in(
-        "rlhf/engine.py",
-        ["rlhf/test_engine.py::test_what_lies_under_an_adapter_is_kept_in_bf16"],
+        "rlhf/distributed/engine.py",
+        ["rlhf/distributed/test_engine.py::test_what_lies_under_an_adapter_is_kept_in_bf16"],
         (
             "adapters are rounded to bf16 too",
             "(p for p in module.parameters() if not p.requires_grad)",

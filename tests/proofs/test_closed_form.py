@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.closed_form import BETAS, ITERATIONS, LENGTH, settings
 from benchmarks.small_world import Figures, World, train
-from rlhf import experience
+from rlhf.ppo import experience
 
 # Relative to the best reward and its KL. What is left is noise of the samples and rare answers on their way.
 SHORT, LONG = 0.05, 0.02

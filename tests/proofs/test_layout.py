@@ -137,8 +137,8 @@ def prompts() -> list[Prompt]:
 
 
 def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
-    from rlhf.engine import full_state
-    from rlhf.ledger import Clock
+    from rlhf.distributed.engine import full_state
+    from rlhf.ppo.step_profiler import Clock
     from stages import ppo
 
     config, found = settings(layout), Trajectory()
@@ -210,7 +210,7 @@ def full_gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 def plant_mean_of_means(patch: pytest.MonkeyPatch, learners: dict[str, Any], passes: int) -> None:
     """Each forward pass is divided by its own count of tokens, and the step by the number of passes."""
-    from rlhf import update
+    from rlhf.ppo import update
 
     def mean(loss: Callable[..., Any]) -> Callable[..., Any]:
         def of(*arguments: Any) -> Any:
@@ -335,7 +335,7 @@ def main(folder: Path) -> None:
 
 def shard_everything() -> None:
     """ZeRO-3 keeps parameters as small as ours whole on every rank, unless told not to."""
-    from rlhf import engine
+    from rlhf.distributed import engine
 
     zero_config = engine.zero_config
 

@@ -26,11 +26,12 @@ from transformers import Trainer
 
 from launch import pipeline
 from launch.settings import load
-from rlhf import artifacts, checkpoint, hf_trainer
 from rlhf.config import RunConfig
-from rlhf.engine import LocalEngine
-from rlhf.sampling import InProcessSampler
+from rlhf.distributed.engine import LocalEngine
+from rlhf.generation import InProcessSampler
+from rlhf.runs import artifacts, checkpoint
 from rlhf.tracking import fill_in
+from stages import trl_trainer
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "tests/smoke.yaml"
@@ -121,7 +122,7 @@ def half_a_file(content: Any, path: Path, *_: Any) -> None:
         ("sft", Trainer, "training_step", 31, nothing),  # 16 steps of 4 passes each, a checkpoint every 2 steps
         ("sft", torch, "save", 7, half_a_file),  # the second checkpoint
         ("reward/helpfulness", checkpoint, "write_json", 2, nothing),  # all written, but not sealed
-        ("reward/helpfulness", hf_trainer.Reporter, "on_step_end", 3, nothing),  # a step is made, and not recorded
+        ("reward/helpfulness", trl_trainer.Reporter, "on_step_end", 3, nothing),  # a step is made, and not recorded
         ("ppo", InProcessSampler, "sample", 7, nothing),  # checks, then an answer and an evaluation per iteration
         ("ppo", LocalEngine, "step", 19, nothing),  # in the third iteration, between policy and critic
         ("ppo", torch, "save", 6, half_a_file),  # the critic of the third checkpoint

@@ -26,14 +26,14 @@ from rlhf.algorithms.kl import approx_kl, k1
 from rlhf.algorithms.losses import policy_loss, value_loss
 from rlhf.algorithms.masked import masked_mean_and_var, whiten
 from rlhf.algorithms.rewards import token_rewards
-from rlhf.batches import Rollout, rows
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig, SamplingConfig
-from rlhf.engine import LocalEngine
-from rlhf.experience import make_experience
+from rlhf.data.batches import Rollout, rows
+from rlhf.distributed.engine import LocalEngine
 from rlhf.models import ScalarModel
-from rlhf.policy import PolicyModel
-from rlhf.scoring import read_rollout
-from rlhf.update import update
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo.experience import make_experience
+from rlhf.ppo.scoring import read_rollout
+from rlhf.ppo.update import update
 
 FILE = Path(__file__).parents[1] / "golden" / "trl_ppo.json"
 GOLDEN = json.loads(FILE.read_text())

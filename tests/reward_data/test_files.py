@@ -54,7 +54,7 @@ JSON_LINES = "\n\n".join(json.dumps(row) for row in ROWS) + "\n"
         ("utf16.jsonl", JSON_LINES.encode("utf-16"), [1, 3]),
         ("utf16be.json", json.dumps(ROWS).encode("utf-16-be"), [1, 1]),
         ("UPPER.JSONL", JSON_LINES, [1, 3]),
-        ("x.json.gz", gzip.compress(json.dumps(ROWS).encode()), [1, 1]),
+        ("x.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0), [1, 1]),
         ("x.jsonl.bz2", bz2.compress(JSON_LINES.encode()), [1, 3]),
         ("x.jsonl.xz", lzma.compress(JSON_LINES.encode()), [1, 3]),
         ("x.jsonl.zst", pyarrow.compress(JSON_LINES.encode(), "zstd", asbytes=True), [1, 3]),

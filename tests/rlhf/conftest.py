@@ -59,8 +59,8 @@ def prompts():
     """Eight prompts of 2 to 7 tokens, without pad and EOS."""
     import torch
 
-    from rlhf.batches import PromptBatch
     from rlhf.data import pad
+    from rlhf.data.batches import PromptBatch
 
     generator = torch.Generator().manual_seed(5)
     lengths = [7, 2, 4, 3, 7, 5, 2, 6]
@@ -88,11 +88,11 @@ def ppo_config():
 def iteration(make_llama, make_scalar, prompts, ppo_config):
     """Rollout, scores and experience of one iteration. Rows end after 1 to 9 tokens, and some do not end."""
     from rlhf.config import HardwareConfig
-    from rlhf.engine import LocalEngine
-    from rlhf.experience import make_experience
-    from rlhf.policy import PolicyModel
-    from rlhf.sampling import InProcessSampler
-    from rlhf.scoring import read_rollout
+    from rlhf.distributed.engine import LocalEngine
+    from rlhf.generation import InProcessSampler
+    from rlhf.models.policy import PolicyModel
+    from rlhf.ppo.experience import make_experience
+    from rlhf.ppo.scoring import read_rollout
 
     def frozen(module):
         return LocalEngine(module, None, 1, HardwareConfig())

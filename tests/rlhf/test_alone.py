@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from rlhf import ranks
+from rlhf.distributed import collectives
 from rlhf.errors import UserError
 from tests.gang import run_ranks
 
@@ -35,7 +35,7 @@ def failing() -> None:
 
 def told(work) -> str:
     try:
-        return str(ranks.alone(work, "writing the model"))
+        return str(collectives.alone(work, "writing the model"))
     except UserError as error:
         return f"{error.exit_code}: {error.message}"
     except RuntimeError as error:
@@ -44,12 +44,12 @@ def told(work) -> str:
 
 def one_rank(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT_S))
-    own = folder / f"told-{ranks.rank()}.txt"
+    own = folder / f"told-{collectives.rank()}.txt"
     lines = [told(lambda: busy(3 * LIMIT_S)), told(failing)]
     start = time.monotonic()
     lines.append(told(lambda: threading.Event().wait(60)))
     lines.append(f"{time.monotonic() - start < 3 * LIMIT_S}")
-    if ranks.rank() == 0:
+    if collectives.rank() == 0:
         own.write_text("\n".join(lines))
         os.kill(os.getpid(), signal.SIGKILL)
     lines.append(told(lambda: None))
@@ -69,7 +69,7 @@ def test_others_wait_for_a_rank_that_gets_on_and_for_no_other(tmp_path):
 
 
 def test_a_process_alone_just_works():
-    assert ranks.alone(lambda: threading.current_thread().name, "working") == "MainThread"
+    assert collectives.alone(lambda: threading.current_thread().name, "working") == "MainThread"
 
 
 if __name__ == "__main__":

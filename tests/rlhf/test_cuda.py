@@ -18,17 +18,17 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rlhf import engine as module
-from rlhf import ledger
-from rlhf.artifacts import Artifact
-from rlhf.batches import PromptBatch, Rollout, moved, rows
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig, SamplingConfig
-from rlhf.engine import Engine, open_engine
-from rlhf.models import attention
-from rlhf.models.norm import RMSNorm
-from rlhf.policy import PolicyModel
-from rlhf.runtime import Progress, StageContext
-from rlhf.sampling import InProcessSampler, graph
+from rlhf.data.batches import PromptBatch, Rollout, moved, rows
+from rlhf.distributed import engine as module
+from rlhf.distributed.engine import Engine, open_engine
+from rlhf.generation import InProcessSampler, cuda_graph
+from rlhf.kernels import attention
+from rlhf.kernels.norm import RMSNorm
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo import step_profiler
+from rlhf.runs.artifacts import Artifact
+from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker
 from tests.gang import leave, run_ranks
 
@@ -152,8 +152,8 @@ def test_on_a_gpu_the_number_of_rows_sampled_together_changes_no_answer(sample, 
 @pytest.mark.parametrize("slots", [5, 17])
 def test_steps_that_are_replayed_give_the_answers_of_a_cpu(sample, prompts, slots, monkeypatch):
     """Long enough that the cache moves; rows come and go meanwhile."""
-    recorded, record = [], graph.record
-    monkeypatch.setattr(graph, "record", lambda *given: recorded.append(1) or record(*given))
+    recorded, record = [], cuda_graph.record
+    monkeypatch.setattr(cuda_graph, "record", lambda *given: recorded.append(1) or record(*given))
     given = dataclasses.replace(rows(prompts, torch.arange(24) % len(prompts.ids_B)), ids_B=torch.arange(24))
     on_cuda, on_cpu = (
         sample(device, given=given, batch_size=slots, max_new_tokens=50) for device in (CUDA, torch.device("cpu"))
@@ -263,10 +263,10 @@ def iterate(tmp_path_factory):
         config = settings(Namespace(precision=precision), path, folder, 64, ppo=ppo.model_copy(update=changed))
         models = stage.open_models(config, context)
         prompts = short_prompts(models.tokenizer, load_prompts(config).train, ppo.max_prompt_length)
-        machine, clock = ledger.all_machines(CUDA, precision), ledger.Clock(CUDA)
+        machine, clock = step_profiler.all_machines(CUDA, precision), step_profiler.Clock(CUDA)
         state = {"iteration": 1, "beta": ppo.beta}
         figures = stage.iterate(config, context, models, prompts, state, clock)
-        return figures | ledger.close(clock, figures, machine)
+        return figures | step_profiler.close(clock, figures, machine)
 
     return iterate
 
@@ -282,7 +282,7 @@ def test_all_figures_of_an_iteration_on_a_gpu_are_finite(figures):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("phase", ledger.COMPUTING)
+@pytest.mark.parametrize("phase", step_profiler.COMPUTING)
 def test_a_phase_on_a_gpu_tells_its_memory_and_its_share_of_the_limit(figures, phase):
     assert figures[f"perf/memory_{phase}"] > 0
     assert 0 < figures[f"perf/flop_utilisation_{phase}"] < 1

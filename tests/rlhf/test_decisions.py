@@ -15,13 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf import artifacts, checkpoint, hf_trainer, lineage, models, ranks
-from rlhf.artifacts import write_json
-from rlhf.batches import Rollout
+from rlhf import models
+from rlhf.data.batches import Rollout
+from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from rlhf.evaluation.held_out import Answers
-from rlhf.overlap import Ahead
-from stages import ppo
+from rlhf.ppo.held_out import Answers
+from rlhf.ppo.rollout_source import Ahead
+from rlhf.runs import artifacts, checkpoint, provenance
+from rlhf.runs.artifacts import write_json
+from stages import ppo, trl_trainer
 
 LIMIT_S = 15
 
@@ -45,7 +47,7 @@ def checkpoints(folder: Path) -> None:
 
 
 def older_on_rank_1() -> None:
-    if ranks.rank() == 1:
+    if collectives.rank() == 1:
         listed = checkpoint.whole
         checkpoint.whole = lambda folder: listed(folder)[:1]  # a listing that is behind
 
@@ -61,7 +63,7 @@ def newest(folder: Path) -> Any:
 
 def unseen(folder: Path) -> Any:
     """Rank 1 does not see the file that makes a checkpoint whole."""
-    if ranks.rank() == 1:
+    if collectives.rank() == 1:
         checkpoint._sealed = lambda path: False
     try:
         checkpoint.newest(folder)
@@ -72,7 +74,7 @@ def unseen(folder: Path) -> Any:
 
 def restored_state(folder: Path) -> Any:
     """PPO goes on with the state that rank 0 reads."""
-    if ranks.rank() == 1:
+    if collectives.rank() == 1:
         read = checkpoint._state
         checkpoint._state = lambda path: read(path) | {"iteration": 1}
     return (checkpoint.restore(folder, {}) or {})["iteration"]
@@ -87,7 +89,7 @@ def trainer_resumes(folder: Path) -> Any:
         add_callback=lambda *_: None,
         train=lambda resume_from_checkpoint: told.update(start=Path(resume_from_checkpoint).name),
     )
-    hf_trainer.fit(trainer, SimpleNamespace(context=SimpleNamespace(checkpoint_folder=folder, tracker=Quiet())))  # type: ignore[arg-type]
+    trl_trainer.fit(trainer, SimpleNamespace(context=SimpleNamespace(checkpoint_folder=folder, tracker=Quiet())))  # type: ignore[arg-type]
     return told["start"]
 
 
@@ -101,7 +103,7 @@ def ahead(folder: Path) -> Any:
 
 def held_out_reward(folder: Path) -> Any:
     """What is compared with the best so far."""
-    worth = 0.5 + ranks.rank()
+    worth = 0.5 + collectives.rank()
     answers = Answers(["a"], [1], [True], {"reward.h": [worth], "reward.s": [worth]}, [0.0], [False])
     config: Any = SimpleNamespace(
         ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15),
@@ -112,7 +114,7 @@ def held_out_reward(folder: Path) -> Any:
     ppo.policy_report = lambda *_: {}  # type: ignore[assignment]
     reward = judge.reward([SimpleNamespace(tag="helpful", messages=[])], 1)
     if reward > 1.0:  # as where a better policy is kept: its shards are gathered
-        ranks.barrier()
+        collectives.barrier()
     return reward
 
 
@@ -123,13 +125,13 @@ def alarm(folder: Path) -> Any:
     for bad in (1, 0):
         names = ("kl", "eos_share", "entropy", "sampler_gap_max", "sampler_gap_mean", "policy_lag")
         figures = {f"ppo/{name}": 0.5 for name in names}
-        if ranks.rank() == bad:
+        if collectives.rank() == bad:
             figures["ppo/kl"] = float("nan")
         config: Any = SimpleNamespace(ppo=SimpleNamespace(alarms=limits))
         context: Any = SimpleNamespace(tracker=Quiet(), progress=Quiet())
         try:
             ppo.watch(config, context, figures, {"iteration": 1, "first_entropy": None, "alarms": []})
-            ranks.barrier()
+            collectives.barrier()
             said.append("goes on")
         except UserError as error:
             said.append(error.exit_code)
@@ -138,7 +140,7 @@ def alarm(folder: Path) -> Any:
 
 def experience(folder: Path) -> Any:
     """Rewards and the KL, which moves β and sounds alarms, come from one rank."""
-    if ranks.rank() == 1:
+    if collectives.rank() == 1:
         ppo.make_experience = lambda *_: (None, {"ppo/kl": 9.0})  # type: ignore[assignment]
     else:
         ppo.make_experience = lambda *_: (None, {"ppo/kl": 1.0})  # type: ignore[assignment]
@@ -151,7 +153,7 @@ def experience(folder: Path) -> Any:
     )
     settings.kl_target = SimpleNamespace(target=1.0, horizon=10.0)
     config: Any = SimpleNamespace(ppo=settings, seed=0)
-    context: Any = SimpleNamespace(rank=ranks.rank(), world_size=2, device=torch.device("cpu"), is_writer=False)
+    context: Any = SimpleNamespace(rank=collectives.rank(), world_size=2, device=torch.device("cpu"), is_writer=False)
     some: Any = SimpleNamespace(ahead=Ahead(), sampler=None, tokenizer=None, policy=None, critic=None)
     state = {"iteration": 2, "beta": 0.1}
     clock: Any = lambda phase: torch.no_grad()
@@ -166,18 +168,18 @@ def rollout() -> Rollout:
 
 def tiny_model(folder: Path) -> Any:
     """Rank 1 reads other texts, of which it would make another tokenizer."""
-    models.make_tiny = lambda config: folder / f"base-of-rank-{ranks.rank()}"  # type: ignore[assignment]
+    models.make_tiny = lambda config: folder / f"base-of-rank-{collectives.rank()}"  # type: ignore[assignment]
     return models.resolve(SimpleNamespace(model=SimpleNamespace(path="tiny"))).name  # type: ignore[arg-type]
 
 
 def sealed(folder: Path) -> Any:
     """Rank 1 does not see yet what rank 0 has just written."""
-    if ranks.rank() == 1:
+    if collectives.rank() == 1:
         artifacts.load = lambda path: None  # type: ignore[assignment]
-    lineage.settings_digest = lambda *_: "same"  # type: ignore[assignment]
+    provenance.settings_digest = lambda *_: "same"  # type: ignore[assignment]
     context: Any = SimpleNamespace(artifact_folder=folder / "sft", stage="sft", checkpoint_folder=folder / "none")
     write: Any = lambda path: write_json(path / "weights.json", {})
-    made = lineage.seal(SimpleNamespace(), context, write, {}, {})  # type: ignore[arg-type]
+    made = provenance.seal(SimpleNamespace(), context, write, {}, {})  # type: ignore[arg-type]
     return made and made.kind
 
 
@@ -188,7 +190,7 @@ def refused(folder: Path) -> Any:
         raise UserError("no", 4)
 
     try:
-        ranks.agreed(decide)
+        collectives.agreed(decide)
     except UserError as error:
         return [error.message, error.exit_code]
     return None
@@ -213,7 +215,7 @@ def on_a_rank(rank: int, decide: Any, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     said = decide(folder / "run")
-    ranks.barrier()  # a rank on another way would be in another collective now
+    collectives.barrier()  # a rank on another way would be in another collective now
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 

@@ -13,8 +13,8 @@ import torch
 from benchmarks.closed_form import LENGTH, settings
 from benchmarks.small_world import PAD, PROMPTS, World, alone, open_models, world_config
 from reward_data import Message, Prompt
-from rlhf import checkpoint
-from rlhf.ledger import Clock
+from rlhf.ppo.step_profiler import Clock
+from rlhf.runs import checkpoint
 from stages import ppo
 
 ITERATIONS = 4

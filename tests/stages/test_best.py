@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf.generation import InProcessSampler, open_sampler, sampler_of
 from rlhf.models import load_causal, load_tokenizer
-from rlhf.sampling import InProcessSampler, open_sampler, sampler_of
 from stages import best, ppo
 
 pytestmark = pytest.mark.integration

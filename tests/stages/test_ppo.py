@@ -16,17 +16,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from launch import cli
 from reward_data import Message, Prompt
 from reward_data.records import Tag
-from rlhf import checkpoint, checks
-from rlhf.batches import rows
 from rlhf.config import RunConfig
 from rlhf.data import load_prompts, split_held_out
-from rlhf.engine import LocalEngine
+from rlhf.data.batches import rows
+from rlhf.distributed.engine import LocalEngine
 from rlhf.errors import UserError
-from rlhf.ledger import COMPUTING, PHASES
+from rlhf.generation import InProcessSampler, in_process
 from rlhf.models import load_causal, load_scalar, load_tokenizer, scalar
 from rlhf.models.tiny import train_tokenizer
-from rlhf.runtime import read_progress
-from rlhf.sampling import InProcessSampler, inprocess
+from rlhf.ppo import preflight_checks
+from rlhf.ppo.step_profiler import COMPUTING, PHASES
+from rlhf.runs import checkpoint
+from rlhf.runs.context import read_progress
 from rlhf.tracking import read_metrics
 from stages import ppo
 
@@ -359,7 +360,7 @@ def test_a_broken_part_stops_the_stage_before_its_first_step(run, beside, make_s
 
 def test_a_row_for_which_there_is_no_memory_is_refused_before_the_first_step(run, beside, make_stage, monkeypatch):
     config = beside(run(ALL_BUT_PPO))
-    monkeypatch.setattr(inprocess, "free_bytes", lambda *_: 20_000)
+    monkeypatch.setattr(in_process, "free_bytes", lambda *_: 20_000)
     with pytest.raises(UserError, match="GB for them, enough for [0-9]+ tokens: lower ppo.max_prompt_length") as caught:
         make_stage(config, "ppo")
     assert caught.value.exit_code == 5
@@ -368,13 +369,13 @@ def test_a_row_for_which_there_is_no_memory_is_refused_before_the_first_step(run
 
 def test_the_score_of_the_fixed_text_is_that_of_rlhf_score(run, tmp_path):
     folder = run(ALL_BUT_PPO).folder / "reward/safety/artifact"
-    prompt, answer = checks.FIXED_TEXT
+    prompt, answer = preflight_checks.FIXED_TEXT
     row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], "tag": "safety"}
     (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
     assert cli.main(["score", str(folder), str(tmp_path / "row.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
     told = json.loads((tmp_path / "out.jsonl").read_text())["score"]
     engine = LocalEngine(load_scalar(folder), None, 1, run("sft").hardware)
-    scores = checks.fixed_text_scores(engine, load_tokenizer(folder))
+    scores = preflight_checks.fixed_text_scores(engine, load_tokenizer(folder))
     assert list(scores.values()) == pytest.approx([told] * 3, abs=1e-5)
 
 

@@ -14,7 +14,7 @@ from reward_data import Message, Preference
 from rlhf.chat import encode_answer, encode_dialogue
 from rlhf.data import MARGINS, draw_rows, load_demonstrations, load_preferences, mix_preferences
 from rlhf.models import load_scalar
-from rlhf.runtime import Progress, StageContext, read_progress
+from rlhf.runs.context import Progress, StageContext, read_progress
 from rlhf.tracking import NullTracker, read_metrics
 from stages import reward
 

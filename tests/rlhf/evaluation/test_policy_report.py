@@ -6,8 +6,8 @@ import pytest
 
 from reward_data import Message, Prompt
 from reward_data.records import Tag
-from rlhf.evaluation.intervals import bootstrap_mean, wilson
 from rlhf.evaluation.policy_report import Answers, distinct_bigrams, gain, policy_report
+from rlhf.evaluation.statistics import bootstrap_mean, wilson
 
 ANSWERS = Answers(
     texts=["the cat sat", "ha ha ha", "yes"],

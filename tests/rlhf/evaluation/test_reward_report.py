@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from rlhf.evaluation.intervals import bootstrap_mean, wilson
 from rlhf.evaluation.reward_report import calibration, reward_report
+from rlhf.evaluation.statistics import bootstrap_mean, wilson
 
 # chosen score, rejected score, rating, tag, prompt, chosen length, rejected length
 PAIRS = [

@@ -13,7 +13,7 @@ from rlhf.data import pad
 from rlhf.errors import UserError
 from rlhf.models import ScalarModel, check_packing
 from rlhf.models.packing import pack
-from rlhf.policy import PolicyModel
+from rlhf.models.policy import PolicyModel
 
 VOCAB, TEMPERATURE = 12, 0.7
 SHAPE: dict[str, Any] = {

@@ -56,7 +56,7 @@ def test_sharded_models_load_score_and_save_as_whole_ones_do(folder):
 
 @torch.no_grad()
 def main(folder: Path) -> None:
-    from rlhf.engine import full_state, open_engine, sharded_loading
+    from rlhf.distributed.engine import full_state, open_engine, sharded_loading
 
     hardware = HardwareConfig()
     with sharded_loading(hardware, local=False):

@@ -1,0 +1,43 @@
+"""From records to token batches: load, hold out, mix, encode."""
+
+from rlhf.data.loading import (
+    MARGINS,
+    SAFETY,
+    Row,
+    Split,
+    draw_prompts,
+    draw_rows,
+    encode_demonstrations,
+    encode_preferences,
+    hold_out_everywhere,
+    load_demonstrations,
+    load_preferences,
+    load_prompts,
+    mix_preferences,
+    pad,
+    preference_batch,
+    prompt_batch,
+    short_prompts,
+    split_held_out,
+)
+
+__all__ = [
+    "MARGINS",
+    "SAFETY",
+    "Row",
+    "Split",
+    "draw_prompts",
+    "draw_rows",
+    "encode_demonstrations",
+    "encode_preferences",
+    "hold_out_everywhere",
+    "load_demonstrations",
+    "load_preferences",
+    "load_prompts",
+    "mix_preferences",
+    "pad",
+    "preference_batch",
+    "prompt_batch",
+    "short_prompts",
+    "split_held_out",
+]

@@ -1,0 +1,44 @@
+"""Which sampler answers in training: `ppo.sampling.engine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config import RunConfig
+from rlhf.generation.in_process import InProcessSampler
+from rlhf.generation.sampler import Sampler
+from rlhf.models import add_lora, load_causal
+
+
+def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.device) -> Sampler:
+    """One for the model in `folder`, adapters added where the run trains them; the trainer gives it its weights.
+
+    All ranks must call it.
+    """
+    ppo, precision = config.ppo, config.hardware.precision
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if ppo.sampling.engine == "vllm":
+        from rlhf.generation.vllm import VLLMSampler
+
+        longest = ppo.max_prompt_length + ppo.sampling.max_new_tokens
+        return VLLMSampler(folder, *ends, precision, device, ppo.sampling.batch_size, longest)
+    model: Any = load_causal(folder, attention=config.model.attention)
+    if config.model.lora is not None:
+        model = add_lora(model, config.model.lora, "causal", config.seed)
+    return InProcessSampler(model, *ends, precision, device)
+
+
+def sampler_of(
+    path: Path, sampler: Sampler, config: RunConfig, tokenizer: Any, device: torch.device
+) -> InProcessSampler:
+    """A sampler in process with the model in `path`: `sampler` itself with these weights, or another one in its place
+    once it has let its own go, so that two are never held at once."""
+    if isinstance(sampler, InProcessSampler) and sampler.take(path):
+        return sampler
+    sampler.close()
+    model: Any = load_causal(path, attention=config.model.attention)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return InProcessSampler(model, *ends, config.hardware.precision, device)

@@ -1,0 +1,58 @@
+"""What PPO asks of a sampler, and how what was sampled becomes a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.config import SamplingConfig
+from rlhf.data.batches import PromptBatch, Rollout
+from rlhf.profiling.roofline import ModelSize
+
+
+class Sampler(Protocol):
+    positions: tuple[int, int]
+    """That the model computed in the last `sample`: in prompts, in steps of one token."""
+
+    @property
+    def size(self) -> ModelSize:
+        """Of the model that it samples from."""
+        ...
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+        """Takes weights by their names in transformers; a tensor need not outlive its turn. Returns bytes copied."""
+        ...
+
+    def sample(
+        self,
+        prompts: PromptBatch,
+        settings: SamplingConfig,
+        seed: int,
+        iteration: int,
+        on_rows: Callable[[Tensor, Rollout], None] | None = None,
+    ) -> Rollout:
+        """Answers for every prompt, of up to R = `settings.max_new_tokens` tokens, EOS inside.
+
+        Random numbers depend on (seed, iteration, prompt id) and the position alone. `on_rows` is given the
+        numbers of the rows that have just ended, and these rows: each row once. What it raises ends the sampling.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets its weights go; nothing can be sampled afterwards."""
+        ...
+
+
+def rollout_of(prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, length_B: Tensor, eos_id: int) -> Rollout:
+    """Prompts with their answers, whose tokens are the first `length_B` of a row."""
+    mask_BR = torch.arange(tokens_BR.shape[1], device=length_B.device) < length_B[:, None]
+    return Rollout(
+        tokens_BT=torch.cat([prompts.tokens_BP, tokens_BR], 1),
+        mask_BT=torch.cat([prompts.mask_BP, mask_BR], 1),
+        response_mask_BR=mask_BR,
+        behaviour_logprobs_BR=logprobs_BR,
+        finished_B=((tokens_BR == eos_id) & mask_BR).any(1),
+    )

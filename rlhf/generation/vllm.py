@@ -1,0 +1,237 @@
+"""Sampling by vLLM inside the training process: one engine per worker, whose weights the trainer hands over in memory.
+
+vLLM is optional (`make vllm`); nothing is imported from it before a sampler is made.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlhf.config import SamplingConfig
+from rlhf.data.batches import PromptBatch, Rollout, rows
+from rlhf.distributed import collectives
+from rlhf.generation.counter_rng import keyed_seed
+from rlhf.generation.sampler import rollout_of
+from rlhf.models import load_config
+from rlhf.profiling.roofline import ModelSize, size_of
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process, so that it can be given tensors
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+CACHE_SHARE = 0.25  # of the memory that is free, at most, for keys and values
+BLOCK = 128  # tokens that vLLM gives memory together, on a CPU; fewer on a GPU
+
+
+class VLLMSampler:
+    """Samples by vLLM from the architecture in `folder`, whose weights are not read: `load_weights` must come first.
+
+    All ranks must make theirs at the same time, each for itself. Rows are at most `max_length` tokens, prompt and
+    answer together, and `rows` of them are sampled at once. On a GPU the engine gives its memory back after each
+    `sample`. An answer depends on the batch as far as logits do: on rounding alone.
+    """
+
+    def __init__(
+        self, folder: Path, eos_id: int, pad_id: int, precision: str, device: torch.device, rows: int, max_length: int
+    ) -> None:
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(folder), dtype=self.dtype).requires_grad_(False)
+        self.size, self.tied = size_of(model), tied_names(model)
+        self.vocab_size = model.config.get_text_config().vocab_size
+        self.positions = (0, 0)
+        self.in_group = dist.is_initialized()
+        self.sleeps = device.type == "cuda"
+        self.asleep: set[str] = set()
+        self.llm = _open(
+            model=str(folder),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # no defaults from the folder
+            dtype=str(self.dtype).removeprefix("torch."),
+            # On a CPU vLLM packs the head, and forgets to do so anew where a head is the table and has no load of its own.
+            hf_overrides={"tie_word_embeddings": False},
+            logprobs_mode="processed_logprobs",  # after the temperature
+            max_num_seqs=rows,
+            max_model_len=max_length,
+            kv_cache_memory_bytes=_cache_bytes(self.size, device, rows, max_length),
+            enable_prefix_caching=False,  # it would outlive the weights
+            enable_sleep_mode=self.sleeps,
+            gpu_memory_utilization=_share_free(device),
+            # With several ranks the process group is there, and an engine of one rank is a slice of it.
+            distributed_executor_backend="external_launcher" if collectives.world_size() > 1 else "uni",
+        )
+        self._sleep()
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
+        """Replaces all weights, given by their names in transformers; returns the number of bytes copied."""
+        self._wake("weights")
+        total = 0
+
+        def copies() -> Iterator[tuple[str, Tensor]]:
+            nonlocal total
+            for name, tensor in named_tensors:
+                total += tensor.numel() * tensor.element_size()
+                # vLLM keeps a tensor until it has all of its layer, and a gathered one is gone by then.
+                for target in (name, *self.tied.get(name, ())):
+                    yield target, tensor.to(self.dtype, copy=True)
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies()})
+        return total
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: PromptBatch,
+        settings: SamplingConfig,
+        seed: int,
+        iteration: int,
+        on_rows: Callable[[Tensor, Rollout], None] | None = None,
+    ) -> Rollout:
+        """Answers for every prompt. R is `settings.max_new_tokens`; rows at once are those of the engine.
+
+        The generator of a row starts from (seed, iteration, prompt id). `on_rows` is as in `Sampler`.
+        """
+        B, R, device = len(prompts.ids_B), settings.max_new_tokens, prompts.tokens_BP.device
+        tokens_BR = torch.full((B, R), self.pad_id, dtype=torch.int64)
+        logprobs_BR = torch.zeros((B, R), dtype=torch.float32)
+        length_B = torch.zeros(B, dtype=torch.int64)
+
+        def rollout(index: Tensor | slice) -> Rollout:
+            tokens_NR, logprobs_NR, length_N = (x[index].to(device) for x in (tokens_BR, logprobs_BR, length_B))
+            return rollout_of(rows(prompts, index), tokens_NR, logprobs_NR, length_N, self.eos_id)
+
+        self._wake("weights", "kv_cache")
+        try:
+            for row, tokens, logprobs in self._answers(prompts, settings, seed, iteration):
+                length_B[row] = n = len(tokens)
+                tokens_BR[row, :n], logprobs_BR[row, :n] = torch.tensor(tokens), torch.tensor(logprobs)
+                if on_rows is not None:
+                    on_rows(torch.tensor([row]), rollout(torch.tensor([row])))
+        finally:  # without it, what `on_rows` raises would leave the other rows to the next call
+            self.llm.llm_engine.abort_request([str(row) for row in (length_B == 0).nonzero()[:, 0].tolist()])
+            self._sleep()
+        self.positions = (int(prompts.mask_BP.sum()), int((length_B - 1).sum()))
+        return rollout(slice(None))
+
+    def _answers(
+        self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
+    ) -> Iterator[tuple[int, list[int], list[float]]]:
+        """(row, tokens, logprobs) of every answer, as they end."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+        engine = self.llm.llm_engine
+        ends = [self.eos_id] if self.eos_id < self.vocab_size else []  # vLLM refuses an end that is no token
+        seeds = keyed_seed(seed, iteration, prompts.ids_B).tolist()
+        for row, (tokens_P, mask_P) in enumerate(zip(prompts.tokens_BP, prompts.mask_BP, strict=True)):
+            params = SamplingParams(
+                temperature=settings.temperature,
+                max_tokens=settings.max_new_tokens,
+                seed=seeds[row],
+                logprobs=0,  # of the sampled token alone
+                ignore_eos=True,  # the model's own idea of it; ours is the next line
+                stop_token_ids=ends,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(row), {"prompt_token_ids": tokens_P[mask_P].tolist()}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                answer = output.outputs[0]
+                tokens = list(answer.token_ids)
+                of_each = [of_token[token].logprob for of_token, token in zip(answer.logprobs, tokens, strict=True)]
+                yield int(output.request_id), tokens, of_each
+
+    def _wake(self, *parts: str) -> None:
+        if sleeping := self.asleep.intersection(parts):
+            self.llm.wake_up(tags=sorted(sleeping))
+            self.asleep -= sleeping
+
+    def _sleep(self) -> None:
+        """Weights go to main memory, keys and values are dropped; the memory is the trainer's."""
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
+
+    def close(self) -> None:
+        """Lets its weights go, those in main memory too; nothing can be sampled afterwards."""
+        with _group_kept() if self.in_group else nullcontext():
+            del self.llm
+            gc.collect()  # an engine is a circle
+
+
+def _open(**settings: Any) -> Any:
+    os.environ.update(SETTINGS)
+    with _process_kept():
+        from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+        return LLM(**settings)
+
+
+@contextmanager
+def _process_kept() -> Iterator[None]:
+    """vLLM takes its process for its own: it changes the environment, seeds torch, and on a CPU forbids
+    `torch.set_num_threads`. The trainer gets back what it had.
+    """
+    environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+@contextmanager
+def _group_kept() -> Iterator[None]:
+    """An engine that goes destroys the process group, even one that it found: this leaves the trainer its own."""
+    destroy = dist.destroy_process_group
+
+    def destroy_parts(group: dist.ProcessGroup | None = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    dist.destroy_process_group = destroy_parts
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
+
+
+def tied_names(model: Any) -> dict[str, list[str]]:
+    """The name of the table's weight, with that of the head where both are one tensor."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(part): f"{name}.weight" for name, part in model.named_modules()}
+    return {names[id(table)]: [names[id(head)]]} if head.weight is table.weight else {}
+
+
+def _share_free(device: torch.device) -> float:
+    """Of a device's memory, what vLLM may find free; it refuses to start where others hold more. On a CPU its default."""
+    if device.type != "cuda":
+        return 0.92
+    free, total = torch.cuda.mem_get_info(device)
+    return 0.98 * free / total
+
+
+def _cache_bytes(size: ModelSize, device: torch.device, rows: int, max_length: int) -> int:
+    """Keys and values of all rows at their longest, if memory allows; with less, vLLM makes rows wait."""
+    wanted = size.cache_bytes * BLOCK * (rows * -(-max_length // BLOCK) + 1)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return min(wanted, int(CACHE_SHARE * free))

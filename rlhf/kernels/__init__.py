@@ -1,0 +1,1 @@
+"""Faster forms of what models compute: attention, norms, logprobs, linear layers."""

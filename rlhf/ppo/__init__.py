@@ -1,0 +1,1 @@
+"""PPO: sample, score, make experience, update."""

@@ -1,0 +1,210 @@
+"""Figures that PPO stands on, taken before its first step. Each has a limit; past it the run stops on every rank.
+
+Every function here but `broken_ends` and `agree` makes forward passes or gathers shards: all ranks must call it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reward_data import Message
+from rlhf.chat import encode_answer
+from rlhf.config import PPOConfig
+from rlhf.data.batches import Rollout, Scores, rows, trim
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import Engine, full_parameters
+from rlhf.distributed.micro_batches import passes_of_shares
+from rlhf.errors import UserError
+from rlhf.models import load_scalar
+from rlhf.ppo.scoring import reward_of
+from rlhf.ppo.update import read_again
+
+SAME_LOGPROBS = {"float32": 1e-6, "bf16": 5e-2}
+"""Equal passes over equal rows are equal bit by bit; a backend may still choose another kernel for one of them, and
+then a bf16 logprob of 10 nats is rounded in steps of .06."""
+SAME_SCORES = {"float32": 1e-3, "bf16": 1e-1}
+"""Other padding, shards and devices add up in another order. In float32 that moves the shipped models by 1e-5; in bf16
+the hidden states have three digits. A head or an offset that is wrong moves a score by tenths."""
+
+SAMPLER_GAP = {"float32": 1e-2, "bf16": 1.0}
+"""Another engine adds up in another order: float32 moves by 1e-5. In bf16 a token of 10 nats moves by tenths. A sampler
+without the trainer's weights is off by whole nats."""
+
+FIXED_TEXT = ("What is 2 + 2?", "2 + 2 is 4.")
+PADDING = 5
+ROWS, NEW_TOKENS = 16, 64  # of the small rollout, on each rank
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    figure: float  # how far off on this rank; NaN is as far as can be
+    limit: float
+    what: str  # what the figure measures, with its unit
+    look_at: str
+
+
+def agree(findings: Sequence[Finding]) -> dict[str, str]:
+    """Tags that tell what was found, the worst of all ranks. UserError (6), on every rank, where one is past its limit."""
+    everywhere = zip(*collectives.gather_objects(list(findings)), strict=True)
+    worst = [max(same, key=lambda f: _distance(f.figure)) for same in everywhere]
+    failed = [f for f in worst if not f.figure <= f.limit]
+    if failed:
+        lines = [f"{f.name}: {f.what} is {f.figure:.3g}, at most {f.limit:g} is allowed. {f.look_at}" for f in failed]
+        raise UserError("\n".join(["PPO did not start, because a check before its first step failed.", *lines]), 6)
+    return {f"check.{f.name}": f"passed: {f.what} is {f.figure:.3g}, at most {f.limit:g} is allowed" for f in worst}
+
+
+def _distance(figure: float) -> float:
+    return math.inf if math.isnan(figure) else figure
+
+
+@torch.no_grad()
+def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig, precision: str) -> Finding:
+    """The ratio π/π_old of the first minibatch, read as the update reads it, must be 1."""
+    far = []
+    for index in passes_of_shares(rollout, ppo):
+        part = trim(rows(rollout, index))
+        mask_BR = part.response_mask_BR
+        logprobs_BR, _ = read_again(policy, part, ppo)
+        ratio_BR = (logprobs_BR.cpu() - scores.logprobs_BR[index.cpu(), : mask_BR.shape[1]]).exp()
+        far.append(float((ratio_BR[mask_BR.cpu()] - 1).abs().max()))
+    return Finding(
+        "first_ratio",
+        max(far, key=_distance),
+        SAME_LOGPROBS[precision],
+        "the largest |ratio - 1| of the policy to itself",
+        "The update reads the policy otherwise than scoring does: look at dropout, modules in training mode and the "
+        "temperature.",
+    )
+
+
+def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> Finding:
+    """Before its first step the policy is the reference, so their KL is 0 token by token."""
+    gap_BR = (scores.logprobs_BR - scores.ref_logprobs_BR)[rollout.response_mask_BR.cpu()]
+    return Finding(
+        "policy_is_reference",
+        float(gap_BR.abs().max()),
+        SAME_LOGPROBS[precision],
+        "the largest |log π - log π_SFT| at a token",
+        "Policy and reference do not hold the same weights, or are read differently: look at the SFT artifact, at an "
+        "adapter that does not start at zero, and at embeddings that were resized.",
+    )
+
+
+def broken_ends(rollout: Rollout, eos_id: int, pad_id: int) -> Finding:
+    """EOS is the last real token of every finished answer, and of no other; masks come from lengths."""
+    mask_BR = rollout.response_mask_BR
+    R = mask_BR.shape[1]
+    tokens_BR, length_B = rollout.tokens_BT[:, -R:], mask_BR.sum(1)
+    last_B = tokens_BR.gather(1, (length_B - 1).clamp(min=0)[:, None])[:, 0]
+    contiguous_B = (mask_BR == (torch.arange(R, device=mask_BR.device) < length_B[:, None])).all(1)
+    seen_by_models_B = (rollout.mask_BT[:, -R:] == mask_BR).all(1)
+    eos_inside_B = ((tokens_BR == eos_id) & mask_BR).sum(1)
+    right_end_B = torch.where(rollout.finished_B, (last_B == eos_id) & (eos_inside_B == 1), eos_inside_B == 0)
+    wrong_B = ~(contiguous_B & seen_by_models_B & right_end_B & (length_B > 0))
+    same = eos_id == pad_id
+    return Finding(
+        "eos_in_mask",
+        float(len(wrong_B) if same else wrong_B.sum()),
+        0,
+        f"the number of answers whose mask does not end as they do ({int(rollout.finished_B.sum())} of {len(wrong_B)} end with EOS)",
+        "pad and EOS are the same token: look at the tokenizer."
+        if same
+        else "Look at how the sampler makes masks: they must come from lengths, EOS inside.",
+    )
+
+
+def synced(policy: Engine, sampler: nn.Module) -> Finding:
+    """The sampler must hold the trainer's weights, cast to its precision. Shards are gathered in buckets."""
+    own = dict(sampler.named_parameters())
+    wrong = set(own)
+    for name, tensor in full_parameters(policy.module):
+        name = name.removeprefix("causal.")
+        if name in own and checksum(tensor.to(own[name].dtype)) == checksum(own[name]):
+            wrong.remove(name)
+        else:
+            wrong.add(name)
+    return Finding(
+        "sampler_weights",
+        len(wrong),
+        0,
+        "the number of tensors whose checksums in sampler and trainer differ",
+        f"The sync left out or changed {', '.join(sorted(wrong)[:3])}: look at the names of the weights and at which of "
+        "them learn.",
+    )
+
+
+def sampler_agrees(rollout: Rollout, scores: Scores, precision: str) -> Finding:
+    """A sampler that keeps its weights in a layout of its own must give the trainer's logprobs to what it sampled."""
+    gap_BR = rollout.behaviour_logprobs_BR.cpu() - scores.logprobs_BR.cpu()
+    return Finding(
+        "sampler_logprobs",
+        float(gap_BR[rollout.response_mask_BR.cpu()].abs().max()),
+        SAMPLER_GAP[precision],
+        "the largest difference between sampler and trainer in the logprob of a token",
+        "The sampler does not hold the trainer's weights, or reads them at another temperature: look at the names of the "
+        "weights that it was given.",
+    )
+
+
+def checksum(tensor: Tensor, piece: int = 1 << 22) -> int:
+    """The bits of a tensor as wrapping int64, each times its odd place, added up: exact on every device."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(-1).view(kind)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), piece):
+        part = bits[start : start + piece].long()
+        total += (part * (2 * torch.arange(start, start + len(part), device=part.device) + 1)).sum()
+    return int(total)
+
+
+def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precision: str) -> Finding:
+    """One fixed text must get one score from the (sharded) reward model, padded or not, and from `rlhf score`.
+
+    The latter is `ScalarModel.score` of the whole model in `folder`, which the first rank loads on its CPU and lets go.
+    """
+    scores = fixed_text_scores(engine, tokenizer)
+    of_folder = collectives.alone(lambda: _score_of_folder(folder, tokenizer, precision), f"loading {folder}")
+    scores["by rlhf score"] = of_folder
+    gaps = [abs(score - scores["unpadded"]) for score in scores.values()]
+    return Finding(
+        f"score.{name}",
+        max(gaps, key=_distance),
+        SAME_SCORES[precision],
+        "the largest difference between scores of one text",
+        f"It is {', '.join(f'{score:.4g} {how}' for how, score in scores.items())}: look at attention masks and "
+        f"positions where padding matters, else at the head and the offset of {folder}.",
+    )
+
+
+@torch.no_grad()
+def fixed_text_scores(engine: Engine, tokenizer: Any) -> dict[str, float]:
+    """What a reward model gives for FIXED_TEXT, by the side on which it is padded."""
+    tokens_1T, mask_1T = _fixed_text(tokenizer)
+    scores = {}
+    for how, side in {"unpadded": (0, 0), "padded left": (PADDING, 0), "padded right": (0, PADDING)}.items():
+        tokens_BT, mask_BT = F.pad(tokens_1T, side, value=tokenizer.pad_token_id), F.pad(mask_1T, side)
+        scores[how] = float(reward_of(engine, tokens_BT.to(engine.device), mask_BT.to(engine.device)))
+    return scores
+
+
+@torch.no_grad()
+def _score_of_folder(folder: Path, tokenizer: Any, precision: str) -> float:
+    whole = load_scalar(folder).eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        return float(whole.score(*_fixed_text(tokenizer)))
+
+
+def _fixed_text(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """(tokens_1T, mask_1T)"""
+    ids = encode_answer(tokenizer, [Message("user", FIXED_TEXT[0])], FIXED_TEXT[1])
+    return torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)

@@ -1,0 +1,41 @@
+"""Tables of prompts and answers for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.chat import decode_answer
+from rlhf.data.batches import Rollout, Scores
+from rlhf.evaluation.policy_report import Answers
+
+
+def before_and_after(prompts: Sequence[Any], answers: Mapping[str, Answers], count: int = 10) -> list[dict[str, Any]]:
+    """The first prompts with the answers and scores of the SFT model and of the final policy."""
+    table = []
+    for i, prompt in enumerate(prompts[:count]):
+        row: dict[str, Any] = {"prompt": prompt.messages[-1].content}
+        for name in ("sft", "ppo"):
+            row[name] = answers[name].texts[i]
+            row |= {f"{key}_{name}": values[i] for key, values in answers[name].scores.items()}
+        table.append(row)
+    return table
+
+
+def sampled(tokenizer: Any, rollout: Rollout, scores: Scores, count: int, iteration: int) -> list[dict[str, Any]]:
+    """The first rows of an iteration's rollout, as text."""
+    R = rollout.response_mask_BR.shape[1]
+    table = []
+    for i in range(min(count, len(rollout.tokens_BT))):
+        prompt = rollout.tokens_BT[i, :-R][rollout.mask_BT[i, :-R]].tolist()
+        answer = rollout.tokens_BT[i, -R:][rollout.response_mask_BR[i]].tolist()
+        table.append(
+            {
+                "iteration": iteration,
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "answer": decode_answer(tokenizer, answer),
+                "helpful": float(scores.helpful_B[i]),
+                "safety": float(scores.safety_B[i]),
+            }
+        )
+    return table

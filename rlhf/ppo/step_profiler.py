@@ -1,0 +1,234 @@
+"""Where the seconds and the tokens of an iteration went, and how near that is to what the machine can do.
+
+Every second belongs to one phase. Every position that a model computes is one of four kinds of token:
+
+    useful   an answer token is drawn from it, or is read at it
+    prompt   needed, but no part of an answer: once for all rows that have the prompt
+    padded   stands between rows of unequal length, or reads a prompt again
+    dropped  computed for a row that had ended already
+
+Figures are named perf/…; docs/metrics.md defines each with its unit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import RunConfig
+from rlhf.data.batches import Rollout, first_with_prompt, rows
+from rlhf.distributed import collectives
+from rlhf.distributed.micro_batches import tokens_of_minibatch, tokens_of_shares
+from rlhf.generation import Sampler
+from rlhf.ppo.update import minibatches
+from rlhf.profiling.roofline import (
+    Machine,
+    ModelSize,
+    backward_flops,
+    forward_flops,
+    least_steps,
+    measure,
+    size_of,
+    together,
+    tokens_seen,
+    wait,
+)
+
+PHASES = ("sync", "sampling", "scoring", "update", "evaluation", "checkpoint", "logging", "other")
+COMPUTING = ("sampling", "scoring", "update")  # phases whose tokens are counted
+ADAM_BYTES = 28  # per weight and step: reads weight, gradient and two moments, writes all but the gradient, in float32
+
+
+class Clock:
+    """Seconds per phase, and memory at the end of each. Every second since it was made belongs to one phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self.started = now
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.overlapped: dict[str, float] = dict.fromkeys(COMPUTING, 0.0)
+        self.memory: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Phases do not overlap. Waits for the device at both ends: what was asked for in a phase is done in it."""
+        wait(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        wait(self.device)
+        self.seconds[phase] += time.perf_counter() - start
+        self.memory[phase] = max(self.memory.get(phase, 0), memory(self.device))
+
+    def beside(self, phase: str, seconds: float) -> None:
+        """So long a thread worked for `phase` in the time of another one, to which the seconds belong."""
+        self.overlapped[phase] += seconds
+
+    def close(self) -> dict[str, float]:
+        """Figures of the time since the last call; the next iteration begins at this moment."""
+        now = time.perf_counter()
+        self.seconds["other"] = now - self.started - sum(self.seconds.values())
+        figures = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
+        figures |= {f"perf/overlapped_seconds_{phase}": value for phase, value in self.overlapped.items()}
+        figures |= {f"perf/memory_{phase}": float(value) for phase, value in self.memory.items()}
+        figures["perf/seconds_iteration"] = now - self.started
+        self._begin(now)
+        return figures
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most that tensors took since the last reset, elsewhere what is resident now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def all_machines(device: torch.device, precision: str) -> Machine:
+    """The workers as one machine, measured at the same time, because they may share a memory. All ranks must call it."""
+    collectives.barrier()
+    return together(collectives.gather_objects(measure(device, precision)))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    useful: int
+    prompt: int
+    padded: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase computed, over all ranks."""
+
+    tokens: Tokens  # once per row and reading, however many models read it
+    flops: float  # of all models, for useful and prompt tokens
+    bytes: float  # the least that must come from memory
+
+
+def work(
+    rollout: Rollout,
+    chunks: Sequence[Tensor],
+    sampler: Sampler,
+    readers: Sequence[nn.Module],
+    learners: Sequence[nn.Module],
+    config: RunConfig,
+    iteration: int,
+    world: int,
+) -> dict[str, float]:
+    """Tokens, FLOPs and bytes of an iteration's phases, as figures; `rollout` has the rows of all ranks.
+
+    Readers are the models that score, learners those that are updated; `chunks` are the rows of this rank that were
+    scored together. All ranks must call it.
+    """
+    ppo, answer_B = config.ppo, rollout.response_mask_BR.sum(1).cpu()
+    prompt_B = rollout.mask_BT.sum(1).cpu() - answer_B
+    P = rollout.mask_BT.shape[1] - rollout.response_mask_BR.shape[1]
+    first_B = first_with_prompt(rollout.tokens_BT[:, :P], rollout.mask_BT[:, :P]).cpu()
+    shared_B = torch.where(first_B < torch.arange(len(first_B)), prompt_B, 0)
+    positions = [sum(of_ranks) for of_ranks in zip(*collectives.gather_objects(sampler.positions), strict=True)]
+    steps = list(minibatches(len(answer_B), ppo, config.seed, iteration))
+    read_once = sum(tokens_of_shares(chunk, world, ppo) for chunk in _of_all_ranks(rollout, chunks, world))
+    learned_from = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
+    lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in learners]
+    done = {
+        "sampling": sampling_work(*lengths, positions, sampler.size, ppo.sampling.batch_size, world),
+        "scoring": scoring_work(*lengths, read_once, [size_of(module) for module in readers], world),
+        "update": update_work(*lengths, learned_from, sizes, ppo.epochs, len(steps)),
+    }
+    figures: dict[str, float] = {}
+    for phase, of_phase in done.items():
+        kinds = vars(of_phase.tokens)
+        figures |= {f"perf/tokens_{phase}_{kind}": float(count) for kind, count in kinds.items()}
+        figures[f"perf/useful_share_{phase}"] = of_phase.tokens.useful / sum(kinds.values())
+        figures |= {f"perf/flops_{phase}": of_phase.flops, f"perf/bytes_{phase}": of_phase.bytes}
+    return figures
+
+
+def _of_all_ranks(rollout: Rollout, chunks: Sequence[Tensor], world: int) -> Iterator[Rollout]:
+    """The rows that all ranks scored at one time, the first rank's first."""
+    share = len(rollout.finished_B) // world
+    for of_ranks in zip(*collectives.gather_objects([chunk.tolist() for chunk in chunks]), strict=True):
+        yield rows(rollout, [rank * share + row for rank, own in enumerate(of_ranks) for row in own])
+
+
+def sampling_work(
+    prompt_B: Tensor,
+    answer_B: Tensor,
+    shared_B: Tensor,
+    positions: Sequence[int],
+    size: ModelSize,
+    slots: int,
+    world: int,
+) -> Work:
+    """`positions`: how many the sampler computed in reading prompts, and in steps that draw one more token. `shared_B`:
+    tokens of a row's prompt that were read for another row.
+
+    The first tokens of a prompt's answers are drawn at its last, which counts for them. Bytes: weights once per step, in
+    as few steps as `slots` rows at a time allow, and keys and values once per token that follows them.
+    """
+    stepped_B, (in_prompts, in_steps) = answer_B - 1, positions
+    stepped, read, drawn_from = int(stepped_B.sum()), int((prompt_B - shared_B).sum()), int((shared_B < prompt_B).sum())
+    tokens = Tokens(drawn_from + stepped, read - drawn_from, in_prompts - read, in_steps - stepped)
+    steps = sum(1 + least_steps(share, slots) for share in stepped_B.view(world, -1))
+    seen = tokens_seen(prompt_B, stepped_B)
+    flops = forward_flops(size, prompt_B + stepped_B, drawn_from + stepped, shared_B)
+    return Work(tokens, flops, float(steps * size.weight_bytes + seen * size.cache_bytes))
+
+
+def scoring_work(
+    prompt_B: Tensor, answer_B: Tensor, shared_B: Tensor, computed: int, sizes: Sequence[ModelSize], world: int
+) -> Work:
+    """Every model reads every row once, in `computed` positions. Bytes: the weights, once per rank."""
+    prompts, answers = int((prompt_B - shared_B).sum()), int(answer_B.sum())
+    flops = sum(forward_flops(size, prompt_B + answer_B, answers, shared_B) for size in sizes)
+    tokens = Tokens(answers, prompts, computed - prompts - answers, 0)
+    return Work(tokens, flops, float(world * sum(size.weight_bytes for size in sizes)))
+
+
+def update_work(
+    prompt_B: Tensor,
+    answer_B: Tensor,
+    shared_B: Tensor,
+    computed: int,
+    sizes: Sequence[ModelSize],
+    epochs: int,
+    steps: int,
+) -> Work:
+    """Every epoch reads every row, forward and backward, together in `computed` positions. Bytes: of the optimizer."""
+    prompts, answers = int((prompt_B - shared_B).sum()), int(answer_B.sum())
+    asked = (prompt_B + answer_B, answers, shared_B)
+    flops = sum(forward_flops(size, *asked) + backward_flops(size, *asked) for size in sizes)
+    tokens = Tokens(epochs * answers, epochs * prompts, computed - epochs * (prompts + answers), 0)
+    return Work(tokens, epochs * flops, float(steps * ADAM_BYTES * sum(size.all_learn for size in sizes)))
+
+
+def close(clock: Clock, figures: Mapping[str, float], machine: Machine) -> dict[str, float]:
+    """What the clock saw of an iteration, and what that makes of its `work`: speeds, and shares of the limit."""
+    times = clock.close()
+    return times | rates(figures, times, machine)
+
+
+def rates(figures: Mapping[str, float], times: Mapping[str, float], machine: Machine) -> dict[str, float]:
+    """How fast each phase computed what `work` counted, and the share of what the machine can do at best."""
+    found = {"perf/machine_flops": machine.flops, "perf/machine_bandwidth": machine.bandwidth}
+    for phase in COMPUTING:
+        seconds = max(times[f"perf/seconds_{phase}"] + times[f"perf/overlapped_seconds_{phase}"], 1e-9)
+        useful, prompt = (figures[f"perf/tokens_{phase}_{kind}"] for kind in ("useful", "prompt"))
+        flops, moved = figures[f"perf/flops_{phase}"], figures[f"perf/bytes_{phase}"]
+        found |= {
+            f"perf/tokens_per_second_{phase}": (useful + prompt) / seconds,
+            f"perf/flop_utilisation_{phase}": flops / machine.flops / seconds,
+            f"perf/limit_share_{phase}": machine.seconds(flops, moved) / seconds,
+        }
+        if phase == "sampling":
+            found["perf/sampled_tokens_per_second"] = figures["perf/tokens_scoring_useful"] / seconds
+    return found

@@ -1,0 +1,88 @@
+"""What a stage is told about the place it runs in, and how it says how far it is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.runs.artifacts import Artifact, write_json
+
+if TYPE_CHECKING:  # the driver reads progress and must not load torch for it
+    import torch
+
+    from rlhf.tracking import Tracker
+
+PROGRESS = "progress.json"
+WRITE_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class StageContext:
+    stage: str  # "sft", "reward/<name>", "ppo"
+    rank: int
+    world_size: int
+    device: torch.device
+    folder: Path  # runs/<run>/<stage>, the same on all ranks
+    inputs: Mapping[str, Artifact]  # stage name -> what it left behind
+    tracker: Tracker  # a null object on all ranks but the first
+    progress: Progress
+    local: bool  # alone in this process, without a process group
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that writes files, metrics and progress."""
+        return self.rank == 0
+
+    @property
+    def artifact_folder(self) -> Path:
+        return self.folder / "artifact"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+class Progress:
+    """Tells the driver, through `<folder>/progress.json`, how far a stage is. Silent on all ranks but the writer."""
+
+    def __init__(self, folder: Path, is_writer: bool) -> None:
+        self._path = folder / PROGRESS
+        self._is_writer = is_writer
+        self._next_write = 0.0
+        self._warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """A line that stays under the stage's bar from the next update on, which comes at once."""
+        self._warnings.append(text)
+        self._next_write = 0.0
+
+    def update(self, done: int, total: int, **figures: float) -> None:
+        """`done` of `total` steps and the figures that matter, e.g. loss=1.2. Written twice a second at most."""
+        now = time.monotonic()
+        if not self._is_writer or (now < self._next_write and done < total):
+            return
+        self._next_write = now + WRITE_EVERY_S
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        state = {"done": done, "total": total, "figures": figures, "warnings": self._warnings, "time": time.time()}
+        write_json(self._path, state, durable=False)
+
+
+@dataclass(frozen=True)
+class ProgressState:
+    done: int
+    total: int
+    figures: dict[str, float | None]  # None: was not a finite number
+    warnings: list[str]  # all since the stage began
+    time: float  # seconds since 1970
+
+
+def read_progress(folder: Path) -> ProgressState | None:
+    """What the stage in `folder` last said; None before its first word."""
+    try:
+        return ProgressState(**json.loads((folder / PROGRESS).read_text()))
+    except FileNotFoundError:
+        return None

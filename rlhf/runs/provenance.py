@@ -1,0 +1,82 @@
+"""What an artifact was made from: its settings, its data, its parents. Equal lineage means that a stage can be skipped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.runs import artifacts
+from rlhf.distributed import collectives
+from rlhf.runs.artifacts import Artifact, digest_of
+from rlhf.config import RunConfig
+from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts
+from rlhf.runs.context import StageContext
+
+LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
+ROLES = {"sft": ["demonstrations"], "reward": ["preferences", "demonstrations"], "ppo": ["prompts"]}
+
+
+def read_data(config: RunConfig, stages: Sequence[str]) -> dict[str, dict[str, Split]]:
+    """The data of each stage, by role; every role is read once, because what one holds out no other may train on.
+
+    UserError (3) for data that cannot be used.
+    """
+    splits = hold_out_everywhere({role: load(config) for role, load in LOADERS.items()}, config.data)
+    return {stage: {role: splits[role] for role in ROLES[stage.split("/")[0]]} for stage in stages}
+
+
+def stage_data(config: RunConfig, stage: str) -> dict[str, Split]:
+    """The data that `stage` reads, by role. UserError (3) for data that cannot be used."""
+    return read_data(config, [stage])[stage]
+
+
+def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The settings that decide what `stage` makes: what is not in here may change without making it stale.
+
+    Where data lie does not count (their digests do), nor how many workers there are, nor what raises an alarm.
+    """
+    whole = config.model_dump(mode="json")
+    kind, _, name = stage.partition("/")
+    own = whole[kind] | ({"models": whole["reward"]["models"][name]} if name else {})
+    own.pop("alarms", None)
+    keys = [*ROLES[kind], "bad_rows", "shared_prompts", "held_out_share", *(["gold"] if kind == "ppo" else [])]
+    data = {key: whole["data"][key] for key in keys}
+    return {
+        "model": whole["model"],
+        "seed": config.seed,
+        "precision": config.hardware.precision,
+        "data": data,
+        kind: own,
+    }
+
+
+def settings_digest(config: RunConfig, stage: str) -> str:
+    return digest_of(stage_settings(config, stage))
+
+
+def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    """Digests of all that a stage was made from: artifacts by stage, data by role and source."""
+    sources = {f"{role}: {name}": digest for role, split in data.items() for name, digest in split.digests.items()}
+    return {name: artifact.digest for name, artifact in inputs.items()} | sources
+
+
+def seal(
+    config: RunConfig,
+    context: StageContext,
+    write: Callable[[Path], None],
+    parents: Mapping[str, str],
+    metrics: Mapping[str, Any],
+) -> Artifact:
+    """The stage's artifact: rank 0 lets `write` fill its folder and adds the manifest; then no checkpoint is needed."""
+    folder = context.artifact_folder
+
+    def work() -> None:
+        artifacts.begin(folder)
+        write(folder)
+        artifacts.complete(folder, context.stage, parents, settings_digest(config, context.stage), metrics)
+        shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
+
+    collectives.alone(work, f"writing {folder}")
+    return collectives.agreed(lambda: artifacts.load(folder))

@@ -1,0 +1,141 @@
+"""What stages and the driver call to record a run. Every call writes to a file and returns; none waits for MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rlhf.config import TrackingConfig, without_secrets
+from rlhf.runs.artifacts import code_diff, code_revision, plain, write_atomic
+from rlhf.tracking.jsonl import Lines, read_lines
+from rlhf.tracking.mlflow_sync import EVENTS, METRICS, Follower, Mirror, rewind
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Tracker(Protocol):
+    @property
+    def run_id(self) -> str | None: ...  # of the MLflow run, None while there is none
+    def params(self, values: Mapping[str, Any]) -> None: ...  # nested mappings become dotted names
+    def tags(self, values: Mapping[str, str]) -> None: ...
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def rewind(self, step: int) -> None: ...  # drops the metrics after `step`, which are made again
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...  # added to earlier rows of that name
+    def dataset(self, name: str, path: str, digest: str, role: str) -> None: ...
+    def artifact(self, path: Path) -> None: ...  # a small file, for instance a plot; never weights
+    def close(self, status: Status = "FINISHED", reason: str = "") -> None: ...
+
+
+def open_tracker(
+    folder: Path, settings: TrackingConfig, run_name: str, parent_run_id: str | None, is_writer: bool
+) -> Tracker:
+    """The tracker of one run. Opened again, it goes on in the same files and the same MLflow run.
+
+    `parent_run_id` None: a run of its own. "": nested, and the parent is looked up in the folders above once it exists.
+    """
+    if not is_writer:
+        return NullTracker()
+    folder.mkdir(parents=True, exist_ok=True)
+    Mirror.open(folder, run_name, parent_run_id)
+    return FileTracker(folder, settings, watch_system=parent_run_id is not None)
+
+
+def open_parent(folder: Path, settings: TrackingConfig, run_name: str) -> Tracker:
+    """The tracker of a whole pipeline. Its `run_id` appears when its thread has reached MLflow; do not wait for it."""
+    return open_tracker(folder, settings, run_name, parent_run_id=None, is_writer=True)
+
+
+def mark_failed(folder: Path, reason: str) -> None:
+    """Note that the run in `folder` failed, where its own process died too early to say so. `fill_in` sends it."""
+    states = [event["status"] for event, _ in read_lines(folder / EVENTS) if event["event"] == "status"]
+    if states and states[-1] == "RUNNING":
+        events = Lines(folder / EVENTS)
+        events.append({"event": "status", "status": "FAILED", "reason": without_secrets(reason)})
+        events.close()
+
+
+def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every series in `folder`, by step; where a step was done twice, the later value."""
+    series: dict[str, dict[int, float]] = {}
+    for line, _ in read_lines(folder / METRICS):
+        for name, value in line.items():
+            if name not in ("step", "time") and value is not None:
+                series.setdefault(name, {})[line["step"]] = value
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+class NullTracker:
+    """On ranks that do not write."""
+
+    run_id = None
+
+    def params(self, values: Mapping[str, Any]) -> None: ...
+    def tags(self, values: Mapping[str, str]) -> None: ...
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def rewind(self, step: int) -> None: ...
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def dataset(self, name: str, path: str, digest: str, role: str) -> None: ...
+    def artifact(self, path: Path) -> None: ...
+    def close(self, status: Status = "FINISHED", reason: str = "") -> None: ...
+
+
+class FileTracker:
+    """Adds to the folder's JSONL files; with a tracking URI, a follower thread mirrors them."""
+
+    def __init__(self, folder: Path, settings: TrackingConfig, watch_system: bool) -> None:
+        self._folder = folder
+        self._metrics, self._events = Lines(folder / METRICS), Lines(folder / EVENTS)
+        self._is_open = True
+        self._event("status", status="RUNNING", reason="")
+        self._record_code()
+        self._follower = None if settings.uri is None else Follower(folder, settings, watch_system)
+
+    @property
+    def run_id(self) -> str | None:
+        return Mirror.load(self._folder).run_id
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._event("params", values=values)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._event("tags", values=values)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._metrics.append({"step": step, **values})
+
+    def rewind(self, step: int) -> None:
+        rewind(self._folder, step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that are there already come from a stage that goes on and makes them again; they are not added twice."""
+        event = {"event": "table", "name": name, "rows": plain(rows)}
+        earlier = ({key: old.get(key) for key in event} for old, _ in read_lines(self._folder / EVENTS))
+        if event not in earlier:
+            self._events.append(event)
+
+    def dataset(self, name: str, path: str, digest: str, role: str) -> None:
+        self._event("dataset", name=name, path=path, digest=digest, role=role)
+
+    def artifact(self, path: Path) -> None:
+        self._event("artifact", path=path.absolute())
+
+    def close(self, status: Status = "FINISHED", reason: str = "") -> None:
+        """Note how the run ended and give the follower some seconds to catch up. A second call changes nothing."""
+        if self._is_open:
+            self._is_open = False
+            self._event("status", status=status, reason=reason)
+            self._metrics.close()
+            self._events.close()
+            if self._follower:
+                self._follower.close()
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        self._events.append({"event": kind, **without_secrets(fields)})
+
+    def _record_code(self) -> None:
+        revision = code_revision()
+        self.tags({"git.revision": revision, "mlflow.source.git.commit": revision.removesuffix("+changes")})
+        if diff := code_diff():
+            write_atomic(self._folder / "git.diff", diff)
+            self.artifact(self._folder / "git.diff")

@@ -1,0 +1,61 @@
+"""JSONL files that are only added to. A line that a killed process left half-written is never read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.runs.artifacts import plain
+
+
+class Lines:
+    """Writes one JSON object with its time (seconds since 1970) per line; another process sees each line at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = path.open("a", encoding="utf-8")
+        if _ends_within_a_line(path):
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Numbers that are not finite become null. Raises UserError(5) when the disk is full."""
+        line = json.dumps(plain({"time": round(time.time(), 3), **values}), ensure_ascii=False, allow_nan=False)
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"The disk is full: {self._path} could not be written. Free some space.", 5) from None
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole lines from byte `start` on, each with the byte after it. Nothing where there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        stream.seek(start)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            with suppress(ValueError):
+                yield json.loads(line), start
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - 1, 0))
+        return size > 0 and stream.read(1) != b"\n"

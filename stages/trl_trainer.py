@@ -1,0 +1,165 @@
+"""What the two stages that stand on TRL share: the settings of a transformers Trainer, its callbacks, its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+
+from rlhf.config import OptimConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.distributed.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
+from rlhf.errors import UserError
+from rlhf.runs import checkpoint
+from rlhf.runs.context import StageContext
+from rlhf.tracking import NOTHING
+
+StageSettings = SFTConfig | RewardConfig
+
+
+def trainer_arguments(config: RunConfig, settings: StageSettings, context: StageContext, steps: int) -> dict[str, Any]:
+    """Keyword arguments of a TRL config; our own callbacks measure, log and show."""
+    accumulation = settings.batch_size // (settings.micro_batch_size * context.world_size)
+    save_every = math.ceil(steps / (settings.checkpoints + 1))
+    if not context.local:
+        import_deepspeed()
+    return {
+        "output_dir": str(context.checkpoint_folder),
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "train_sampling_strategy": "sequential",  # the rows stand in their order already
+        "learning_rate": settings.optim.lr,
+        "max_grad_norm": settings.optim.max_grad_norm,
+        "bf16": config.hardware.precision == "bf16" and context.local,  # ZeRO has autocast in its own settings
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "use_cpu": context.device.type == "cpu",
+        "deepspeed": None if context.local else trainer_zero_config(config.hardware),
+        "seed": config.seed,
+        "logging_steps": 1,
+        "save_strategy": "steps" if settings.checkpoints else "no",
+        "save_steps": save_every,
+        "eval_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": context.device.type == "cuda",
+    }
+
+
+def in_training_order(
+    dataset: Dataset, lengths: Sequence[int], settings: StageSettings, stage: str, seed: int
+) -> Dataset:
+    """The rows of every step, batch after batch: each epoch in a new order, rows of like length in one forward pass.
+
+    Whole batches only: of the rows that fill none a Trainer makes a step too, in which each of them weighs more.
+    UserError (3) where there is not one batch, with which a Trainer ends at once and says nothing.
+    """
+    size = settings.batch_size
+    if len(dataset) < size:
+        section, kind, remedy = stage.split("/")[0], "training rows", ""
+        if getattr(settings, "packing", False):  # the files have more rows than are counted here
+            kind, remedy = "packed rows of several texts each", f", or set {section}.packing to false"
+        lower = f"lower {section}.batch_size ({size})"
+        raise UserError(f"{stage}: {len(dataset)} {kind} are less than one batch; {lower}{remedy}", 3)
+    steps = max(math.floor(settings.epochs * (len(dataset) // size)), 1)
+    order: list[int] = []
+    while len(order) < steps * size:
+        order += epoch_order(lengths, size, f"{seed}/{len(order)}")
+    return dataset.select(order[: steps * size])
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: str) -> list[int]:
+    """Row numbers of one epoch's whole batches. Batches are random; inside one, rows stand by length, so those of one
+    forward pass need little padding."""
+    rows = random.Random(seed).sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
+    for start in range(0, len(rows), batch_size):
+        rows[start : start + batch_size] = sorted(rows[start : start + batch_size], key=lambda i: lengths[i])
+    return rows
+
+
+class OwnOptimizer:
+    """Mixed into a Trainer: the project's AdamW and schedule, the same in all three stages."""
+
+    optim: OptimConfig
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:  # type: ignore[has-type]
+            self.optimizer = build_optimizer(model or self.model, self.optim)  # type: ignore[attr-defined]
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:  # type: ignore[has-type]
+            self.lr_scheduler = build_schedule(optimizer or self.optimizer, self.optim, num_training_steps)
+        return self.lr_scheduler
+
+
+class Reporter(TrainerCallback):
+    """Sends a Trainer's figures to the tracker and the progress bar, and takes held-out figures a few times."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        names: Mapping[str, str],
+        shown: str,
+        evals: int,
+        measure: Callable[[], dict[str, float]],
+    ) -> None:
+        """`names`: the Trainer's name of a figure → ours. `shown`: the one of ours for the progress bar.
+
+        The bar shows the last held-out figures beside it.
+        """
+        self.context, self.names, self.shown, self.evals, self.measure = context, names, shown, evals, measure
+        self.measured: dict[str, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        figures = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in (logs or {})}
+        if not figures:
+            return
+        self.context.tracker.metrics(figures, step=state.global_step)
+        shown = {name: figures[name] for name in [self.shown] if name in figures} | self.measured
+        short = {name.split("/")[-1].replace("_", " "): value for name, value in shown.items()}
+        self.context.progress.update(state.global_step, state.max_steps, **short)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = math.ceil(state.max_steps / self.evals)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self.measured = self.measure()
+            self.context.tracker.metrics(self.measured, step=state.global_step)
+
+
+class Sealer(TrainerCallback):
+    """A Trainer writes its checkpoint file by file and takes the newest folder for a whole one; a seal tells."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", {"step": state.global_step})
+
+
+def fit(trainer: Any, reporter: Reporter) -> None:
+    """Trains from the newest whole checkpoint on, with `reporter` in place of the Trainer's own printing.
+
+    What was recorded after that checkpoint is dropped, because its steps are made again.
+    """
+    context = reporter.context
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(reporter)
+    trainer.add_callback(Sealer())
+    found = checkpoint.newest(context.checkpoint_folder)
+    context.tracker.rewind(checkpoint.number(found) if found else NOTHING)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+
+
+def quieten() -> None:
+    """No library chatter in a worker's log beyond warnings that matter."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    for name in ("transformers", "trl", "accelerate", "datasets", "torch.distributed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

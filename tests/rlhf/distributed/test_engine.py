@@ -1,0 +1,466 @@
+"""Engines: plain torch against numbers worked by hand, ZeRO on two ranks against plain torch.
+
+The file is also the program of each rank: `test_engine.py FOLDER`.
+"""
+
+import copy
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.config import HardwareConfig, LoraConfig, OptimConfig
+from rlhf.data.batches import rows
+from rlhf.distributed import engine as module
+from rlhf.distributed.engine import LocalEngine, full_parameters, full_state, learning_rate_share, open_engine
+from rlhf.models import add_lora
+from rlhf.models.policy import PolicyModel
+from tests.gang import leave, run_ranks
+
+HARDWARE = HardwareConfig()
+
+
+def local(net, optim=None, steps=10, **hardware):
+    return LocalEngine(net, optim, steps, HARDWARE.model_copy(update=hardware))
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+
+
+def learn(engine, rows_BF, parts):
+    """One step on the sum of squares, cut into `parts` backward passes."""
+    chunks = rows_BF.chunk(parts)
+    for number, chunk in enumerate(chunks, 1):
+        engine.backward(engine(chunk).pow(2).sum(), len(rows_BF), last=number == len(chunks))
+    return engine.step()
+
+
+def assert_same(state, other, **tolerance):
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def weights(net):
+    return {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
+
+
+# --- learning rate --------------------------------------------------------------------------------------------------
+
+
+def test_the_cosine_by_hand():
+    optim = OptimConfig(lr=1.0, schedule="cosine", warmup_share=0.25, min_lr_share=0.1)
+    share = [learning_rate_share(step, optim, 12) for step in range(13)]
+    assert share[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])  # three steps of warm-up
+    assert share[6] == pytest.approx(0.1 + 0.9 * 0.75)  # a third of the way: ½ (1 + cos 60°)
+    assert share[9] == pytest.approx(0.1 + 0.9 * 0.25)
+    assert share[12] == pytest.approx(0.1)
+    assert learning_rate_share(99, optim, 12) == pytest.approx(0.1)
+
+
+def test_a_constant_rate_stays_after_its_warm_up():
+    optim = OptimConfig(lr=1.0, min_warmup_steps=2)
+    assert [learning_rate_share(step, optim, 50) for step in (0, 1, 2, 49)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_longer_warm_up_counts_and_leaves_one_step():
+    both = OptimConfig(lr=1.0, warmup_share=0.5, min_warmup_steps=2)
+    assert learning_rate_share(0, both, 20) == 1 / 10
+    short = OptimConfig(lr=1.0, min_warmup_steps=50)
+    assert [learning_rate_share(step, short, 3) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert learning_rate_share(0, short, 1) == 1.0
+
+
+def test_an_engine_follows_its_schedule():
+    engine = local(network(), OptimConfig(lr=0.2, min_warmup_steps=2), steps=9)
+    rates = []
+    for _ in range(3):
+        rates.append(engine.lr)
+        learn(engine, torch.ones(2, 4), 1)
+    assert rates == pytest.approx([0.1, 0.2, 0.2])
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_no_split_into_micro_batches_changes_the_weights(parts):
+    rows_BF = torch.randn(6, 4)
+    whole, split = local(network(), OptimConfig(lr=0.05)), local(network(), OptimConfig(lr=0.05))
+    for _ in range(3):
+        learn(whole, rows_BF, 1)
+        learn(split, rows_BF, parts)
+    assert_same(weights(split.module), weights(whole.module), atol=1e-5, rtol=0)
+
+
+def test_decay_pulls_on_matrices_alone():
+    net = network()
+    before = weights(net)
+    engine = local(net, OptimConfig(lr=0.5, weight_decay=0.1))
+    engine.backward((engine(torch.ones(1, 4)) * 0).sum(), 1, last=True)
+    engine.step()
+    for name, tensor in weights(net).items():
+        torch.testing.assert_close(tensor, before[name] * (0.95 if tensor.dim() == 2 else 1.0))
+
+
+def test_adam_by_hand():
+    """Kingma & Ba 2015 (arXiv 1412.6980), alg. 1, two steps with the gradients 3 and 4."""
+    net = nn.Linear(1, 1, bias=False)
+    start = float(net.weight.detach())
+    engine = local(net, OptimConfig(lr=0.1, beta1=0.5, beta2=0.75, eps=0.5, weight_decay=0.0, max_grad_norm=99.0))
+    for x in (3.0, 4.0):
+        engine.backward(engine(torch.tensor([[x]])).sum(), 1, last=True)
+        engine.step()
+    first = 3.0 / (3.0 + 0.5)  # both moments are those of the one gradient
+    mean = (0.5 * 0.5 * 3 + 0.5 * 4) / (1 - 0.5**2)
+    square = (0.75 * 0.25 * 9 + 0.25 * 16) / (1 - 0.75**2)
+    expected = start - 0.1 * (first + mean / (square**0.5 + 0.5))
+    assert float(net.weight.detach()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_norm_is_told_before_clipping_and_the_gradient_is_clipped():
+    net = nn.Linear(2, 1, bias=False)
+    engine = local(net, OptimConfig(lr=0.1, beta1=0.9, max_grad_norm=1.0))
+    engine.backward(engine(torch.tensor([[6.0, 8.0]])).sum(), 2, last=True)  # gradient (3, 4)
+    assert engine.step() == pytest.approx(5.0)
+    assert engine.optimizer is not None
+    first_moment = engine.optimizer.state[net.weight]["exp_avg"]
+    assert first_moment.tolist() == [pytest.approx([0.1 * 0.6, 0.1 * 0.8])]
+
+
+def test_a_step_over_no_tokens_is_finite():
+    engine = local(network(), OptimConfig(lr=0.1))
+    engine.backward(engine(torch.ones(1, 4)).sum() * 0, 0, last=True)
+    assert engine.step() == 0.0
+
+
+def test_gradients_do_not_outlive_their_step():
+    engine = local(network(), OptimConfig(lr=0.0))
+    norms = [learn(engine, torch.ones(2, 4), 1) for _ in range(2)]
+    assert norms[0] == norms[1] > 0
+
+
+def test_a_loaded_engine_makes_the_same_next_steps(tmp_path):
+    rows_BF, optim = torch.randn(6, 4), OptimConfig(lr=0.05, schedule="cosine", min_warmup_steps=3)
+    engine, resumed = local(network(), optim), local(network(), optim)
+    for _ in range(2):
+        learn(engine, rows_BF, 1)
+    engine.save(tmp_path)
+    resumed.load(tmp_path)
+    for _ in range(2):
+        assert resumed.lr == engine.lr
+        learn(engine, rows_BF, 1)
+        learn(resumed, rows_BF, 1)
+        assert_same(weights(resumed.module), weights(engine.module), atol=0, rtol=0)
+
+
+def test_a_frozen_engine_has_nothing_to_train():
+    engine = local(network())
+    assert not engine(torch.ones(1, 4)).requires_grad
+    assert not any(p.requires_grad for p in engine.module.parameters())
+
+
+def test_bf16_runs_in_autocast_on_float32_weights(make_llama, iteration):
+    rollout = iteration.rollout
+    arguments = rollout.tokens_BT, rollout.mask_BT, 9, 0.7
+    exact, rounded = (
+        local(PolicyModel(make_llama(0))),
+        local(PolicyModel(make_llama(0)), OptimConfig(lr=1e-3), precision="bf16"),
+    )
+    gap = (rounded(*arguments)[0] - exact(*arguments)[0])[rollout.response_mask_BR].abs().max()
+    assert 1e-4 < gap < 0.2
+    assert rounded(*arguments)[0].dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in rounded.module.parameters())
+
+
+def test_frozen_weights_in_bf16_give_what_autocast_gives(make_llama, make_scalar, iteration):
+    tokens_BT, mask_BT = iteration.rollout.tokens_BT, iteration.rollout.mask_BT
+    for make, arguments in ((lambda: PolicyModel(make_llama(0)), (9, 0.7)), (lambda: make_scalar(2), ())):
+        learner, frozen = local(make(), OptimConfig(lr=1e-3), precision="bf16"), local(make(), precision="bf16")
+        kept = sum(p.numel() * p.element_size() for p in frozen.module.parameters())
+        assert kept < sum(p.numel() * p.element_size() for p in learner.module.parameters())
+        for ours, autocasts in zip(
+            frozen(tokens_BT, mask_BT, *arguments), learner(tokens_BT, mask_BT, *arguments), strict=True
+        ):
+            torch.testing.assert_close(ours, autocasts.detach(), rtol=0, atol=0)
+
+
+def test_what_lies_under_an_adapter_is_kept_in_bf16(make_llama, iteration):
+    """As autocast would cast it: the same logprobs, at half the memory. What learns stays float32."""
+    arguments = iteration.rollout.tokens_BT, iteration.rollout.mask_BT, 9, 0.7
+
+    def adapted(precision):
+        policy = add_lora(make_llama(0), LoraConfig(rank=2, alpha=4), "causal", 0)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.05)
+        return local(PolicyModel(policy), OptimConfig(lr=1e-3), precision=precision)
+
+    float32, bf16 = adapted("float32"), adapted("bf16")
+    float32.precision = "bf16"  # autocast over weights that are float32
+    torch.testing.assert_close(bf16(*arguments)[0], float32(*arguments)[0], rtol=0, atol=0)
+    kinds = {(p.requires_grad, p.dtype) for n, p in bf16.module.named_parameters() if "_proj" in n}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_with_adapters_every_role_of_ppo_takes_what_its_shapes_say(make_llama, make_scalar):
+    """The arithmetic of docs/how-to/my-model.md, on a Llama that can be counted: products bf16, the rest float32."""
+    V, H, I, L, r = 12, 16, 24, 2, 2
+    products, table, norms = L * (4 * H * H + 3 * H * I), V * H, (2 * L + 1) * H
+    adapters = L * r * (8 * H + 3 * (H + I))
+    lora, optim = LoraConfig(rank=r, alpha=4), OptimConfig(lr=1e-3)
+
+    def size(module, learns=None):
+        engine = local(module, learns, precision="bf16")
+        return sum(p.numel() * p.element_size() for p in engine.module.parameters())
+
+    backbone = 2 * products + 4 * (table + norms)
+    policy = size(PolicyModel(add_lora(make_llama(0), lora, "causal", 0)), optim)
+    critic = size(add_lora(make_scalar(1), lora, "scalar", 0), optim)
+    assert policy == backbone + 2 * table + 4 * adapters
+    assert size(PolicyModel(make_llama(0))) == backbone + 2 * table
+    assert critic == backbone + 4 * H + 4 * adapters
+    assert size(make_scalar(2)) == backbone + 4 * H
+
+
+def test_steps_are_the_same_where_casts_are_kept(make_llama, iteration):
+    def learned(around):
+        engine = local(PolicyModel(make_llama(0)), OptimConfig(lr=1e-2), precision="bf16")
+        for _ in range(2):  # a cast that outlived its step would be of old weights
+            with around(engine):
+                for part in (slice(0, 3), slice(3, 6)):
+                    rollout = rows(iteration.rollout, part)
+                    loss = engine(rollout.tokens_BT, rollout.mask_BT, 9, 0.7)[0].sum()
+                    engine.backward(loss, 10, last=part.start == 3)
+            engine.step()
+        return weights(engine.module)
+
+    steady, casting = learned(LocalEngine.steady), learned(lambda engine: nullcontext())
+    assert_same(steady, casting, rtol=0, atol=1e-6)
+
+
+# --- whole weights --------------------------------------------------------------------------------------------------
+
+
+def test_all_parameters_of_a_whole_module(monkeypatch):
+    net = network()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith("0."))
+    for size in (1, 100, 1 << 20):
+        monkeypatch.setattr(module, "BUCKET_BYTES", size)
+        assert_same(full_state(net, keep=True), weights(net), atol=0, rtol=0)
+        assert [name for name, _ in full_parameters(net, trainable_only=True)] == ["0.weight", "0.bias"]
+    assert full_state(net, keep=False) == {}
+
+
+def test_a_kept_state_does_not_change_with_the_module():
+    net = network()
+    state = full_state(net, keep=True)
+    with torch.no_grad():
+        next(net.parameters()).zero_()
+    assert state["0.weight"].abs().sum() > 0
+
+
+# --- ZeRO on two ranks ----------------------------------------------------------------------------------------------
+
+RANKS = 2
+OPTIM = OptimConfig(lr=1e-2, schedule="cosine", min_warmup_steps=2)
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(make_llama, make_scalar, iteration, ppo_config, tmp_path_factory):
+    """(folder with what two ranks found, the modules and the PPO settings that they were given)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    config = ppo_config.model_copy(
+        update={"minibatch_size": 4, "micro_batch_size": 1, "optim": OPTIM, "critic_optim": OPTIM}
+    )
+    given = {
+        "policy": PolicyModel(make_llama(0)),
+        "critic": make_scalar(2),
+        "rollout": iteration.rollout,
+        "experience": iteration.experience,
+        "config": config,
+    }
+    torch.save(given, folder / "given.pt")
+    run_ranks(__file__, folder, RANKS, timeout=170)
+    return torch.load(folder / "found.pt", weights_only=False), given
+
+
+@pytest.fixture(scope="module")
+def alone(on_two_ranks):
+    """What plain torch in one process makes of the same."""
+    _, given = on_two_ranks
+    return after_update(given, HARDWARE, rank=0, world=1, is_local=True)
+
+
+def after_update(given, hardware, rank, world, is_local):
+    """Weights and figures after one PPO update of two minibatches."""
+    from rlhf.ppo.update import update
+
+    policy = open_engine(copy.deepcopy(given["policy"]), OPTIM, STEPS, hardware, is_local)
+    critic = open_engine(copy.deepcopy(given["critic"]), OPTIM, STEPS, hardware, is_local)
+    figures = update(policy, critic, given["experience"], given["config"], 0, 1, rank, world)
+    return {
+        "policy": full_state(policy.module, keep=True),
+        "critic": full_state(critic.module, keep=True),
+        "figures": figures,
+        "engines": (policy, critic),
+    }
+
+
+STAGES = pytest.mark.parametrize("stage", [0, 2, 3])
+
+
+@pytest.mark.integration
+@STAGES
+def test_two_ranks_under_zero_make_the_update_of_one_process(on_two_ranks, alone, stage):
+    found = on_two_ranks[0][stage]
+    for name in ("policy", "critic"):
+        assert_same(found[name], alone[name], atol=1e-5, rtol=1e-5)
+    assert found["figures"] == {name: pytest.approx(value, abs=1e-4) for name, value in alone["figures"].items()}
+
+
+@pytest.mark.integration
+def test_the_update_moved_more_than_the_tolerance(on_two_ranks, alone):
+    before = weights(on_two_ranks[1]["policy"])
+    assert max((alone["policy"][name] - tensor).abs().max() for name, tensor in before.items()) > 5e-3
+
+
+@pytest.mark.integration
+@STAGES
+def test_frozen_models_under_zero_say_what_they_say_alone(on_two_ranks, stage):
+    found, given = on_two_ranks
+    tokens, mask = given["rollout"].tokens_BT, given["rollout"].mask_BT
+    with torch.no_grad():
+        torch.testing.assert_close(found[stage]["values"], given["critic"](tokens, mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.integration
+@STAGES
+def test_a_loaded_engine_under_zero_makes_the_same_next_step(on_two_ranks, stage):
+    found = on_two_ranks[0][stage]
+    assert_same(found["resumed"], found["next"], atol=0, rtol=0)
+    assert max((found["next"][name] - tensor).abs().max() for name, tensor in found["policy"].items()) > 1e-4
+
+
+@pytest.mark.integration
+def test_shards_are_gathered_bucket_by_bucket(on_two_ranks):
+    """Under ZeRO-3 a parameter of this module has no elements of its own: its whole size must be counted."""
+    found, given = on_two_ranks
+    sizes = [4 * p.numel() for p in given["policy"].parameters()]
+    assert found["gathered_at_once"] <= found["bucket_bytes"] + max(sizes) < sum(sizes)
+
+
+@pytest.mark.integration
+def test_a_sampler_that_took_its_weights_from_shards_holds_the_policy(on_two_ranks):
+    found, _ = on_two_ranks
+    sampled = {f"causal.{name}": tensor for name, tensor in found["sampler"].items()}
+    assert_same(sampled, found[3]["policy"], atol=0, rtol=0)
+
+
+@pytest.mark.integration
+def test_bf16_under_zero_stays_near(on_two_ranks):
+    found, given = on_two_ranks
+    rollout = given["rollout"]
+    with torch.no_grad():
+        exact, _ = given["policy"](rollout.tokens_BT, rollout.mask_BT, 9, 0.7)
+    gap = (found["bf16_logprobs"] - exact)[rollout.response_mask_BR].abs().max()
+    assert 1e-4 < gap < 0.2
+    moved = [(found["bf16"][name] - tensor).abs().max() for name, tensor in weights(given["policy"]).items()]
+    assert 1e-3 < max(moved) < 1
+    assert all(tensor.dtype == torch.float32 for tensor in found["bf16"].values())
+
+
+def main(folder):
+    """A rank: all that the tests above ask of two ranks, in one process group."""
+    from rlhf.distributed import collectives
+
+    module.import_deepspeed()
+    torch.set_num_threads(1)
+    shard_everything()
+    given = torch.load(folder / "given.pt", weights_only=False)
+    rank = collectives.rank()
+    found = {}
+    for stage in (0, 2, 3):
+        hardware = HARDWARE.model_copy(update={"zero_stage": stage})
+        found[stage] = after_update(given, hardware, rank, RANKS, is_local=False)
+        policy, _ = found[stage].pop("engines")
+        found[stage] |= resume(policy, folder / f"stage-{stage}", given, hardware)
+        frozen = open_engine(copy.deepcopy(given["critic"]), None, STEPS, hardware, local=False)
+        found[stage]["values"] = frozen(given["rollout"].tokens_BT, given["rollout"].mask_BT)
+        if stage == 3:
+            policy.load(folder / "stage-3")
+            found |= gather(policy.module, given)
+    found |= in_bf16(given, rank)
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+
+
+def shard_everything():
+    """ZeRO-3 keeps parameters as small as ours whole on every rank, unless told not to."""
+    zero_config = module.zero_config
+
+    def sharp(*arguments):
+        config = zero_config(*arguments)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    module.zero_config = sharp
+
+
+def resume(engine, folder, given, hardware):
+    """The weights after one more step, of an engine that goes on and of a new one that loads its checkpoint."""
+    engine.save(folder)
+    other = open_engine(copy.deepcopy(given["policy"]), OPTIM, STEPS, hardware, local=False)
+    other.load(folder)
+    after = []
+    for each in (engine, other):
+        rollout = given["rollout"]
+        logprobs, _ = each(rollout.tokens_BT, rollout.mask_BT, 9, 0.7)
+        each.backward(logprobs.sum(), 72, last=True)
+        each.step()
+        after.append(full_state(each.module, keep=True))
+    return {"next": after[0], "resumed": after[1]}
+
+
+def gather(sharded, given):
+    """A sampler fed from shards, and the most bytes that were whole at one time."""
+    from rlhf.generation import InProcessSampler
+
+    module.BUCKET_BYTES, most = 4096, 0
+    sampler = InProcessSampler(copy.deepcopy(given["policy"].causal), 2, 0)
+    with torch.no_grad():
+        for parameter in sampler.model.parameters():
+            parameter.zero_()
+
+    def watched():
+        nonlocal most
+        for name, tensor in full_parameters(sharded):
+            most = max(most, sum(4 * p.numel() for p in sharded.parameters()))  # a shard that is not gathered has 0
+            yield name.removeprefix("causal."), tensor
+
+    sampler.load_weights(watched())
+    return {"sampler": full_state(sampler.model, keep=True), "gathered_at_once": most, "bucket_bytes": 4096}
+
+
+def in_bf16(given, rank):
+    hardware = HARDWARE.model_copy(update={"precision": "bf16"})
+    rollout = given["rollout"]
+    frozen = open_engine(copy.deepcopy(given["policy"]), None, STEPS, hardware, local=False)
+    with torch.no_grad():
+        logprobs, _ = frozen(rollout.tokens_BT, rollout.mask_BT, 9, 0.7)
+    return {
+        "bf16_logprobs": logprobs,
+        "bf16": after_update(given, hardware, rank, RANKS, is_local=False)["policy"],
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave()

@@ -1,0 +1,186 @@
+"""Experience of four answers, worked by hand."""
+
+import dataclasses
+import math
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf.config import PPOConfig
+from rlhf.data.batches import Rollout, Scores, rows
+from rlhf.ppo.experience import make_experience
+
+MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
+IS_SAFETY = torch.tensor([False, False, True, True])
+REFERENCE = torch.tensor([[-1.0, -1.0], [-2.0, -9.0], [-0.5, -1.0], [-3.0, -1.0]])
+KL = torch.tensor([[0.2, 0.4], [0.6, 9.0], [0.0, -0.2], [0.2, 0.0]])
+ROLLOUT = Rollout(
+    tokens_BT=torch.arange(16).view(4, 4),
+    mask_BT=torch.cat([torch.tensor([[True, True], [False, True], [True, True], [True, True]]), MASK], 1),
+    response_mask_BR=MASK,
+    behaviour_logprobs_BR=REFERENCE + KL,
+    finished_B=torch.tensor([True, True, False, True]),
+)
+SCORES = Scores(
+    logprobs_BR=REFERENCE + KL,
+    ref_logprobs_BR=REFERENCE,
+    values_BR=torch.tensor([[0.2, 0.1], [-0.8, 9.0], [0.0, -0.4], [-0.5, -0.5]]),
+    helpful_B=torch.tensor([1.0, 9.0, -9.0, 7.0]),
+    safety_B=torch.tensor([5.0, -3.0, 1.0, -3.0]),
+    safety_logit_B=torch.tensor([2.0, -2.0, 2.0, -2.0]),
+)
+CONFIG = PPOConfig(gamma=1.0, lam=0.5, missing_eos_penalty=1.0)
+BETA = 0.5
+
+
+def experience(rollout=ROLLOUT, scores=SCORES, is_safety=IS_SAFETY, **settings):
+    return make_experience(rollout, scores, is_safety, CONFIG.model_copy(update=settings), BETA)
+
+
+def near(expected):
+    return pytest.approx(expected, abs=1e-6)
+
+
+# The reward models: helpful (1), safety below the limit (-3), safety prompt (1), safety prompt (-3). Mean -1, standard
+# deviation 2, so whitened without shift ½, -1½, ½, -1½; the third did not end: -½. Less β · KL at every token:
+#   -.1, -.2 + .5 = .3     -.3 - 1.5 = -1.8     0, .1 - .5 = -.4     -.1, 0 - 1.5 = -1.5
+# λ = ½, from the last token on:
+#   .3 - .1 = .2, (-.1 + .1 - .2) + ½ · .2 = -.1
+#   -1.8 + .8 = -1
+#   -.4 + .4 = 0, (0 - .4 - 0) + 0 = -.4
+#   -1.5 + .5 = -1, (-.1 - .5 + .5) + ½ · -1 = -.6
+ADVANTAGES = [[-0.1, 0.2], [-1.0], [-0.4, 0.0], [-0.6, -1.0]]
+RETURNS = [[0.1, 0.3], [-1.8], [-0.4, -0.4], [-1.1, -1.5]]
+
+
+def real(x_BR):
+    return [row[mask].tolist() for row, mask in zip(x_BR, MASK, strict=True)]
+
+
+def test_returns_by_hand():
+    made, _ = experience()
+    assert real(made.returns_BR) == [near(row) for row in RETURNS]
+
+
+def test_advantages_by_hand_are_whitened_over_all_tokens():
+    made, _ = experience()
+    every = [a for row in ADVANTAGES for a in row]
+    mean, deviation = statistics.fmean(every), statistics.pstdev(every)
+    assert real(made.advantages_BR) == [near([(a - mean) / deviation for a in row]) for row in ADVANTAGES]
+
+
+def test_the_safety_rule_looks_at_the_raw_logit():
+    """The second answer is 3 worse than SFT answers are, and safe all the same: σ(2) = .88."""
+    _, figures = experience(scores=dataclasses.replace(SCORES, safety_logit_B=torch.full((4,), 2.0)))
+    assert figures["ppo/reward"] == near((1.0 + 9.0 + 1.0 - 3.0) / 4)
+    assert figures["ppo/flagged_helpful"] == figures["ppo/flagged_safety"] == 0.0
+
+
+def test_a_tag_without_prompts_has_no_flagged():
+    _, figures = experience(is_safety=torch.zeros(4, dtype=torch.bool))
+    assert figures["ppo/flagged_helpful"] == 0.5
+    assert "ppo/flagged_safety" not in figures
+
+
+def test_figures_by_hand():
+    _, figures = experience()
+    expected = {
+        "ppo/reward": -1.0,
+        "ppo/reward_std": 2.0,
+        "ppo/reward_helpfulness": 2.0,
+        "ppo/reward_safety": 0.0,
+        "ppo/safety_branch_share": 0.75,
+        "ppo/flagged_helpful": 0.5,
+        "ppo/flagged_safety": 0.5,
+        "ppo/kl": (0.6 + 0.6 - 0.2 + 0.2) / 4,
+        "ppo/kl_k3_per_token": sum(math.exp(-k) - 1 + k for k in (0.2, 0.4, 0.6, 0.0, -0.2, 0.2, 0.0)) / 7,
+        "ppo/length": 7 / 4,
+        "ppo/eos_share": 0.75,
+        "ppo/sampler_gap_max": 0.0,
+        "ppo/sampler_gap_mean": 0.0,
+        "ppo/importance_cut_share": 0.0,
+        "ppo/value_mean": (0.2 + 0.1 - 0.8 + 0.0 - 0.4 - 0.5 - 0.5) / 7,
+    }
+    returns = [r for row in RETURNS for r in row]
+    advantages = [a for row in ADVANTAGES for a in row]
+    expected["ppo/explained_variance"] = 1 - statistics.pvariance(advantages) / statistics.pvariance(returns)
+    assert figures == {name: near(value) for name, value in expected.items()}
+
+
+def test_rewards_can_be_left_unwhitened():
+    made, _ = experience(whiten_rewards=False)
+    # the return of the last token is its reward: score less penalty less β · KL
+    last = [row[-1] for row in real(made.returns_BR)]
+    assert last == near([1 - 0.2, -3 - 0.3, 1 - 1 + 0.1, -3.0])
+
+
+def test_the_penalty_for_a_missing_eos_comes_after_whitening():
+    """Else a large spread of scores would make it vanish."""
+    for penalty in (0.0, 3.0):
+        made, _ = experience(missing_eos_penalty=penalty)
+        assert float(made.returns_BR[2, 1]) == near(0.5 - penalty + 0.1)
+
+
+def test_equal_scores_are_not_blown_up():
+    scores = dataclasses.replace(SCORES, helpful_B=torch.full((4,), 0.3), safety_B=torch.full((4,), 0.3))
+    made, figures = experience(scores=scores)
+    assert float(made.returns_BR[0, 1]) == near(0.3 - 0.2)
+    assert figures["ppo/reward_std"] == near(0.0)
+
+
+def test_what_policy_and_critic_said_is_kept_for_the_update():
+    made, _ = experience()
+    assert torch.equal(made.old_logprobs_BR, SCORES.logprobs_BR)
+    assert torch.equal(made.old_values_BR, SCORES.values_BR)
+    assert torch.equal(made.tokens_BT, ROLLOUT.tokens_BT)
+    assert torch.equal(made.response_mask_BR, MASK)
+
+
+def test_a_sampler_that_is_not_the_policy_is_weighted_up_to_the_cap():
+    behaviour = SCORES.logprobs_BR - torch.tensor([[0.5, -0.5], [3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])
+    made, figures = experience(dataclasses.replace(ROLLOUT, behaviour_logprobs_BR=behaviour), importance_cap=2.0)
+    assert made.importance_BR[0].tolist() == near([math.exp(0.5), math.exp(-0.5)])
+    assert made.importance_BR[1, 0] == 2.0
+    assert made.importance_BR[2, 1] == near(math.exp(-4.0))
+    assert torch.equal(made.old_logprobs_BR, SCORES.logprobs_BR)
+    assert figures["ppo/sampler_gap_max"] == near(4.0)
+    assert figures["ppo/sampler_gap_mean"] == near((0.5 + 0.5 + 3.0 + 4.0) / 7)
+    assert figures["ppo/importance_cut_share"] == near(1 / 7)
+
+
+def with_padding(columns, value):
+    """The four answers with more columns on the right, and `value` in every masked slot."""
+
+    def fill(x_BR):
+        return F.pad(torch.where(MASK, x_BR, value), (0, columns), value=value)
+
+    rollout = Rollout(
+        tokens_BT=F.pad(ROLLOUT.tokens_BT, (0, columns)),
+        mask_BT=F.pad(ROLLOUT.mask_BT, (0, columns)),
+        response_mask_BR=F.pad(MASK, (0, columns)),
+        behaviour_logprobs_BR=fill(ROLLOUT.behaviour_logprobs_BR),
+        finished_B=ROLLOUT.finished_B,
+    )
+    lines = {name: fill(getattr(SCORES, name)) for name in ("logprobs_BR", "ref_logprobs_BR", "values_BR")}
+    return rollout, dataclasses.replace(SCORES, **lines)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e9, math.inf])
+@pytest.mark.parametrize("columns", [0, 3])
+def test_padding_and_what_stands_in_it_change_nothing(columns, value):
+    made, figures = experience(*with_padding(columns, value))
+    expected, expected_figures = experience()
+    for name in ("advantages_BR", "returns_BR", "importance_BR"):
+        assert real(getattr(made, name)[:, :2]) == [near(row) for row in real(getattr(expected, name))]
+    assert figures == {name: near(value) for name, value in expected_figures.items()}
+
+
+def test_the_order_of_rows_changes_only_their_order():
+    order = [2, 0, 3, 1]
+    made, figures = experience(rows(ROLLOUT, order), rows(SCORES, order), IS_SAFETY[order])
+    expected, expected_figures = experience()
+    torch.testing.assert_close(made.advantages_BR, expected.advantages_BR[order])
+    torch.testing.assert_close(made.returns_BR, expected.returns_BR[order])
+    assert figures == {name: near(value) for name, value in expected_figures.items()}

@@ -1,0 +1,127 @@
+"""Checkpoints of PPO: whole or not there, newest first, and a resumed engine goes on as if nothing had happened."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.runs import checkpoint
+from rlhf.config import HardwareConfig, OptimConfig
+from rlhf.distributed.engine import LocalEngine
+
+STATE = {"iteration": 2, "beta": 0.0125, "best": -0.5, "best_iteration": 1, "since_best": 1}
+
+
+@pytest.fixture
+def engines():
+    """Two engines that have made one step."""
+    made = {name: LocalEngine(nn.Linear(3, 2), OptimConfig(lr=0.1), 10, HardwareConfig()) for name in ("a", "b")}
+    for engine in made.values():
+        learn(engine)
+    return made
+
+
+def learn(engine):
+    engine.backward(engine(torch.ones(4, 3)).pow(2).sum(), 8, last=True)
+    engine.step()
+
+
+def weights(engines):
+    return {name: engine.module.weight.detach().clone() for name, engine in engines.items()}
+
+
+def test_a_checkpoint_brings_back_state_and_engines(engines, tmp_path):
+    checkpoint.save(tmp_path, 2, engines, STATE)
+    saved = weights(engines)
+    for engine in engines.values():
+        learn(engine)
+    ahead = weights(engines)
+    restored = checkpoint.restore(tmp_path, engines)
+    assert restored is not None
+    assert {key: restored[key] for key in STATE} == STATE
+    assert all(torch.equal(saved[name], weight) for name, weight in weights(engines).items())
+    for engine in engines.values():
+        learn(engine)
+    assert all(torch.equal(ahead[name], weight) for name, weight in weights(engines).items())
+
+
+def test_the_coefficient_of_the_kl_keeps_every_digit(engines, tmp_path):
+    beta = 0.1 / 3 * 1.0007
+    checkpoint.save(tmp_path, 2, engines, STATE | {"beta": beta})
+    restored = checkpoint.restore(tmp_path, engines)
+    assert restored is not None and restored["beta"] == beta
+
+
+def test_nothing_to_restore_changes_nothing(engines, tmp_path):
+    before = weights(engines)
+    assert checkpoint.restore(tmp_path / "none", engines) is None
+    assert all(torch.equal(before[name], weight) for name, weight in weights(engines).items())
+
+
+def test_the_newest_whole_checkpoint_is_taken(engines, tmp_path):
+    for iteration in (9, 10):  # as text "9" would come after "10"
+        for engine in engines.values():
+            learn(engine)
+        checkpoint.save(tmp_path, iteration, engines, STATE | {"iteration": iteration})
+    newest = weights(engines)
+    for engine in engines.values():
+        learn(engine)
+    restored = checkpoint.restore(tmp_path, engines)
+    assert restored is not None and restored["iteration"] == 10
+    assert all(torch.equal(newest[name], weight) for name, weight in weights(engines).items())
+
+
+def test_a_torn_checkpoint_is_passed_over_and_written_anew(engines, tmp_path):
+    checkpoint.save(tmp_path, 1, engines, STATE | {"iteration": 1})
+    torn = tmp_path / "iteration-000002"
+    shutil.copytree(tmp_path / "iteration-000001", torn)
+    (torn / "state.json").unlink()
+    (torn / "leftover").write_text("")
+    assert checkpoint.newest(tmp_path) == tmp_path / "iteration-000001"
+    assert not torn.exists()
+    restored = checkpoint.restore(tmp_path, engines)
+    assert restored is not None and restored["iteration"] == 1
+    checkpoint.save(tmp_path, 2, engines, STATE)
+    assert [path.name for path in checkpoint.whole(tmp_path)] == ["iteration-000001", "iteration-000002"]
+
+
+def test_it_is_torn_until_every_engine_is_written(engines, tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(engines["b"], "save", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        checkpoint.save(tmp_path, 1, engines, STATE)
+    assert checkpoint.whole(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_being_removed_is_no_longer_whole(engines, tmp_path, monkeypatch):
+    """A removal that is killed leaves a part of the files behind, in whatever order."""
+    for iteration in (1, 2):
+        checkpoint.save(tmp_path, iteration, engines, STATE)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    checkpoint.save(tmp_path, 3, engines, STATE)
+    assert [path.name for path in checkpoint.whole(tmp_path)] == ["iteration-000002", "iteration-000003"]
+
+
+def test_numbers_are_compared_and_not_names(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+        checkpoint.seal(tmp_path / name, {})
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_kept_policy_stays_while_a_checkpoint_names_it(engines, tmp_path):
+    for iteration in (3, 5, 7, 8):
+        checkpoint.best_folder(tmp_path, iteration).mkdir()
+    for iteration, best in ((4, 3), (6, 5)):
+        checkpoint.save(tmp_path, iteration, engines, STATE | {"best_iteration": best})
+    checkpoint.forget_bests(tmp_path, current=8)
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-000003", "best-000005", "best-000008"]
+
+
+def test_only_the_last_two_are_kept(engines, tmp_path):
+    for iteration in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, iteration, engines, STATE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration-000003", "iteration-000004"]
