@@ -10,7 +10,7 @@ from pathlib import Path
 ESTIMATE = ("value", "low", "high", "n")
 REWARD_MODELS = ("helpfulness", "safety")
 POLICIES = ("base", "sft", "ppo")
-HELD_OUT = (*(f"reward.{name}" for name in REWARD_MODELS), "gold", "length", "eos_share", "distinct_2")
+HELD_OUT = (*(f"reward.{name}" for name in REWARD_MODELS), "gold", "length", "eos_rate", "distinct_2")
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

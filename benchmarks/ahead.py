@@ -80,13 +80,13 @@ def learn(run: Run, iterations: int) -> Curve:
         experience, "importance_weight", _one if run.way == WAYS[2] else experience.importance_weight
     ):
         path = train(world, _settings(run, iterations), run.seed).path
-    best = world.figures(world.best(BETA))
+    best = world.metrics(world.best(BETA))
     return Curve([(at.reward - BETA * at.kl) / (best.reward - BETA * best.kl) for at in path])
 
 
 def _settings(run: Run, iterations: int) -> PPOConfig:
     given = settings(BETA, iterations)
-    optim = given.optim.model_copy(update={"lr": run.rate, "schedule": "constant", "warmup_share": 0.0})
+    optim = given.optim.model_copy(update={"lr": run.rate, "schedule": "constant", "warmup_ratio": 0.0})
     sampling = given.sampling.model_copy(update={"ahead": run.way != WAYS[0]})
     return given.model_copy(update={"optim": optim, "critic_optim": optim, "sampling": sampling})
 

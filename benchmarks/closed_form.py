@@ -29,13 +29,13 @@ ITERATIONS = 300
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "closed-form.png"
 
 
-def settings(beta: float, iterations: int) -> PPOConfig:
+def settings(kl_coef: float, iterations: int) -> PPOConfig:
     """PPO as it always is, but for three settings without which its limit would be another one.
 
     Whitening divides rewards by their spread, which is the same as another β: off. Weight decay pulls away from any
     optimum: 0. A constant learning rate keeps jumping around it: annealed to 0.
     """
-    optim = OptimConfig(lr=5e-3, weight_decay=0.0, schedule="cosine", min_lr_share=0.0, warmup_share=0.05)
+    optim = OptimConfig(lr=5e-3, weight_decay=0.0, schedule="cosine", min_lr_ratio=0.0, warmup_ratio=0.05)
     return PPOConfig(
         safety_model="helpfulness",
         iterations=iterations,
@@ -43,7 +43,7 @@ def settings(beta: float, iterations: int) -> PPOConfig:
         minibatch_size=128,
         micro_batch_size=128,
         sampling=SamplingConfig(max_new_tokens=LENGTH, batch_size=256),
-        beta=beta,
+        kl_coef=kl_coef,
         whiten_rewards=False,
         missing_eos_penalty=MISSING_EOS_PENALTY,
         optim=optim,
@@ -58,22 +58,22 @@ def main() -> None:
     print("   β   best reward   reached    error     its KL   reached    error   CPU s", flush=True)
     paths = {}
     with ProcessPoolExecutor(len(BETAS), mp_context=get_context("spawn")) as pool:
-        for beta, (path, seconds) in zip(BETAS, pool.map(reach, BETAS), strict=True):
-            best, reached, errors = world.figures(world.best(beta)), path[-1], world.errors(path[-1], beta)
+        for kl_coef, (path, seconds) in zip(BETAS, pool.map(reach, BETAS), strict=True):
+            best, reached, errors = world.metrics(world.best(kl_coef)), path[-1], world.errors(path[-1], kl_coef)
             print(
-                f"{beta:4.1f}   {best.reward:11.4f} {reached.reward:9.4f} {errors.reward:+8.2%}"
+                f"{kl_coef:4.1f}   {best.reward:11.4f} {reached.reward:9.4f} {errors.reward:+8.2%}"
                 f"   {best.kl:8.4f} {reached.kl:9.4f} {errors.kl:+8.2%}   {seconds:5.0f}",
                 flush=True,
             )
-            paths[beta] = path
+            paths[kl_coef] = path
     PICTURE.write_bytes(picture(world, paths))
 
 
-def reach(beta: float) -> tuple[list[Figures], float]:
+def reach(kl_coef: float) -> tuple[list[Figures], float]:
     """The path of PPO under β, and the seconds of CPU that it took."""
     torch.set_num_threads(1)
     start = time.process_time()
-    path = train(World(LENGTH), settings(beta, ITERATIONS)).path
+    path = train(World(LENGTH), settings(kl_coef, ITERATIONS)).path
     return path, time.process_time() - start
 
 
@@ -84,12 +84,12 @@ def picture(world: World, paths: Mapping[float, list[Figures]]) -> Figure:
 
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axes = figure.subplots()
-    frontier = [world.figures(world.best(beta)) for beta in torch.logspace(2, -0.5, 200).tolist()]
+    frontier = [world.metrics(world.best(kl_coef)) for kl_coef in torch.logspace(2, -0.5, 200).tolist()]
     axes.plot(*_across(frontier), color=REFERENCE, linewidth=3, label="closed form, every β")
-    for (beta, path), colour in zip(paths.items(), MODELS, strict=False):
-        axes.plot(*_across(path), color=colour, linewidth=0.9, label=f"PPO, β = {beta:g}")
+    for (kl_coef, path), colour in zip(paths.items(), MODELS, strict=False):
+        axes.plot(*_across(path), color=colour, linewidth=0.9, label=f"PPO, β = {kl_coef:g}")
         axes.plot(
-            *_across([world.figures(world.best(beta))]), "*", color=colour, markersize=15, markeredgecolor="white"
+            *_across([world.metrics(world.best(kl_coef))]), "*", color=colour, markersize=15, markeredgecolor="white"
         )
         axes.plot(*_across(path[-1:]), "o", color="#202020", markersize=3.5, zorder=4)
     axes.plot([], [], "*", color=REFERENCE, markersize=12, markeredgecolor="white", label="closed form, this β")

@@ -38,8 +38,8 @@ def least_seconds(
     """
     stepped_B = torch.tensor(answer_lengths) - 1  # the first token comes with the prompt
     tokens = int(stepped_B.sum())
-    reading = 2 * (size.trunk * sum(prompt_lengths) + size.head * len(prompt_lengths)) / machine.flops
-    arithmetic = 2 * (size.trunk + size.head) * tokens / machine.flops
+    reading = 2 * (size.backbone * sum(prompt_lengths) + size.head * len(prompt_lengths)) / machine.flops
+    arithmetic = 2 * (size.backbone + size.head) * tokens / machine.flops
     streaming = least_steps(stepped_B, rows) * size.weight_bytes / machine.bandwidth
     seen = tokens_seen(torch.tensor(prompt_lengths), stepped_B)
     return reading + max(arithmetic, streaming) + seen * size.cache_bytes / machine.bandwidth

@@ -37,24 +37,24 @@ def main(job: Job, result: Path) -> None:
         cast(InProcessSampler, models.sampler).eos_id = NEVER
     if job.answers:
         load_dice(job)
-    ppo.draw_prompts = partial(prompts_of, job)
-    state = {"iteration": 0, "beta": config.ppo.beta}
+    ppo.next_prompts = partial(prompts_of, job)
+    state = {"iteration": 0, "beta": config.ppo.kl_coef}
     machine = step_profiler.all_machines(context.device, config.hardware.precision)
-    seconds, figures, clock = [], [], step_profiler.Clock(context.device)
+    seconds, metrics, timer = [], [], step_profiler.PhaseTimer(context.device)
     for _ in range(job.iterations):
         collectives.barrier()
         state["iteration"] += 1
         start = time.perf_counter()
-        figures.append(ppo.iterate(config, context, models, job.prompts, state, clock))
+        metrics.append(ppo.iterate(config, context, models, job.prompts, state, timer))
         seconds.append(time.perf_counter() - start)
-        figures[-1] |= step_profiler.close(clock, figures[-1], machine)
+        metrics[-1] |= step_profiler.close(timer, metrics[-1], machine)
     # On CUDA the clock begins the peak anew in each phase.
-    on_device = [value for one in figures for name, value in one.items() if name.startswith("perf/memory_")]
+    on_device = [value for one in metrics for name, value in one.items() if name.startswith("perf/memory_")]
     memory = sum(collectives.gather_objects(max(on_device) if job.device == "cuda" else peak_memory()))
     if context.is_writer:
-        lengths = [one["ppo/length"] for one in figures]
+        lengths = [one["ppo/length"] for one in metrics]
         result.write_text(
-            json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": figures})
+            json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": metrics})
         )
 
 

@@ -20,7 +20,7 @@ from benchmarks.turns import in_turns, parser_of, report, table
 from rlhf.config import RunConfig
 from rlhf.distributed import collectives
 from rlhf.ppo.rollout_source import Ahead
-from rlhf.ppo.step_profiler import COMPUTING, PHASES, Clock
+from rlhf.ppo.step_profiler import COMPUTING, PHASES, PhaseTimer
 from stages.ppo import Models, iterate
 
 WAYS = IN_TURN, BESIDE, AHEAD = "in turn", "scoring beside sampling", "sampling beside the update"
@@ -37,9 +37,9 @@ def measure(rank: Rank, repeats: int) -> dict[str, list[dict[str, float]]]:
     def turn(way: str, config: RunConfig, models: Models) -> dict[str, float]:
         iterations[way] += 1
         collectives.barrier()
-        clock, state = Clock(rank.context.device), {"iteration": iterations[way], "beta": config.ppo.beta}
-        iterate(config, rank.context, models, rank.prompts, state, clock)
-        return clock.close()
+        timer, state = PhaseTimer(rank.context.device), {"iteration": iterations[way], "beta": config.ppo.kl_coef}
+        iterate(config, rank.context, models, rank.prompts, state, timer)
+        return timer.close()
 
     sides = {
         way: partial(turn, way, settings_of(way, rank.config), dataclasses.replace(rank.models, ahead=Ahead()))

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.config import PPOConfig
-from rlhf.data.batches import Experience, rows, trim
-from rlhf.distributed.micro_batches import passes_of_minibatch
+from rlhf.data.batches import Experience, select, trim
+from rlhf.distributed.micro_batches import micro_batches_of_minibatch
 from rlhf.models.policy import PolicyModel
 
 ROWS, PROMPT, RESPONSE, ROUNDS = 64, 128, 128, 5
@@ -45,7 +45,7 @@ def experience(vocab: int, count: int = ROWS) -> Experience:
 
 
 def parts(given: Experience, config: PPOConfig) -> Iterator[Experience]:
-    return (trim(rows(given, index)) for index in passes_of_minibatch(given, torch.arange(ROWS), 0, 1, config))
+    return (trim(select(given, index)) for index in micro_batches_of_minibatch(given, torch.arange(ROWS), 0, 1, config))
 
 
 def read(policy: PolicyModel, part: Experience) -> Tensor:

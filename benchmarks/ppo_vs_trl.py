@@ -25,7 +25,7 @@ from benchmarks import turns
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.side import Job
 from benchmarks.trl_environment import CACHE, trl_python
-from launch import ledger
+from launch import profile_table
 from rlhf.config import (
     DataConfig,
     HardwareConfig,
@@ -40,8 +40,8 @@ from rlhf.config import (
     SourceConfig,
     TinyConfig,
 )
-from rlhf.data import draw_prompts, load_prompts, pad, short_prompts
-from rlhf.data.batches import PromptBatch, moved
+from rlhf.data import load_prompts, next_prompts, pad, short_prompts
+from rlhf.data.batches import PromptBatch, to
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler
 from rlhf.models import import_gguf, load_causal, load_scalar, load_tokenizer
@@ -136,9 +136,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lengths = {name: [part["lengths"] for part in parts] for name, parts in rounds.items()}
     if jobs[0].answers and lengths["trl"] != lengths["ours"]:
         raise UserError("the two sides did not read the same answers", 6)
-    ours = ledger_of(rounds["ours"])
+    ours = profile_of(rounds["ours"])
     print("\n" + table(sides))
-    print("\nA mean iteration of ours:\n\n" + turns.table(ledger.COLUMNS, ledger.rows(ours)))
+    print("\nA mean iteration of ours:\n\n" + turns.table(profile_table.COLUMNS, profile_table.rows(ours)))
     settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "venv")}
     return {
         "settings": settings,
@@ -146,7 +146,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "device": device,
         "same_losses": check,
         "sides": sides,
-        "ledger": ours,
+        "profile": ours,
     }
 
 
@@ -182,7 +182,7 @@ def make_config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
             epochs=arguments.epochs,
             max_prompt_length=arguments.max_prompt_length,
             sampling=SamplingConfig(max_new_tokens=arguments.response_length, batch_size=arguments.rows),
-            beta=0.05,
+            kl_coef=0.05,
             whiten_rewards=False,
             missing_eos_penalty=0.0,
             optim=optim,
@@ -234,7 +234,7 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, reward: Path, num
     iterations = 1 + arguments.iterations
     # One more batch than TRL trains on: in the last batch of its data accelerate steps after every micro-batch.
     first = 1 + number * (iterations + 1)
-    batches = [draw_prompts(tokenizer, prompts, config, first + each) for each in range(iterations + 1)]
+    batches = [next_prompts(tokenizer, prompts, config, first + each) for each in range(iterations + 1)]
     natural = [
         tokens[mask].tolist() for batch in batches for tokens, mask in zip(batch.tokens_BP, batch.mask_BP, strict=True)
     ]
@@ -267,7 +267,7 @@ def answers_of(
     model, device = cast(Any, load_causal(config.model.path)), turns.device_of(device_name)
     sampler = InProcessSampler(model.to(device), *ends, config.hardware.precision)
     settings = config.ppo.sampling.model_copy(update={"batch_size": count})
-    rollout = moved(sampler.sample(moved(batch, device), settings, config.seed, number), torch.device("cpu"))
+    rollout = to(sampler.sample(to(batch, device), settings, config.seed, number), torch.device("cpu"))
     R = settings.max_new_tokens
     return [
         tokens[mask].tolist() for tokens, mask in zip(rollout.tokens_BT[:, -R:], rollout.response_mask_BR, strict=True)
@@ -352,10 +352,10 @@ def summary(parts: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     }
 
 
-def ledger_of(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def profile_of(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The account of all our timed iterations."""
-    timed = [figures for part in parts for figures in part["figures"][1:]]
-    return ledger.account({name: [(step, one[name]) for step, one in enumerate(timed)] for name in timed[0]})
+    timed = [metrics for part in parts for metrics in part["figures"][1:]]
+    return profile_table.account({name: [(step, one[name]) for step, one in enumerate(timed)] for name in timed[0]})
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:

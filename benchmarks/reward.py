@@ -2,7 +2,7 @@
 
     python -m benchmarks.reward --model FOLDER --out reward.json
 
-How the sides are made alike: benchmarks/bare.py. The bare loop is a transformers trunk, a linear head read at the last
+How the sides are made alike: benchmarks/bare.py. The bare loop is a transformers backbone, a linear head read at the last
 token of each answer, and the ranking loss with its margins.
 """
 
@@ -23,15 +23,15 @@ from stages import reward
 
 
 class Scorer(nn.Module):
-    """A trunk and a float32 head that begins at zero."""
+    """A backbone and a float32 head that begins at zero."""
 
-    def __init__(self, trunk: Any) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
-        self.trunk, self.head = trunk, nn.Linear(trunk.config.hidden_size, 1, bias=False)
+        self.backbone, self.head = backbone, nn.Linear(backbone.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        hidden_BTH = self.trunk(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        hidden_BTH = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
         hidden_BH = hidden_BTH[torch.arange(len(tokens_BT)), mask_BT.sum(1) - 1]
         with torch.autocast(tokens_BT.device.type, enabled=False):
             return self.head(hidden_BH.float())[:, 0]

@@ -35,7 +35,7 @@ from benchmarks.shapes import given_or_random
 from benchmarks.side import NEVER
 from rlhf.config import SamplingConfig
 from rlhf.data import pad, prompt_batch, short_prompts
-from rlhf.data.batches import PromptBatch, moved, rows
+from rlhf.data.batches import PromptBatch, select, to
 from rlhf.generation import InProcessSampler
 from rlhf.generation.vllm import VLLMSampler
 from rlhf.models import load_causal, load_tokenizer
@@ -126,7 +126,7 @@ def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
     """Every side `repeats` times in turn, after one turn each that is not counted; so is the machine measured."""
     sides = {name: side for name, side in SIDES.items() if name != "vllm" or subject.vllm is not None}
     count = setting.rows * PROMPTS_PER_ROW[setting.lengths]
-    prompts = rows(subject.prompts, torch.arange(count) % len(subject.prompts.ids_B))
+    prompts = select(subject.prompts, torch.arange(count) % len(subject.prompts.ids_B))
     prompts = replace(prompts, ids_B=torch.arange(count, device=subject.prompts.ids_B.device))
     prompt_lengths = prompts.mask_BP.sum(1).tolist()
     rates: dict[str, list[float]] = {name: [] for name in sides}
@@ -221,7 +221,7 @@ def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
             given_or_random(args.model, args.shape, folder), args.prompts, args.max_prompt_length
         )
     sampler, device = InProcessSampler(model, eos_id, pad_id, args.precision), turns.device_of(args.device)
-    return Subject(model.to(device), sampler, moved(prompts, device), eos_id, pad_id)
+    return Subject(model.to(device), sampler, to(prompts, device), eos_id, pad_id)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from benchmarks.side import peak_memory
 from benchmarks.turns import parser_of, report, table
 from rlhf.config import RunConfig
 from rlhf.distributed import collectives
-from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.step_profiler import PhaseTimer
 from stages.ppo import iterate
 
 FACTORS = (1, 2, 4)
@@ -53,7 +53,7 @@ def grown(config: RunConfig, rows: int, length: int) -> RunConfig:
 def measure(rank: Rank, repeats: int) -> list[dict[str, Any]]:
     """On every rank: seconds by phase and bytes, of each size and turn."""
     found: list[dict[str, Any]] = [{"rows": rows, "length": length, "turns": []} for rows, length in SIZES]
-    state = {"iteration": 0, "beta": rank.config.ppo.beta}
+    state = {"iteration": 0, "beta": rank.config.ppo.kl_coef}
     _turn(rank, rank.config, state)
     for _ in range(repeats):
         for of_size in found:
@@ -65,13 +65,13 @@ def _turn(rank: Rank, config: RunConfig, state: dict[str, Any]) -> dict[str, flo
     state["iteration"] += 1
     collectives.barrier()
     _forget_peak()
-    clock = Clock(rank.context.device)
-    figures = iterate(config, rank.context, rank.models, rank.prompts, state, clock)
-    times = clock.close()
+    timer = PhaseTimer(rank.context.device)
+    metrics = iterate(config, rank.context, rank.models, rank.prompts, state, timer)
+    times = timer.close()
     found = {phase: times[f"perf/seconds_{phase}"] for phase in SHOWN}
     on_device = max(value for name, value in times.items() if name.startswith("perf/memory_"))
     mine = on_device if rank.context.device.type == "cuda" else peak_memory()
-    return found | {"bytes": float(sum(collectives.gather_objects(mine))), "answer_tokens": figures["ppo/length"]}
+    return found | {"bytes": float(sum(collectives.gather_objects(mine))), "answer_tokens": metrics["ppo/length"]}
 
 
 def _forget_peak() -> None:

@@ -27,8 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import turns
 from benchmarks.side import NEVER
 from rlhf.config import PPOConfig, SamplingConfig
-from rlhf.data.batches import Experience, PromptBatch, rows, trim
-from rlhf.distributed.micro_batches import passes_of_minibatch, tokens_of_minibatch
+from rlhf.data.batches import Experience, PromptBatch, select, trim
+from rlhf.distributed.micro_batches import micro_batches_of_minibatch, tokens_of_minibatch
 from rlhf.generation import InProcessSampler
 from rlhf.models import load_causal
 from rlhf.models.policy import PolicyModel
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def config(self) -> PPOConfig:
-        return PPOConfig(packing=True, micro_batch_tokens=self.pass_tokens, answers_per_prompt=self.answers)
+        return PPOConfig(packing=True, micro_batch_tokens=self.pass_tokens, group_size=self.answers)
 
 
 def experience(setting: Setting, side: str, vocab: int, seed: int) -> Experience:
@@ -85,8 +85,8 @@ def learn(model: Any, setting: Setting, given: Experience, seed: int) -> None:
 
 def _passes(model: Any, setting: Setting, given: Experience, backward: bool = False) -> list[torch.Tensor]:
     policy, everything, read = PolicyModel(model, packing=True), torch.arange(len(given.tokens_BT)), []
-    for index in passes_of_minibatch(given, everything, 0, 1, setting.config):
-        part = trim(rows(given, index))
+    for index in micro_batches_of_minibatch(given, everything, 0, 1, setting.config):
+        part = trim(select(given, index))
         logprobs_BR, _ = policy(part.tokens_BT, part.mask_BT, part.response_mask_BR.shape[1], 1.0)
         if backward:
             logprobs_BR.sum().backward()

@@ -23,7 +23,7 @@ from rlhf.distributed.engine import LocalEngine
 from rlhf.generation import InProcessSampler
 from rlhf.models import ScalarModel
 from rlhf.models.policy import PolicyModel
-from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.step_profiler import PhaseTimer
 from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker
 from stages.ppo import Models, iterate
@@ -87,20 +87,20 @@ class World:
             rows.append(torch.where(torch.arange(self.length) < lengths_N[:, None], of_token_NR, 0.0).sum(1))
         return torch.stack(rows)
 
-    def best(self, beta: float) -> Tensor:
+    def best(self, kl_coef: float) -> Tensor:
         """logprobs_QN of π_ref · exp(r / β) / Z, where E[r] - β KL(π‖π_ref) is largest (Korbak et al. 2022, eq. 5)."""
-        return torch.log_softmax(self.reference_QN + self.rewards_QN / beta, 1)
+        return torch.log_softmax(self.reference_QN + self.rewards_QN / kl_coef, 1)
 
-    def figures(self, logprobs_QN: Tensor) -> Figures:
+    def metrics(self, logprobs_QN: Tensor) -> Figures:
         """Expected reward and KL of a policy, mean over the prompts."""
         probs_QN = logprobs_QN.exp()
         reward = (probs_QN * self.rewards_QN).sum(1).mean()
         kl = (probs_QN * (logprobs_QN - self.reference_QN)).sum(1).mean()
         return Figures(float(reward), float(kl))
 
-    def errors(self, reached: Figures, beta: float) -> Figures:
+    def errors(self, reached: Figures, kl_coef: float) -> Figures:
         """How far a policy is from the best one, relative to it."""
-        best = self.figures(self.best(beta))
+        best = self.metrics(self.best(kl_coef))
         return Figures(reached.reward / best.reward - 1, reached.kl / best.kl - 1)
 
 
@@ -162,12 +162,12 @@ def train(world: World, ppo: PPOConfig, seed: int = 0) -> Trained:
     models, context = open_models(world, ppo), alone()
     prompts = [Prompt((Message("user", text),), "helpful", "small world") for text in PROMPTS]
     policy = cast(LlamaForCausalLM, models.policy.module.causal)
-    path = [world.figures(world.reference_QN)]
-    state, clock = {"iteration": 0, "beta": ppo.beta}, Clock(context.device)
+    path = [world.metrics(world.reference_QN)]
+    state, timer = {"iteration": 0, "beta": ppo.kl_coef}, PhaseTimer(context.device)
     while state["iteration"] < ppo.iterations:
         state["iteration"] += 1
-        iterate(config, context, models, prompts, state, clock)
-        path.append(world.figures(world.logprobs(policy)))
+        iterate(config, context, models, prompts, state, timer)
+        path.append(world.metrics(world.logprobs(policy)))
     return Trained(path, policy, cast(ScalarModel, models.critic.module))
 
 

@@ -21,7 +21,7 @@ from benchmarks.gang import Rank, add_sizes, by_workers
 from benchmarks.turns import in_turns, parser_of, report, table
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import import_deepspeed
-from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.step_profiler import PhaseTimer
 from rlhf.profiling.roofline import wait
 from stages import ppo as stage
 
@@ -55,12 +55,12 @@ def measure(rank: Rank, repeats: int) -> dict[str, Any]:
     sides = {"ours": lambda: timed(stage._sync), "naive": lambda: timed(naive_sync)}
     in_turns(sides, 1)
     turns, shares = in_turns(sides, repeats), []
-    state = {"iteration": 0, "beta": rank.config.ppo.beta}
+    state = {"iteration": 0, "beta": rank.config.ppo.kl_coef}
     for _ in range(1 + ITERATIONS):
         state["iteration"] += 1
-        clock = Clock(rank.context.device)
-        stage.iterate(rank.config, rank.context, rank.models, rank.prompts, state, clock)
-        times = clock.close()
+        timer = PhaseTimer(rank.context.device)
+        stage.iterate(rank.config, rank.context, rank.models, rank.prompts, state, timer)
+        times = timer.close()
         shares.append((times["perf/seconds_sync"], times["perf/seconds_iteration"]))
     return {"turns": turns, "iterations": shares[1:]}
 

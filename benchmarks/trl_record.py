@@ -135,7 +135,7 @@ def make_trainer(parts: dict[str, Any], settings: dict[str, Any], folder: str) -
         response_length=LENGTH,
         stop_token="eos",
         gamma=settings["gamma"],
-        lam=settings["lam"],
+        gae_lambda=settings["lam"],
         whiten_rewards=settings.get("whiten_rewards", False),
         learning_rate=0.0,
         bf16=False,
@@ -186,7 +186,7 @@ class Recording:
         self.trainer, self.answers, self.parts = trainer, answers, parts
         self.iteration: dict[str, Any] = {}
         self.micro_batches: list[dict[str, Any]] = []
-        self.figures: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self.originals = {name: getattr(ppo_trainer, name) for name in ("batch_generation", "masked_whiten")}
         self.backward, self.step, self.log = trainer.accelerator.backward, trainer.optimizer.step, trainer.log
@@ -236,7 +236,7 @@ class Recording:
     def on_log(self, metrics: dict[str, float]) -> None:
         seen = sys._getframe(1).f_locals
         stats = {name: value.flatten().tolist() for name, value in seen.items() if name.endswith("_stats")}
-        self.figures = stats | {name: value for name, value in metrics.items() if name.startswith("objective/")}
+        self.metrics = stats | {name: value for name, value in metrics.items() if name.startswith("objective/")}
 
 
 def _copy(value: Any) -> Any:
@@ -272,7 +272,7 @@ def main(out: Path) -> None:
             "settings": {key: value for key, value in settings.items() if key != "answers"},
             "iteration": recording.iteration,
             "micro_batches": recording.micro_batches,
-            "figures": recording.figures,
+            "figures": recording.metrics,
         }
         tensors |= weights | {f"gradients/{name}/{key}": value for key, value in recording.gradients.items()}
     packages = ("trl", "torch", "transformers", "accelerate", "datasets")

@@ -33,13 +33,13 @@ def main(job: Job, result: Path) -> None:
         trainer = make_trainer(job, folder)
         ends: list[float] = []
         lengths: list[float] = []
-        figures: list[dict[str, float]] = []
+        metrics: list[dict[str, float]] = []
 
-        def on_log(metrics: dict[str, float]) -> None:  # once an iteration
+        def on_log(logged: dict[str, float]) -> None:  # once an iteration
             ends.append(time.perf_counter())
             real_BR = ~sys._getframe(1).f_locals["padding_mask"]
             lengths.append(float(trainer.accelerator.gather(real_BR.sum(1).float()).mean()))
-            figures.append(metrics)
+            metrics.append(logged)
 
         trainer.log = on_log
         trainer.accelerator.wait_for_everyone()
@@ -51,7 +51,7 @@ def main(job: Job, result: Path) -> None:
     memory = int(trainer.accelerator.gather(torch.tensor([memory])).sum())
     if trainer.accelerator.is_main_process:
         result.write_text(
-            json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": figures})
+            json.dumps({"seconds": seconds, "lengths": lengths, "peak_memory": memory, "figures": metrics})
         )
 
 
@@ -99,9 +99,9 @@ def make_trainer(job: Job, folder: str) -> Any:
         stop_token=None if job.eos is None else "eos",
         kl_coef=ppo["beta"],
         gamma=ppo["gamma"],
-        lam=ppo["lam"],
-        cliprange=ppo["clip"],
-        cliprange_value=ppo["value_clip"],
+        gae_lambda=ppo["lam"],
+        cliprange=ppo["clip_range"],
+        cliprange_value=ppo["value_clip_range"],
         vf_coef=1.0,  # our critic has an optimizer of its own
         learning_rate=optim["lr"],
         lr_scheduler_type="constant",

@@ -27,9 +27,9 @@ from benchmarks.packing import experience
 from benchmarks.shapes import given_or_random
 from benchmarks.turns import device_of, in_turns, parser_of, report, table
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
-from rlhf.data.batches import Experience, moved, rows, trim
+from rlhf.data.batches import Experience, select, to, trim
 from rlhf.distributed.engine import LocalEngine
-from rlhf.distributed.micro_batches import passes_of_minibatch
+from rlhf.distributed.micro_batches import micro_batches_of_minibatch
 from rlhf.models import ScalarModel, load_causal
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo.update import minibatches, update
@@ -48,8 +48,8 @@ def bare_seconds(
     """The loop that a person would write first, over the passes of `our_seconds`."""
     start = time.perf_counter()
     for index in minibatches(len(given.tokens_BT), config, 0, 1):
-        for mine in passes_of_minibatch(given, index, 0, 1, config):
-            part = moved(trim(rows(given, mine)), device)
+        for mine in micro_batches_of_minibatch(given, index, 0, 1, config):
+            part = to(trim(select(given, mine)), device)
             mask_BT = part.mask_BT
             answer_BT = F.pad(part.response_mask_BR, (mask_BT.shape[1] - part.response_mask_BR.shape[1], 0))
             predicts_N = answer_BT.roll(-1, 1)[mask_BT]
@@ -63,7 +63,7 @@ def bare_seconds(
                 loss = F.cross_entropy(policy.lm_head(hidden_NH).float(), part.tokens_BT[answer_BT], reduction="sum")
             loss.backward()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = critic.head(critic.trunk(**inputs).last_hidden_state[0, predicts_N]).float().square().sum()
+                loss = critic.head(critic.backbone(**inputs).last_hidden_state[0, predicts_N]).float().square().sum()
             loss.backward()
     wait(device)
     seconds = time.perf_counter() - start
@@ -87,7 +87,7 @@ def compare(args: Any, path: Path) -> dict[str, Any]:
     critic: Any = ScalarModel(causal().base_model, torch.zeros(1, hidden)).to(device)
     critic.packing = True
     engines = [LocalEngine(module, OptimConfig(lr=0.0), 1000, hardware) for module in (policy, critic)]
-    bare_critic = nn.ModuleDict({"trunk": causal().base_model, "head": nn.Linear(hidden, 1, bias=False).to(device)})
+    bare_critic = nn.ModuleDict({"backbone": causal().base_model, "head": nn.Linear(hidden, 1, bias=False).to(device)})
     given = experience(vocabulary, args.rows)
     bf16 = args.precision == "bf16"
     sides = {
@@ -100,7 +100,7 @@ def compare(args: Any, path: Path) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "tokens": tokens,
-        "passes": len(passes_of_minibatch(given, torch.arange(args.rows), 0, 1, config)),
+        "passes": len(micro_batches_of_minibatch(given, torch.arange(args.rows), 0, 1, config)),
         "tokens_per_second": rates,
         "median": medians,
         "ratio": statistics.median(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True)),

@@ -142,9 +142,9 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str], data: Data) ->
     from rlhf.distributed import collectives
 
     with torchrun_group(config):
-        of_first, stages = collectives.agreed(lambda: (config, stages))
+        of_first, stages = collectives.broadcast_result(lambda: (config, stages))
         for stage in stages:
-            collectives.agreed(lambda stage=stage: _prepare(of_first, stage, data[stage]))
+            collectives.broadcast_result(lambda stage=stage: _prepare(of_first, stage, data[stage]))
             run_rank(of_first, stage, local=False)
 
 

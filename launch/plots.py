@@ -111,7 +111,7 @@ def ppo(series: Series, best_iteration: int) -> Figure:
         ("Reward", "ppo/reward", "eval/reward", "reward of the answer"),
         ("KL to the SFT model", "ppo/kl", "eval/kl", "nats per answer"),
         ("Length", "ppo/length", "eval/length", "tokens per answer"),
-        ("Answers that end themselves", "ppo/eos_share", "eval/eos_share", "share"),
+        ("Answers that end themselves", "ppo/eos_rate", "eval/eos_rate", "share"),
         ("Gold score", "", "eval/gold", "true quality, 0 to 1"),
         ("Entropy", "ppo/entropy", "", "nats per token"),
     )
@@ -132,13 +132,13 @@ def ppo(series: Series, best_iteration: int) -> Figure:
 @drawn
 def held_out(policies: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
     """Every held-out figure of base, SFT and PPO with its 95 % interval; `policies[policy][figure]` is an estimate."""
-    names = list(dict.fromkeys(name for figures in policies.values() for name in figures))
+    names = list(dict.fromkeys(name for metrics in policies.values() for name in metrics))
     columns = min(len(names), 3)
     figure, all_axes = _figure(-(-len(names) // columns), columns)
     for axes, name in zip(all_axes, names, strict=False):
-        for place, (policy, figures) in enumerate(policies.items()):
-            if name in figures:
-                _with_errors(axes, [place], [figures[name]], POLICIES[policy], policy, "")
+        for place, (policy, metrics) in enumerate(policies.items()):
+            if name in metrics:
+                _with_errors(axes, [place], [metrics[name]], POLICIES[policy], policy, "")
         axes.set_xticks(range(len(policies)), list(policies))
         axes.set_xlim(-0.6, len(policies) - 0.4)
         _label(axes, name, "", "")

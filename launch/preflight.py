@@ -26,7 +26,7 @@ VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vL
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class PreflightError:
     text: str
     exit_code: int
 
@@ -39,7 +39,7 @@ def preflight(config: RunConfig, gang: bool = True) -> None:
         )
 
 
-def obstacles(config: RunConfig, gang: bool = True) -> list[Obstacle]:
+def obstacles(config: RunConfig, gang: bool = True) -> list[PreflightError]:
     """All that is missing: data, then model, then sampling engine, then room on this machine."""
     found = [*_data(config), *_model(config), *_sampling(config), *_disk(config)]
     if config.hardware.ray_address is not None:
@@ -81,13 +81,13 @@ def machine_gpus() -> int | None:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _data(config: RunConfig) -> Iterator[Obstacle]:
+def _data(config: RunConfig) -> Iterator[PreflightError]:
     for role in ("demonstrations", "preferences", "prompts"):
         for part in ("train", "held_out"):
             for number, source in enumerate(getattr(getattr(config.data, role), part)):
                 name = f"data.{role}.{part}.{number}"
                 for key, text in _source(source, config.data.root):
-                    yield Obstacle(f"{name}.{key}: {text}", BAD_DATA)
+                    yield PreflightError(f"{name}.{key}: {text}", BAD_DATA)
 
 
 def _source(source: SourceConfig, root: Path) -> Iterator[tuple[str, str]]:
@@ -107,26 +107,26 @@ def _source(source: SourceConfig, root: Path) -> Iterator[tuple[str, str]]:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def _model(config: RunConfig) -> Iterator[Obstacle]:
+def _model(config: RunConfig) -> Iterator[PreflightError]:
     path = config.model.path
     folder = Path(path).expanduser()
     if path == "tiny":
         return
     if folder.exists():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            yield Obstacle(f"model.path: {path} is no model folder: it has no config.json", MISSING_MODEL)
+            yield PreflightError(f"model.path: {path} is no model folder: it has no config.json", MISSING_MODEL)
         else:
             yield from _requirements(config, folder)
     elif HUB_NAME.fullmatch(path) and not path.startswith("."):
         if _offline() and not _in_cache("models", path):
             text = f"{path} is no folder here, and not in the local cache of the hub (HF_HUB_OFFLINE)"
-            yield Obstacle(f"model.path: {text}", MISSING_MODEL)
+            yield PreflightError(f"model.path: {text}", MISSING_MODEL)
     elif "/" in path or not _in_cache("models", path):
         text = f"there is no folder {folder.absolute()}; give a model's folder or its hub name (owner/name)"
-        yield Obstacle(f"model.path: {text}{_where_smollm2_comes_from(path)}", MISSING_MODEL)
+        yield PreflightError(f"model.path: {text}{_where_smollm2_comes_from(path)}", MISSING_MODEL)
 
 
-def _requirements(config: RunConfig, folder: Path) -> Iterator[Obstacle]:
+def _requirements(config: RunConfig, folder: Path) -> Iterator[PreflightError]:
     """What the configuration of a model on this disk says against the run."""
     from rlhf.models.pretrained import adapter_base, is_adapter, load_config
     from rlhf.models.requirements import misfits
@@ -135,9 +135,9 @@ def _requirements(config: RunConfig, folder: Path) -> Iterator[Obstacle]:
         while is_adapter(folder):
             folder = adapter_base(folder)
         for text, exit_code in misfits(config, load_config(folder)):
-            yield Obstacle(text, exit_code)
+            yield PreflightError(text, exit_code)
     except UserError as error:
-        yield Obstacle(f"model.path: {error.message}", error.exit_code)
+        yield PreflightError(f"model.path: {error.message}", error.exit_code)
 
 
 def _where_smollm2_comes_from(path: str) -> str:
@@ -158,12 +158,12 @@ def _in_cache(kind: str, name: str) -> bool:
 # --- sampling engine --------------------------------------------------------------------------------------------------
 
 
-def _sampling(config: RunConfig) -> Iterator[Obstacle]:
+def _sampling(config: RunConfig) -> Iterator[PreflightError]:
     if config.ppo.sampling.engine != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:
         text = "vllm is not installed: `make vllm` installs it, or set inprocess"
-        yield Obstacle(f"ppo.sampling.engine: {text}", BAD_SETTING)
+        yield PreflightError(f"ppo.sampling.engine: {text}", BAD_SETTING)
     head = head_size(config)
     if head is not None and head not in VLLM_HEAD_SIZES and not config.hardware.gpus_per_worker:
         sizes = ", ".join(str(size) for size in VLLM_HEAD_SIZES)
@@ -171,7 +171,7 @@ def _sampling(config: RunConfig) -> Iterator[Obstacle]:
             f"attention heads of this model have size {head}, and vLLM on CPUs has kernels for {sizes}: set inprocess"
         )
         where = ", or change model.tiny.heads" if config.model.path == "tiny" else ""
-        yield Obstacle(f"ppo.sampling.engine: {text}{where}", BAD_SETTING)
+        yield PreflightError(f"ppo.sampling.engine: {text}{where}", BAD_SETTING)
 
 
 def head_size(config: RunConfig) -> int | None:
@@ -187,13 +187,13 @@ def head_size(config: RunConfig) -> int | None:
 # --- machine ----------------------------------------------------------------------------------------------------------
 
 
-def _precision(config: RunConfig) -> Iterator[Obstacle]:
+def _precision(config: RunConfig) -> Iterator[PreflightError]:
     if config.hardware.precision == "bf16" and not config.hardware.gpus_per_worker and not multiplies_bf16():
         text = "this CPU cannot multiply bfloat16, and to imitate it takes about a hundred times as long as float32"
-        yield Obstacle(f"hardware.precision: {text}: set float32", MACHINE_TOO_SMALL)
+        yield PreflightError(f"hardware.precision: {text}: set float32", MACHINE_TOO_SMALL)
 
 
-def _processors(config: RunConfig) -> Iterator[Obstacle]:
+def _processors(config: RunConfig) -> Iterator[PreflightError]:
     hardware = config.hardware
     for kind, each, there in (
         ("CPU", hardware.cpus_per_worker, machine_cpus()),
@@ -204,21 +204,21 @@ def _processors(config: RunConfig) -> Iterator[Obstacle]:
             key = f"{kind.lower()}s_per_worker"
             text = f"needs {hardware.workers} workers × {each:g} {kind}s = {wanted:g}, this machine has {there}"
             remedy = f"lower hardware.workers or hardware.{key}, or set hardware.ray_address to a cluster"
-            yield Obstacle(f"hardware: {text}: {remedy}", MACHINE_TOO_SMALL)
+            yield PreflightError(f"hardware: {text}: {remedy}", MACHINE_TOO_SMALL)
 
 
-def _disk(config: RunConfig) -> Iterator[Obstacle]:
+def _disk(config: RunConfig) -> Iterator[PreflightError]:
     folder = config.folder.absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        yield Obstacle(
+        yield PreflightError(
             f"runs_dir: nothing can be written to {place}; set runs_dir to another folder", MACHINE_TOO_SMALL
         )
         return
     wanted, free = bytes_wanted(config), shutil.disk_usage(place).free
     if free < wanted:
         text = f"about {_gigabytes(wanted)} are needed in {place}, {_gigabytes(free)} are free"
-        yield Obstacle(f"runs_dir: {text}: free some space or set runs_dir to another disk", MACHINE_TOO_SMALL)
+        yield PreflightError(f"runs_dir: {text}: free some space or set runs_dir to another disk", MACHINE_TOO_SMALL)
 
 
 def bytes_wanted(config: RunConfig) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import ledger, plots
+from launch import plots, profile_table
 from rlhf.config import RunConfig
 from rlhf.ppo import alarms
 from rlhf.runs.artifacts import load, write_atomic, write_json
@@ -54,7 +54,7 @@ def build(folder: Path, config: RunConfig, extra: Mapping[str, Any]) -> dict[str
             **{key: value for key, value in metrics["ppo"].items() if key != "samples"},
             "held_out": {policy: _nested(metrics["ppo"]["held_out"][policy]) for policy in POLICIES},
             "gain": _nested(metrics["ppo"]["gain"]),
-            "ledger": ledger.account(read_metrics(folder / "ppo")),
+            "profile": profile_table.account(read_metrics(folder / "ppo")),
         },
         **extra,
     }
@@ -68,11 +68,11 @@ def build(folder: Path, config: RunConfig, extra: Mapping[str, Any]) -> dict[str
 
 def headline(report: Mapping[str, Any]) -> dict[str, float]:
     """The figures by which runs are compared, named for the parent run in MLflow: eval/<policy>/…, eval/accuracy_…."""
-    figures = {f"eval/accuracy_{name}": model["accuracy"]["value"] for name, model in report["reward"].items()}
+    metrics = {f"eval/accuracy_{name}": model["accuracy"]["value"] for name, model in report["reward"].items()}
     for policy in POLICIES:
         for name, estimate in flat(report["ppo"]["held_out"][policy]):
-            figures[f"eval/{policy}/{name.replace('.', '_')}"] = estimate["value"]
-    return figures
+            metrics[f"eval/{policy}/{name.replace('.', '_')}"] = estimate["value"]
+    return metrics
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:
@@ -132,13 +132,13 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         ("pairs", *models),
         [(group, *(_interval(_accuracy(model, group)) for model in models.values())) for group in groups],
     )
-    figures = {policy: dict(flat(report["ppo"]["held_out"][policy])) for policy in POLICIES}
-    names = dict.fromkeys(name for policy in POLICIES for name in figures[policy])
+    metrics = {policy: dict(flat(report["ppo"]["held_out"][policy])) for policy in POLICIES}
+    names = dict.fromkeys(name for policy in POLICIES for name in metrics[policy])
     answers = Table(
-        f"Policies: rewards and other figures of the answers to {figures['ppo']['length']['n']} held-out prompts",
+        f"Policies: rewards and other figures of the answers to {metrics['ppo']['length']['n']} held-out prompts",
         ("figure", *POLICIES),
         [
-            (name.removeprefix("reward."), *(_interval(figures[policy].get(name)) for policy in POLICIES))
+            (name.removeprefix("reward."), *(_interval(metrics[policy].get(name)) for policy in POLICIES))
             for name in names
         ],
     )
@@ -153,9 +153,9 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     return [accuracy, answers, *_ledger(report["ppo"]), stages]
 
 
-def flat(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """{"reward": {"safety": estimate}, "gold": estimate} -> ("reward.safety", estimate), ("gold", estimate)."""
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if "value" not in value:
             yield from flat(value, f"{prefix}{name}.")
         elif value["value"] is not None:  # it was finite
@@ -166,10 +166,10 @@ def _stages(reward_models: Sequence[str]) -> list[str]:
     return ["sft", *(f"reward/{name}" for name in reward_models), "ppo"]
 
 
-def _nested(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """{"reward.safety": estimate} -> {"reward": {"safety": estimate}}."""
     nested: dict[str, Any] = {}
-    for name, estimate in figures.items():
+    for name, estimate in metrics.items():
         first, _, rest = name.partition(".")
         if rest:
             nested.setdefault(first, {})[rest] = estimate
@@ -214,11 +214,15 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
 
 def _ledger(ppo: Mapping[str, Any]) -> list[Table]:
     """Where the time and the tokens of PPO went; nothing where no iteration was recorded."""
-    if not (account := ppo.get("ledger")):
+    if not (account := ppo.get("profile")):
         return []
     machine = account["machine"]
     at_best = f"{machine['flops'] / 1e9:.0f} GFLOP/s, {machine['bandwidth'] / 1e9:.0f} GB/s"
-    return [Table(f"PPO: a mean iteration; the machine's limit: {at_best}", ledger.COLUMNS, ledger.rows(account))]
+    return [
+        Table(
+            f"PPO: a mean iteration; the machine's limit: {at_best}", profile_table.COLUMNS, profile_table.rows(account)
+        )
+    ]
 
 
 def _accuracy(model: Mapping[str, Any], group: str) -> Mapping[str, Any] | None:

@@ -20,7 +20,7 @@ from reward_data import DataError, Demonstration, Preference, prompt_of
 from rlhf import chat
 from rlhf.data import pad
 from rlhf.errors import UserError
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, share
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
 from rlhf.models import Encoder, ScalarModel, load_encoder, load_scalar, load_tokenizer, positions
 from rlhf.runs import artifacts
 
@@ -160,15 +160,15 @@ def summary(lines: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, E
     found = {f"mean {name}": bootstrap_mean([line[name] for line in lines], prompts) for name in names}
     if "margin" in names:
         wins = [1.0 if line["margin"] > 0 else 0.5 * (line["margin"] == 0) for line in lines]
-        found["accuracy"] = share(wins, prompts)
+        found["accuracy"] = proportion(wins, prompts)
     return found
 
 
-def table(figures: dict[str, Estimate], rows: int, out: str) -> Table:
+def table(metrics: dict[str, Estimate], rows: int, out: str) -> Table:
     shown = Table(title=f"{rows} rows, scores in {out}", title_justify="left")
     for column in ("", "value", "95 % interval"):
         shown.add_column(column, justify="right" if column else "left")
-    for name, estimate in figures.items():
+    for name, estimate in metrics.items():
         shown.add_row(name, f"{estimate.value:.3f}", f"{estimate.low:.3f} … {estimate.high:.3f}")
     return shown
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launch import yaml_tree
-from launch.yaml_tree import Keys, Mistake, Node
+from launch.yaml_tree import ConfigError, Keys, Node
 from rlhf.config import RunConfig, public
 from rlhf.errors import UserError
 
@@ -78,7 +78,7 @@ def find_runfile(runfile: str | Path) -> Path:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _stack_layers(run: Node, path: Path) -> tuple[Node, list[Mistake], set[str]]:
+def _stack_layers(run: Node, path: Path) -> tuple[Node, list[ConfigError], set[str]]:
     """Defaults, the layers that the run file names, its own sections; and which sections lack a layer."""
     stack, mistakes, incomplete = [_defaults()], [], set()
     own = dict(run.value)
@@ -103,7 +103,7 @@ def _stack_layers(run: Node, path: Path) -> tuple[Node, list[Mistake], set[str]]
     return tree, mistakes, incomplete
 
 
-def _layer_names(key: str, node: Node) -> tuple[list[Node], Node, list[Mistake]]:
+def _layer_names(key: str, node: Node) -> tuple[list[Node], Node, list[ConfigError]]:
     """The layers named at `key` of a run file, and what the run file itself says there."""
     rest = Node({}, node.where)
     if key == "stages":
@@ -116,10 +116,10 @@ def _layer_names(key: str, node: Node) -> tuple[list[Node], Node, list[Mistake]]
         names = [node]
     good = [name for name in names if isinstance(name.value, str)]
     what = "a list of layer names" if key == "stages" else "the name of a layer, or a mapping"
-    return good, rest, [Mistake(name.where, key, f"should be {what}") for name in names if name not in good]
+    return good, rest, [ConfigError(name.where, key, f"should be {what}") for name in names if name not in good]
 
 
-def _read_layer(key: str, folder: str, name: Node, runfile: Path) -> tuple[Node, list[Mistake]]:
+def _read_layer(key: str, folder: str, name: Node, runfile: Path) -> tuple[Node, list[ConfigError]]:
     folders = [runfile.resolve().parent.parent / folder, PACKAGED / folder]
     for place in folders:
         if (path := place / f"{name.value}.yaml").is_file():
@@ -128,7 +128,7 @@ def _read_layer(key: str, folder: str, name: Node, runfile: Path) -> tuple[Node,
     text = f"there is no {folder} layer {name.value!r}{_did_you_mean(name.value, known)}"
     if key == "model":
         text += "; a model of your own is named by `model: {path: FOLDER_OR_HUB_NAME}`"
-    return Node({}, name.where), [Mistake(name.where, key, text)]
+    return Node({}, name.where), [ConfigError(name.where, key, text)]
 
 
 def _defaults() -> Node:
@@ -141,24 +141,24 @@ def _defaults() -> Node:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def _parse_overrides(overrides: list[str]) -> tuple[list[tuple[Keys, Node]], list[Mistake]]:
+def _parse_overrides(overrides: list[str]) -> tuple[list[tuple[Keys, Node]], list[ConfigError]]:
     changes: list[tuple[Keys, Node]] = []
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigError] = []
     tokens = list(overrides)
     while tokens:
         token = tokens.pop(0)
         name, has_value, text = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not name:
-            mistakes.append(Mistake(COMMAND_LINE, token, "is neither an option nor a setting; write --name value"))
+            mistakes.append(ConfigError(COMMAND_LINE, token, "is neither an option nor a setting; write --name value"))
             continue
         if not has_value:
             if not tokens or tokens[0].startswith("--"):
                 near = "" if _is_known(name) else f"; unknown setting{_near_setting(name)}"
-                mistakes.append(Mistake(COMMAND_LINE, name, f"has no value; write --{name} VALUE{near}"))
+                mistakes.append(ConfigError(COMMAND_LINE, name, f"has no value; write --{name} VALUE{near}"))
                 continue
             text = tokens.pop(0)
         node, bad = yaml_tree.parse(text, COMMAND_LINE, lines=False)
-        mistakes += [Mistake(COMMAND_LINE, name, mistake.text) for mistake in bad]
+        mistakes += [ConfigError(COMMAND_LINE, name, mistake.text) for mistake in bad]
         changes += [] if bad else [(tuple(name.split(".")), node)]
     return changes, mistakes
 
@@ -166,7 +166,7 @@ def _parse_overrides(overrides: list[str]) -> tuple[list[tuple[Keys, Node]], lis
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
-def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[Mistake]]:
+def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[ConfigError]]:
     """All mistakes: pydantic skips its cross checks where a field is bad, so bad fields are mended and it goes again.
 
     Cross checks that speak of a mended setting, or of a section whose layer is missing, are left out.
@@ -185,12 +185,12 @@ def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[
                 lines = str(detail["msg"]).removeprefix("Value error, ").splitlines()
                 mistakes += [_misfit(tree, line) for line in lines if not any(name in line for name in suspect)]
             elif detail["type"] == "missing":
-                mistake = Mistake(yaml_tree.where(tree, keys), _dotted(keys), "is missing")
+                mistake = ConfigError(yaml_tree.where(tree, keys), _dotted(keys), "is missing")
                 mistakes += [] if keys in mended or mistake in mistakes else [mistake]
                 faulty |= {keys} & STAND_INS.keys() - mended
             else:
                 faulty.add(keys)
-                mistakes.append(Mistake(yaml_tree.where(tree, keys), _dotted(keys), _explain(keys, detail)))
+                mistakes.append(ConfigError(yaml_tree.where(tree, keys), _dotted(keys), _explain(keys, detail)))
         if not faulty:
             return None, mistakes
         for keys in sorted(faulty, key=str, reverse=True):
@@ -207,9 +207,9 @@ def _keys(tree: Node, detail: ErrorDetails) -> Keys:
     return keys
 
 
-def _misfit(tree: Node, line: str) -> Mistake:
+def _misfit(tree: Node, line: str) -> ConfigError:
     name, _, text = line.partition(" ")
-    return Mistake(yaml_tree.where(tree, tuple(name.split("."))), name, text)
+    return ConfigError(yaml_tree.where(tree, tuple(name.split("."))), name, text)
 
 
 def _explain(keys: Keys, detail: ErrorDetails) -> str:
@@ -233,7 +233,7 @@ def _explain(keys: Keys, detail: ErrorDetails) -> str:
     return f"is {'null' if value is None else repr(value)}, {should}{near}"
 
 
-def _message(mistakes: list[Mistake]) -> str:
+def _message(mistakes: list[ConfigError]) -> str:
     lines: dict[tuple[str, str], str] = {}
     for mistake in sorted(mistakes, key=_reading_order):  # the members of a union each have their say about one value
         key = (mistake.where, mistake.name)
@@ -243,7 +243,7 @@ def _message(mistakes: list[Mistake]) -> str:
     return "\n".join([f"{count} in the settings:", *shown])
 
 
-def _reading_order(mistake: Mistake) -> tuple[bool, str, int]:
+def _reading_order(mistake: ConfigError) -> tuple[bool, str, int]:
     file, _, line = mistake.where.rpartition(":")
     return mistake.where == COMMAND_LINE, file, int(line) if line.isdigit() else 0
 

@@ -38,7 +38,7 @@ class StageBars:
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("[cyan]{task.fields[figures]}"),
+            TextColumn("[cyan]{task.fields[metrics]}"),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -53,14 +53,14 @@ class StageBars:
             self._bars.stop()
 
     def add(self, stage: str) -> None:
-        self._tasks[stage] = self._bars.add_task(stage, total=None, figures="starting …")
+        self._tasks[stage] = self._bars.add_task(stage, total=None, metrics="starting …")
         if not console.is_terminal:
             console.print(f"{stage}: started")
 
     def refresh(self) -> None:
         for stage, task in self._tasks.items():
             if (state := read_progress(self._folder / stage)) is not None:
-                self._bars.update(task, completed=state.done, total=state.total, figures=_shown(state.figures) or "…")
+                self._bars.update(task, completed=state.done, total=state.total, metrics=_shown(state.metrics) or "…")
                 for warning in state.warnings:
                     self._warn(f"{stage}: warning: {warning}")
 
@@ -93,13 +93,13 @@ class StageBars:
     def finish(self, stage: str, outcome: str) -> None:
         self.refresh()
         task = self._tasks.pop(stage)
-        shown = self._bars.tasks[task].fields["figures"]
-        self._bars.update(task, figures=f"{shown}  [green]{outcome}" if outcome == "done" else f"[red]{outcome}")
+        shown = self._bars.tasks[task].fields["metrics"]
+        self._bars.update(task, metrics=f"{shown}  [green]{outcome}" if outcome == "done" else f"[red]{outcome}")
         self._bars.stop_task(task)
         if not console.is_terminal:
             elapsed = self._bars.tasks[task].finished_time or self._bars.tasks[task].elapsed or 0
             console.print(f"{stage}: {outcome} after {elapsed:.0f} s, {shown}")
 
 
-def _shown(figures: dict[str, float | None]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None)
+def _shown(metrics: dict[str, float | None]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)

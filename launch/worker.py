@@ -44,14 +44,14 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
             world_size=collectives.world_size(),
             device=_device(torch),
             folder=folder,
-            inputs=collectives.agreed(
+            inputs=collectives.broadcast_result(
                 lambda: {name: load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
             ),
             tracker=tracker,
             progress=Progress(folder, is_writer),
             local=local,
         )
-        collectives.alone(lambda: _record(config, context), "reading the data")
+        collectives.rank_zero_only(lambda: _record(config, context), "reading the data")
         resolve(config)  # one rank makes the tiny model, and the others wait for it
         artifact = import_module(f"stages.{stage.split('/')[0]}").main(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})

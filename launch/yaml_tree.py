@@ -19,7 +19,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Mistake:
+class ConfigError:
     where: str
     name: str  # dotted name of the setting, "" for a whole file
     text: str
@@ -40,25 +40,25 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def read(path: Path, shown: str) -> tuple[Node, list[Mistake]]:
+def read(path: Path, shown: str) -> tuple[Node, list[ConfigError]]:
     """The tree of a YAML file, an empty mapping where it cannot be read. `shown` names it in messages."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "is not text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
-        return Node({}, shown), [Mistake(shown, "", reason)]
+        return Node({}, shown), [ConfigError(shown, "", reason)]
     tree, mistakes = parse(text, shown)
     if tree.value is None:
         return Node({}, f"{shown}:1"), mistakes
     if not isinstance(tree.value, dict):
-        return Node({}, shown), [*mistakes, Mistake(f"{shown}:1", "", "must be a mapping of `name: value` lines")]
+        return Node({}, shown), [*mistakes, ConfigError(f"{shown}:1", "", "must be a mapping of `name: value` lines")]
     return tree, mistakes
 
 
-def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[Mistake]]:
+def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[ConfigError]]:
     """The tree of one YAML document. Without `lines` every value stands at `shown` itself."""
     loader = _Loader(text)
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigError] = []
 
     def place(node: yaml.Node) -> str:
         return f"{shown}:{node.start_mark.line + 1}" if lines else shown
@@ -76,7 +76,7 @@ def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[Mist
         for key_node, _ in node.value:
             key, where = str(key_node.value), place(key_node)
             if key in places:
-                mistakes.append(Mistake(where, prefix + key, f"is given twice; first at {places[key]}"))
+                mistakes.append(ConfigError(where, prefix + key, f"is given twice; first at {places[key]}"))
             places[key] = where
         loader.flatten_mapping(node)  # puts what `<<: *anchor` stands for before the mapping's own entries
         return {str(key.value): convert(value, place(key), f"{prefix}{key.value}") for key, value in node.value}
@@ -88,7 +88,7 @@ def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[Mist
         mark = getattr(error, "problem_mark", None)
         where = f"{shown}:{mark.line + 1}" if mark and lines else shown
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        return Node({}, where), [*mistakes, Mistake(where, "", f"is not valid YAML: {problem}")]
+        return Node({}, where), [*mistakes, ConfigError(where, "", f"is not valid YAML: {problem}")]
     finally:
         loader.dispose()
     return tree, mistakes

@@ -211,7 +211,7 @@ def _answers_of(record: Record) -> list[tuple[str, str]]:
 
 def _graded(rows: Sequence[Row]) -> Iterator[str]:
     for key in GRADES:
-        figures = [_figure(row.value.get(key)) for row in rows if isinstance(row.value, Mapping)]
-        known = [figure for figure in figures if figure is not None]
+        metrics = [_figure(row.value.get(key)) for row in rows if isinstance(row.value, Mapping)]
+        known = [figure for figure in metrics if figure is not None]
         if known and min(known) < max(known):
             yield f"key '{key}' grades the answers from {min(known):g} to {max(known):g}, and all of them are learnt"

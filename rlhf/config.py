@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -74,14 +74,14 @@ class HardwareConfig(Settings):
 class OptimConfig(Settings):
     lr: Annotated[float, Field(ge=0.0)]
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
     eps: Positive = 1e-5
     max_grad_norm: Positive = 1.0
     schedule: Literal["constant", "cosine"] = "constant"
-    min_lr_share: Share = 0.1
+    min_lr_ratio: Fraction = 0.1
     """The cosine ends at this share of `lr`."""
-    warmup_share: Share = 0.0
+    warmup_ratio: Fraction = 0.0
     min_warmup_steps: Annotated[int, Field(ge=0)] = 0
 
 
@@ -123,7 +123,7 @@ class SourceConfig(Settings):
 class RoleConfig(Settings):
     train: list[SourceConfig]
     held_out: list[SourceConfig] = []
-    """Empty: `data.held_out_share` of the training prompts is set aside, by a hash of the prompt."""
+    """Empty: `data.held_out_fraction` of the training prompts is set aside, by a hash of the prompt."""
 
 
 class DataConfig(Settings):
@@ -135,7 +135,7 @@ class DataConfig(Settings):
     bad_rows: Literal["refuse", "skip"] = "refuse"
     shared_prompts: Literal["refuse", "drop"] = "refuse"
     """What happens to training rows whose prompt is also held out, for whatever role."""
-    held_out_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
+    held_out_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     gold: Literal["none", "shipped"] = "none"
     """`shipped`: answers are also given their true quality; only the shipped world has one."""
 
@@ -146,14 +146,14 @@ class SFTConfig(Settings):
     micro_batch_size: Count = 8  # rows at once on a worker, at most
     max_length: Count = 4096  # [P]
     packing: bool = True  # [P]
-    optim: OptimConfig = OptimConfig(lr=2e-5, eps=1e-8, schedule="cosine", warmup_share=0.03)
+    optim: OptimConfig = OptimConfig(lr=2e-5, eps=1e-8, schedule="cosine", warmup_ratio=0.03)
     evals: Count = 4  # held-out loss so many times in the stage
     checkpoints: Annotated[int, Field(ge=0)] = 2
 
 
 class RewardModelConfig(Settings):
     own_tag: Tag
-    other_share: Share = 0.0
+    other_fraction: Fraction = 0.0
     """Share of the training set that comes from the other tag (helpfulness 0.5, safety 0.1) [P]."""
     safety_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
     """λ of the auxiliary safe/unsafe loss [O]."""
@@ -161,15 +161,15 @@ class RewardModelConfig(Settings):
 
 class RewardConfig(Settings):
     models: dict[Name, RewardModelConfig] = {
-        "helpfulness": RewardModelConfig(own_tag="helpful", other_share=0.5),
-        "safety": RewardModelConfig(own_tag="safety", other_share=0.1, safety_loss_weight=0.5),
+        "helpfulness": RewardModelConfig(own_tag="helpful", other_fraction=0.5),
+        "safety": RewardModelConfig(own_tag="safety", other_fraction=0.1, safety_loss_weight=0.5),
     }
     margin: Literal["none", "small", "large"] = "small"  # [P]: all three were compared
     epochs: Positive = 1.0  # [P]
     batch_size: Count = 512  # pairs per optimizer step over all workers [P]
     micro_batch_size: Count = 8  # rows at once on a worker, at most
     max_length: Count = 4096
-    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_share=0.03, min_warmup_steps=5)  # [P]
+    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_ratio=0.03, min_warmup_steps=5)  # [P]
     evals: Count = 4
     checkpoints: Annotated[int, Field(ge=0)] = 2
     center_rows: Count = 256
@@ -201,12 +201,12 @@ class AlarmConfig(Settings):
     """True: the first alarm stops the stage; its checkpoints stay, and it goes on when the limit is raised."""
     kl_max: Positive = 50.0
     """Nats per answer. Gao et al. 2022 (arXiv 2210.10760, fig. 1): true quality falls while the reward still rises [O]."""
-    eos_share_min: Share = 0.02
+    eos_rate_min: Fraction = 0.02
     """Answers that end themselves. With fewer, the reward is mostly that of text that was cut off [O]."""
-    entropy_share_min: Share = 0.1
+    entropy_ratio_min: Fraction = 0.1
     """Of the first iteration's entropy. A policy that hardly chooses explores nothing [O]."""
-    sampler_gap_max: Positive = 1.0
-    """Nats at one token between sampler and trainer: well past log 2, where importance_cap begins to cut [O]. With
+    rollout_logprob_diff_max: Positive = 1.0
+    """Nats at one token between sampler and trainer: well past log 2, where tis_cap begins to cut [O]. With
     `ppo.sampling.ahead` they differ by an update at every token, so there it is the mean that must not reach it."""
 
 
@@ -216,7 +216,7 @@ class PPOConfig(Settings):
     """Names in `reward.models`; the same name twice uses one reward model alone."""
     iterations: Count = 200  # [P] 200–400
     batch_size: Count = 512  # answers per iteration over all workers [P]
-    answers_per_prompt: Count = 1  # [O]
+    group_size: Count = 1  # [O]
     """All answers of a prompt stay on one worker and in one minibatch, so that they can share the work on it."""
     minibatch_size: Count = 64  # [P]
     epochs: Count = 1  # [P]
@@ -229,14 +229,14 @@ class PPOConfig(Settings):
     """Parts in which a worker's answers are scored; with 2 or more each as soon as it is there, beside the sampling."""
     max_prompt_length: Count = 2048
     sampling: SamplingConfig = SamplingConfig()
-    beta: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005
+    kl_coef: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005
     kl_target: KLTargetConfig | None = None
-    gamma: Share = 1.0  # [O]
-    lam: Share = 0.95  # [O]
-    clip: Positive = 0.2  # [P]
-    value_clip: Positive = 0.2  # [O]
-    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
-    safety_threshold: Share = 0.15  # [P] on the sigmoid scale
+    gamma: Fraction = 1.0  # [O]
+    gae_lambda: Fraction = 0.95  # [O]
+    clip_range: Positive = 0.2  # [P]
+    value_clip_range: Positive = 0.2  # [O]
+    tis_cap: Annotated[float, Field(ge=1.0)] = 2.0
+    safety_threshold: Fraction = 0.15  # [P] on the sigmoid scale
     whiten_rewards: bool = True  # [P]
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
     """Subtracted from the score of an answer that did not end itself, after whitening."""
@@ -308,9 +308,9 @@ class RunConfig(Settings):
             if total % workers:
                 yield f"{name} is {total}, which is not a multiple of {workers} workers ({key})"
         share, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
-        if left == 0 and share % self.ppo.answers_per_prompt:
+        if left == 0 and share % self.ppo.group_size:
             yield (
-                f"ppo.answers_per_prompt is {self.ppo.answers_per_prompt}, which does not divide the {share} rows that a "
+                f"ppo.group_size is {self.ppo.group_size}, which does not divide the {share} rows that a "
                 "worker has of a minibatch (ppo.minibatch_size, hardware.workers)"
             )
         if self.ppo.batch_size % self.ppo.minibatch_size:
@@ -318,10 +318,10 @@ class RunConfig(Settings):
 
     def _unshared_prompts(self) -> Iterator[str]:
         ppo, attention = self.ppo, self.model.attention
-        if ppo.packing and ppo.answers_per_prompt > 1 and attention == "flash_attention_2":
+        if ppo.packing and ppo.group_size > 1 and attention == "flash_attention_2":
             yield (
                 f"model.attention is {attention}, which takes no mask by which packed answers could share their prompt "
-                "(ppo.packing, ppo.answers_per_prompt); use sdpa"
+                "(ppo.packing, ppo.group_size); use sdpa"
             )
 
     def with_fitting_micro_batches(self) -> RunConfig:

@@ -52,7 +52,7 @@ def keep(context: StageContext, models: Models, iteration: int) -> None:
 
 def _save_whole(module: nn.Module, save: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
     state = full_state(module, keep=collectives.rank() == 0)
-    collectives.alone(lambda: save(state), f"saving a model to {folder}")
+    collectives.rank_zero_only(lambda: save(state), f"saving a model to {folder}")
 
 
 def finish(
@@ -81,7 +81,7 @@ def finish(
     }
     context.tracker.table("held_out_answers", metrics["samples"])
 
-    return provenance.seal(config, context, lambda folder: link_tree(best, folder), parents, metrics)
+    return provenance.commit(config, context, lambda folder: link_tree(best, folder), parents, metrics)
 
 
 def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.kl import adaptive_beta
+from rlhf.algorithms.kl import adaptive_kl_coef
 from rlhf.algorithms.rewards import piecewise_reward
 from rlhf.config import PPOConfig, RunConfig
-from rlhf.data import draw_prompts, short_prompts, split_held_out
-from rlhf.data.batches import PromptBatch, Rollout, Scores, moved, rows
+from rlhf.data import next_prompts, short_prompts, split_held_out
+from rlhf.data.batches import PromptBatch, Rollout, Scores, select, to
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, full_parameters, open_engine, sharded_loading
 from rlhf.errors import UserError
@@ -40,8 +40,8 @@ from rlhf.ppo.experience import make_experience
 from rlhf.ppo.held_out import answer_held_out
 from rlhf.ppo.rollout_source import Ahead, answer_and_read, learn_and_sample
 from rlhf.ppo.samples import sampled
-from rlhf.ppo.scoring import read_rollout
-from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.scoring import score_rollout
+from rlhf.ppo.step_profiler import PhaseTimer
 from rlhf.ppo.update import update
 from rlhf.profiling.memory import keep_freed_memory
 from rlhf.runs import checkpoint, provenance
@@ -78,7 +78,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     context.tracker.rewind(restored["iteration"] if restored else NOTHING)
     state = restored or {
         "iteration": 0,
-        "beta": ppo.beta,
+        "beta": ppo.kl_coef,
         "best": None,
         "best_iteration": 0,
         "since_best": 0,
@@ -93,28 +93,28 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         state["best"] = judge.reward(for_choice, 0)
         best.keep(context, models, 0)
 
-    clock = Clock(context.device)
+    timer = PhaseTimer(context.device)
     while state["iteration"] < ppo.iterations and state["since_best"] < ppo.patience:
         state["iteration"] += 1
-        figures = iterate(config, context, models, prompts, state, clock)
-        with clock("logging"):
-            context.tracker.metrics(figures, step=state["iteration"])
-            watch(config, context, figures, state)
+        metrics = iterate(config, context, models, prompts, state, timer)
+        with timer("logging"):
+            context.tracker.metrics(metrics, step=state["iteration"])
+            watch(config, context, metrics, state)
         if state["iteration"] % ppo.eval_every == 0 or state["iteration"] == ppo.iterations:
-            with clock("evaluation"):
+            with timer("evaluation"):
                 _sync(models)
                 reward = judge.reward(for_choice, state["iteration"])
                 state["since_best"] += 1
                 if reward > state["best"]:
                     state |= {"best": reward, "best_iteration": state["iteration"], "since_best": 0}
                     best.keep(context, models, state["iteration"])
-        with clock("logging"):
-            shown = {"reward": figures["ppo/reward"], "kl": figures["ppo/kl"]}
+        with timer("logging"):
+            shown = {"reward": metrics["ppo/reward"], "kl": metrics["ppo/kl"]}
             context.progress.update(state["iteration"], ppo.iterations, **shown)
         if state["iteration"] % ppo.checkpoint_every == 0:
-            with clock("checkpoint"):
+            with timer("checkpoint"):
                 checkpoint.save(context.checkpoint_folder, state["iteration"], _parts(models), state)
-        context.tracker.metrics(step_profiler.close(clock, figures, machine), step=state["iteration"])
+        context.tracker.metrics(step_profiler.close(timer, metrics, machine), step=state["iteration"])
     return best.finish(config, context, models, judge, for_report, state, provenance.parents(data, context.inputs))
 
 
@@ -124,50 +124,50 @@ def iterate(
     models: Models,
     prompts: Sequence[Any],
     state: dict[str, Any],
-    clock: Clock,
+    timer: PhaseTimer,
 ) -> dict[str, float]:
     """One iteration: sample → score → experience → update."""
     ppo, iteration, rank, world = config.ppo, state["iteration"], context.rank, context.world_size
-    share = collectives.share(ppo.batch_size, rank, world)
-    draw = partial(draw_prompts, models.tokenizer, prompts, config)
+    share = collectives.shard(ppo.batch_size, rank, world)
+    draw = partial(next_prompts, models.tokenizer, prompts, config)
 
     def sample(batch: PromptBatch, iteration: int, on_rows: Any = None) -> Rollout:
-        mine = moved(rows(batch, share), context.device)
+        mine = to(select(batch, share), context.device)
         return models.sampler.sample(mine, ppo.sampling, config.seed, iteration, on_rows)
 
-    with clock("sync"):
+    with timer("sync"):
         bytes_moved = _sync(models)
-    with clock("sampling"):
+    with timer("sampling"):
         batch = draw(iteration)
     lag = float(models.ahead.rollout is not None)
     read, size = partial(_read, models=models, config=config), share.stop - share.start
     rollout, scores, chunks = answer_and_read(
-        partial(sample, batch, iteration), read, models.ahead, models.sampler, size, ppo.scoring_chunks, clock
+        partial(sample, batch, iteration), read, models.ahead, models.sampler, size, ppo.scoring_chunks, timer
     )
-    with clock("scoring"):
-        rollout, scores = collectives.gather_rows(moved(rollout, torch.device("cpu"))), collectives.gather_rows(scores)
+    with timer("scoring"):
+        rollout, scores = collectives.gather_rows(to(rollout, torch.device("cpu"))), collectives.gather_rows(scores)
     # Of one rank, with its branches on floats and the KL that moves β.
-    experience, figures = collectives.agreed(
+    experience, metrics = collectives.broadcast_result(
         lambda: make_experience(rollout, scores, batch.is_safety_B, ppo, state["beta"])
     )
-    with clock("logging"):
-        figures |= _work(rollout, chunks, models, config, iteration, world)
+    with timer("logging"):
+        metrics |= _work(rollout, chunks, models, config, iteration, world)
         if context.is_writer and (iteration - 1) % ppo.eval_every == 0:
             table = sampled(models.tokenizer, rollout, scores, ppo.logged_samples, iteration)
             context.tracker.table("samples", table)
     learn = partial(update, models.policy, models.critic, experience, ppo, config.seed, iteration, rank, world)
     if ppo.sampling.ahead and iteration < ppo.iterations:
         then = lambda on_rows: sample(draw(iteration + 1), iteration + 1, on_rows)
-        figures |= learn_and_sample(learn, then, models.ahead, models.sampler, clock)
+        metrics |= learn_and_sample(learn, then, models.ahead, models.sampler, timer)
     else:
-        with clock("update"):
-            figures |= learn()
-    figures |= {"ppo/beta": state["beta"], "ppo/policy_lag": lag, "perf/sync_bytes": float(bytes_moved)}
+        with timer("update"):
+            metrics |= learn()
+    metrics |= {"ppo/kl_coef": state["beta"], "ppo/staleness": lag, "perf/sync_bytes": float(bytes_moved)}
     if ppo.kl_target is not None:
-        state["beta"] = adaptive_beta(
-            state["beta"], figures["ppo/kl"], ppo.kl_target.target, ppo.kl_target.horizon, ppo.batch_size
+        state["beta"] = adaptive_kl_coef(
+            state["beta"], metrics["ppo/kl"], ppo.kl_target.target, ppo.kl_target.horizon, ppo.batch_size
         )
-    return figures
+    return metrics
 
 
 def verify(config: RunConfig, context: StageContext, models: Models, prompts: Sequence[Any], fresh: bool) -> None:
@@ -177,13 +177,13 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
     """
     ppo, precision = config.ppo, config.hardware.precision
     _check_room(models.sampler, ppo)
-    batch = draw_prompts(models.tokenizer, prompts, config, 1)
-    mine = rows(batch, collectives.share(ppo.batch_size, context.rank, context.world_size))
-    few = rows(mine, slice(preflight_checks.ROWS))
+    batch = next_prompts(models.tokenizer, prompts, config, 1)
+    mine = select(batch, collectives.shard(ppo.batch_size, context.rank, context.world_size))
+    few = select(mine, slice(preflight_checks.ROWS))
     short = ppo.sampling.model_copy(
         update={"max_new_tokens": min(preflight_checks.NEW_TOKENS, ppo.sampling.max_new_tokens)}
     )
-    rollout = models.sampler.sample(moved(few, context.device), short, config.seed, 0)
+    rollout = models.sampler.sample(to(few, context.device), short, config.seed, 0)
     scores = _read(rollout, models, config)
     findings = [
         preflight_checks.first_ratio(models.policy, rollout, scores, ppo, precision),
@@ -217,15 +217,15 @@ def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: 
     return preflight_checks.sampler_agrees(rollout, scores, precision)
 
 
-def watch(config: RunConfig, context: StageContext, figures: dict[str, float], state: dict[str, Any]) -> None:
+def watch(config: RunConfig, context: StageContext, metrics: dict[str, float], state: dict[str, Any]) -> None:
     """Alarms of the iteration: each becomes a tag and a warning once. UserError (6) where training must stop."""
     limits, iteration = config.ppo.alarms, state["iteration"]
-    figures = collectives.agreed(lambda: figures)  # times differ
-    alarms.refuse_not_finite(figures, iteration)
+    metrics = collectives.broadcast_result(lambda: metrics)  # times differ
+    alarms.refuse_not_finite(metrics, iteration)
     if state["first_entropy"] is None:
-        state["first_entropy"] = figures["ppo/entropy"]
+        state["first_entropy"] = metrics["ppo/entropy"]
     known = {entry["name"] for entry in state["alarms"]}
-    state["alarms"] = alarms.noted(state["alarms"], alarms.sounding(figures, state["first_entropy"], limits), iteration)
+    state["alarms"] = alarms.noted(state["alarms"], alarms.sounding(metrics, state["first_entropy"], limits), iteration)
     new = [entry for entry in state["alarms"] if entry["name"] not in known]
     for entry in new:
         context.tracker.tags({f"alarm.{entry['name']}": alarms.line(entry)})
@@ -270,7 +270,7 @@ def open_models(config: RunConfig, context: StageContext) -> Models:
     sampler = open_sampler(config, sft, tokenizer, context.device)
     if ppo.packing:
         whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # one that is not sharded
-        check_packing(whole, "ppo.packing", ppo.answers_per_prompt > 1)
+        check_packing(whole, "ppo.packing", ppo.group_size > 1)
     return Models(
         policy=engine(PolicyModel(policy, ppo.packing), ppo.optim),
         reference=engine(PolicyModel(reference, ppo.packing)),
@@ -304,23 +304,25 @@ class Judge:
         """Mean over prompts of the reward that PPO maximises; all figures go to the tracker under eval/."""
         answers = self.answers(prompts)
         report = policy_report(answers, prompts)
-        figures = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
+        metrics = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
         score_B = piecewise_reward(
             torch.tensor(answers.scores[f"reward.{self.config.ppo.helpfulness_model}"]),
             torch.tensor(answers.scores[f"reward.{self.config.ppo.safety_model}"]),
             torch.tensor([prompt.tag == "safety" for prompt in prompts]),
             torch.tensor(answers.flagged),
         )
-        figures["eval/reward"] = float(score_B.mean())
-        self.context.tracker.metrics(figures, step=iteration)
-        return collectives.agreed(lambda: figures["eval/reward"])  # it chooses the best policy, and when to stop
+        metrics["eval/reward"] = float(score_B.mean())
+        self.context.tracker.metrics(metrics, step=iteration)
+        return collectives.broadcast_result(
+            lambda: metrics["eval/reward"]
+        )  # it chooses the best policy, and when to stop
 
 
 def _read(rollout: Rollout, models: Models, config: RunConfig) -> Scores:
     """What the models say of this rank's rows."""
     ppo = config.ppo
     helpful, safety = models.rewards[ppo.helpfulness_model], models.rewards[ppo.safety_model]
-    return read_rollout(rollout, models.policy, models.reference, models.critic, helpful, safety, ppo)
+    return score_rollout(rollout, models.policy, models.reference, models.critic, helpful, safety, ppo)
 
 
 def _work(

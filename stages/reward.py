@@ -29,7 +29,7 @@ from rlhf.models import ScalarModel, add_lora, check_model, last_value, load_sca
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
-from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, quieten, trainer_arguments
+from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, silence, trainer_arguments
 
 
 class PairScorer(nn.Module):
@@ -46,8 +46,8 @@ class PairScorer(nn.Module):
         return SequenceClassifierOutput(logits=scores_B[:, None])  # type: ignore[arg-type]
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        trunk: Any = self.scalar.trunk
-        trunk.gradient_checkpointing_enable(**settings)
+        backbone: Any = self.scalar.backbone
+        backbone.gradient_checkpointing_enable(**settings)
 
     def add_model_tags(self, tags: Any) -> None:
         """TRL's tags are not for our artifacts."""
@@ -77,7 +77,7 @@ class Trainer(OwnOptimizer, RewardTrainer):
 
 def main(config: RunConfig, context: StageContext) -> Artifact:
     """Trains the reward model that `context.stage` names; the artifact is an ordinary one-label classifier folder."""
-    quieten()
+    silence()
     reward, settings = config.reward, config.reward.models[context.stage.split("/")[1]]
     sft = context.inputs["sft"].path
     tokenizer = load_tokenizer(sft)
@@ -163,7 +163,7 @@ def score_all(
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    mine = [rows[order[i]] for i in collectives.even_share(len(rows))]
+    mine = [rows[order[i]] for i in collectives.even_shard(len(rows))]
     scores: list[float] = []
     for start in range(0, len(mine), config.reward.micro_batch_size):
         tokens_BT, mask_BT = pad(mine[start : start + config.reward.micro_batch_size], pad_id)
@@ -171,7 +171,7 @@ def score_all(
             out = model(input_ids=tokens_BT.to(context.device), attention_mask=mask_BT.to(context.device))
         scores += out.logits[:, 0].float().tolist()
     model.train(was_training)
-    by_place = dict(zip(order, collectives.join_shares(scores, len(rows)), strict=True))
+    by_place = dict(zip(order, collectives.join_shards(scores, len(rows)), strict=True))
     return [by_place[i] for i in range(len(rows))]
 
 
@@ -187,6 +187,6 @@ def _seal(
     end_sharded_loading()
     scorer.scalar.offset = metrics["offset"]
     state = {name.removeprefix("scalar."): tensor for name, tensor in state.items()}
-    return provenance.seal(
+    return provenance.commit(
         config, context, lambda folder: scorer.scalar.save(folder, tokenizer, state), parents, metrics
     )

@@ -38,7 +38,7 @@ from rlhf.models import (
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
-from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, quieten, trainer_arguments
+from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, silence, trainer_arguments
 
 IGNORED = -100  # the label of tokens without loss, as transformers has it
 
@@ -65,12 +65,12 @@ class PackingCheck(TrainerCallback):
         if self.config.sft.packing:
             check_packing(model, "sft.packing")
         if self.config.ppo.packing:
-            check_packing(model, "ppo.packing", self.config.ppo.answers_per_prompt > 1)
+            check_packing(model, "ppo.packing", self.config.ppo.group_size > 1)
 
 
 def main(config: RunConfig, context: StageContext) -> Artifact:
     """Fine-tunes the base model on demonstrations; the artifact is an ordinary causal model folder."""
-    quieten()
+    silence()
     base = resolve(config)
     tokenizer = load_tokenizer(base)
     roles = provenance.stage_data(config, context.stage)
@@ -151,7 +151,7 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     means = Means()
-    mine = [rows[i] for i in collectives.even_share(len(rows))]
+    mine = [rows[i] for i in collectives.even_shard(len(rows))]
     for start in range(0, len(mine), config.sft.micro_batch_size):
         part = mine[start : start + config.sft.micro_batch_size]
         tokens_BT = _padded([r["input_ids"] for r in part], pad_id).to(context.device)
@@ -174,7 +174,7 @@ def _seal(
 ) -> Artifact:
     state = full_state(model, keep=context.is_writer)
     end_sharded_loading()
-    return provenance.seal(
+    return provenance.commit(
         config, context, lambda folder: save_causal(model, folder, tokenizer, state), parents, metrics
     )
 

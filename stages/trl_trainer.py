@@ -119,11 +119,11 @@ class Reporter(TrainerCallback):
         self.measured: dict[str, float] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        figures = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in (logs or {})}
-        if not figures:
+        metrics = {ours: float(logs[theirs]) for theirs, ours in self.names.items() if theirs in (logs or {})}
+        if not metrics:
             return
-        self.context.tracker.metrics(figures, step=state.global_step)
-        shown = {name: figures[name] for name in [self.shown] if name in figures} | self.measured
+        self.context.tracker.metrics(metrics, step=state.global_step)
+        shown = {name: metrics[name] for name in [self.shown] if name in metrics} | self.measured
         short = {name.split("/")[-1].replace("_", " "): value for name, value in shown.items()}
         self.context.progress.update(state.global_step, state.max_steps, **short)
 
@@ -134,11 +134,11 @@ class Reporter(TrainerCallback):
             self.context.tracker.metrics(self.measured, step=state.global_step)
 
 
-class Sealer(TrainerCallback):
+class CheckpointCommitter(TrainerCallback):
     """A Trainer writes its checkpoint file by file and takes the newest folder for a whole one; a seal tells."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", {"step": state.global_step})
+        checkpoint.commit(Path(args.output_dir) / f"checkpoint-{state.global_step}", {"step": state.global_step})
 
 
 def fit(trainer: Any, reporter: Reporter) -> None:
@@ -149,13 +149,13 @@ def fit(trainer: Any, reporter: Reporter) -> None:
     context = reporter.context
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(reporter)
-    trainer.add_callback(Sealer())
+    trainer.add_callback(CheckpointCommitter())
     found = checkpoint.newest(context.checkpoint_folder)
     context.tracker.rewind(checkpoint.number(found) if found else NOTHING)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
 
 
-def quieten() -> None:
+def silence() -> None:
     """No library chatter in a worker's log beyond warnings that matter."""
     import datasets
 

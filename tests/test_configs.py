@@ -100,10 +100,10 @@ def test_the_published_figures_of_sft(recipe: RunConfig) -> None:
 def test_the_published_figures_of_the_reward_models(recipe: RunConfig) -> None:
     reward, optim = recipe.reward, recipe.reward.optim
     assert (reward.epochs, reward.batch_size) == (1, 512)
-    assert (optim.lr, optim.schedule, optim.min_lr_share) == (1e-5, "cosine", 0.1)
-    assert (optim.warmup_share, optim.min_warmup_steps) == (0.03, 5)
+    assert (optim.lr, optim.schedule, optim.min_lr_ratio) == (1e-5, "cosine", 0.1)
+    assert (optim.warmup_ratio, optim.min_warmup_steps) == (0.03, 5)
     assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (0.9, 0.95, 1e-5, 0.1)
-    mixtures = {name: (model.own_tag, model.other_share) for name, model in reward.models.items()}
+    mixtures = {name: (model.own_tag, model.other_fraction) for name, model in reward.models.items()}
     assert mixtures == {"helpfulness": ("helpful", 0.5), "safety": ("safety", 0.1)}
 
 
@@ -111,7 +111,7 @@ def test_the_published_figures_of_ppo(recipe: RunConfig) -> None:
     ppo, optim = recipe.ppo, recipe.ppo.optim
     assert 200 <= ppo.iterations <= 400
     assert (ppo.batch_size, ppo.minibatch_size, ppo.epochs) == (512, 64, 1)
-    assert (ppo.clip, ppo.beta, ppo.safety_threshold, ppo.whiten_rewards) == (0.2, 0.01, 0.15, True)
+    assert (ppo.clip_range, ppo.kl_coef, ppo.safety_threshold, ppo.whiten_rewards) == (0.2, 0.01, 0.15, True)
     assert (optim.lr, optim.schedule, optim.weight_decay, optim.max_grad_norm) == (1e-6, "constant", 0.1, 1.0)
     assert (optim.beta1, optim.beta2, optim.eps) == (0.9, 0.95, 1e-5)
 
@@ -119,4 +119,4 @@ def test_the_published_figures_of_ppo(recipe: RunConfig) -> None:
 def test_what_was_never_published_is_marked_as_ours() -> None:
     lines = (CONFIGS / "stage/llama2-chat.yaml").read_text().splitlines()
     ours = {line.split(":")[0].strip() for line in lines if line.endswith("# [O]")}
-    assert {"gamma", "lam", "temperature", "max_new_tokens", "warmup_share", "lr"} <= ours
+    assert {"gamma", "gae_lambda", "temperature", "max_new_tokens", "warmup_ratio", "lr"} <= ours

@@ -196,14 +196,14 @@ def dotted_settings(page: str) -> Iterator[str]:
             yield found[1]
 
 
-def figures() -> str:
+def metrics() -> str:
     """The keys of the report, which look like settings and are none."""
     return PAGES["docs/metrics.md"]
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name != "docs/metrics.md"])
 def test_every_dotted_setting_exists(name: str) -> None:
-    unknown = [s for s in dotted_settings(PAGES[name]) if not is_setting(s.split(".")) and f"`{s}`" not in figures()]
+    unknown = [s for s in dotted_settings(PAGES[name]) if not is_setting(s.split(".")) and f"`{s}`" not in metrics()]
     assert [s for s in unknown if not s.endswith((".py", ".yaml", ".md"))] == []
 
 

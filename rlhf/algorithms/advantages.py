@@ -8,7 +8,9 @@ from torch import Tensor
 from rlhf.algorithms.masked import keep
 
 
-def gae(rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
     """Advantages and returns, float32 [B, R], 0 in masked slots.
 
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        return_t = A_t + V_t
@@ -22,7 +24,7 @@ def gae(rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, la
     advantages_BR = torch.zeros_like(values_BR)
     for t in reversed(range(values_BR.shape[1])):
         delta_B = rewards_BR[:, t] + gamma * next_value_B - values_BR[:, t]
-        next_advantage_B = torch.where(mask_BR[:, t], delta_B + gamma * lam * next_advantage_B, next_advantage_B)
+        next_advantage_B = torch.where(mask_BR[:, t], delta_B + gamma * gae_lambda * next_advantage_B, next_advantage_B)
         next_value_B = torch.where(mask_BR[:, t], values_BR[:, t], next_value_B)
         advantages_BR[:, t] = next_advantage_B
     advantages_BR = keep(advantages_BR, mask_BR)

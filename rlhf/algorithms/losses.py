@@ -40,12 +40,12 @@ def policy_loss(
     old_logprobs_BR: Tensor,
     advantages_BR: Tensor,
     mask_BR: Tensor,
-    clip: float,
+    clip_range: float,
     importance_BR: Tensor,
 ) -> PolicyLoss:
     """PPO's clipped objective, summed over real tokens:
 
-        w_t · max(-A_t ρ_t, -A_t clip(ρ_t, 1 - clip, 1 + clip))        ρ_t = exp(log π_new - log π_old)
+        w_t · max(-A_t ρ_t, -A_t clip(ρ_t, 1 - clip_range, 1 + clip_range))        ρ_t = exp(log π_new - log π_old)
 
     Schulman et al. 2017 (arXiv 1707.06347), eq. 7, per token; w is `importance_weight`, which makes up for a sampler
     that is not quite the old policy.
@@ -54,7 +54,7 @@ def policy_loss(
     advantages_BR, importance_BR = keep(advantages_BR.detach(), mask_BR), keep(importance_BR.detach(), mask_BR)
     ratio_BR = (new_BR - old_BR).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
     unclipped_BR = -advantages_BR * ratio_BR
-    clipped_BR = -advantages_BR * ratio_BR.clamp(1 - clip, 1 + clip)
+    clipped_BR = -advantages_BR * ratio_BR.clamp(1 - clip_range, 1 + clip_range)
     return PolicyLoss(
         sum=masked_sum(importance_BR * torch.maximum(unclipped_BR, clipped_BR), mask_BR),
         count=_count(mask_BR),
@@ -74,7 +74,9 @@ def importance_weight(train_logprobs: Tensor, behaviour_logprobs: Tensor, cap: f
     return keep(ratio.clamp(max=cap), mask)
 
 
-def value_loss(values_BR: Tensor, old_values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor, clip: float) -> ValueLoss:
+def value_loss(
+    values_BR: Tensor, old_values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor, clip_range: float
+) -> ValueLoss:
     """The clipped squared error, summed over real tokens:
 
         ½ max((V_t - G_t)², (clip(V_t, V_old,t - clip, V_old,t + clip) - G_t)²)        G the returns
@@ -84,7 +86,7 @@ def value_loss(values_BR: Tensor, old_values_BR: Tensor, returns_BR: Tensor, mas
     values_BR, old_BR = keep(values_BR, mask_BR), keep(old_values_BR.detach(), mask_BR)
     returns_BR = keep(returns_BR.detach(), mask_BR)
     unclipped_BR = (values_BR - returns_BR) ** 2
-    clipped_BR = (torch.clamp(values_BR, old_BR - clip, old_BR + clip) - returns_BR) ** 2
+    clipped_BR = (torch.clamp(values_BR, old_BR - clip_range, old_BR + clip_range) - returns_BR) ** 2
     return ValueLoss(
         sum=0.5 * masked_sum(torch.maximum(unclipped_BR, clipped_BR), mask_BR),
         count=_count(mask_BR),

@@ -27,7 +27,7 @@ def piecewise_reward(helpful_B: Tensor, safety_B: Tensor, is_safety_B: Tensor, f
     return torch.where(is_safety_B.bool() | flagged_B.bool(), safety_B.float(), helpful_B.float())
 
 
-def token_rewards(score_B: Tensor, kl_BR: Tensor, beta: float, mask_BR: Tensor) -> Tensor:
+def token_rewards(score_B: Tensor, kl_BR: Tensor, kl_coef: float, mask_BR: Tensor) -> Tensor:
     """-β · KL at every real token, plus the answer's score once, at its last real token (its EOS, if it has one).
 
     Float32 [B, R], 0 in masked slots; a row without tokens earns nothing. Llama 2 (arXiv 2307.09288), §3.2.3, eq. 4;
@@ -36,4 +36,4 @@ def token_rewards(score_B: Tensor, kl_BR: Tensor, beta: float, mask_BR: Tensor) 
     mask_BR = mask_BR.bool()
     tokens_left_BR = mask_BR.long().flip(1).cumsum(1).flip(1)
     is_last_BR = mask_BR & (tokens_left_BR == 1)
-    return -beta * keep(kl_BR, mask_BR) + keep(score_B.unsqueeze(1).expand_as(kl_BR), is_last_BR)
+    return -kl_coef * keep(kl_BR, mask_BR) + keep(score_B.unsqueeze(1).expand_as(kl_BR), is_last_BR)

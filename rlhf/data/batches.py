@@ -69,7 +69,7 @@ class Experience:
     importance_BR: Tensor  # float32, detached min(π_train/π_sampler, C)
 
 
-def rows(batch: Batch, index) -> Batch:
+def select(batch: Batch, index) -> Batch:
     """The rows of a batch that `index` (slice, list or tensor) names."""
     return type(batch)(**{f.name: getattr(batch, f.name)[index] for f in fields(batch)})  # type: ignore[arg-type]
 
@@ -81,13 +81,13 @@ def first_with_prompt(tokens_BP: Tensor, mask_BP: Tensor) -> Tensor:
     return row_B.clone().scatter_reduce(0, prompt_B, row_B, "amin", include_self=False)[prompt_B]
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
+def cat(parts: Sequence[Batch]) -> Batch:
     """The rows of all parts, in their order. Other dimensions must agree."""
     names = [f.name for f in fields(parts[0])]  # type: ignore[arg-type]
     return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def moved(batch: Batch, device: torch.device) -> Batch:
+def to(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
     return type(batch)(**{f.name: getattr(batch, f.name).to(device) for f in fields(batch)})  # type: ignore[arg-type]
 

@@ -77,7 +77,7 @@ def _load(kind: Any, role: RoleConfig, data: DataConfig) -> Split:
         train, _ = _without_shared(kind, train, _prompts_of(held_out), "also held out", data)
     else:
         findings += [f"{kind}: {_said(f)}" for f in reward_data.check(train)]
-        train, held_out = _hold_out(train, data.held_out_share)
+        train, held_out = _hold_out(train, data.held_out_fraction)
     for part, rows in (("training", train), ("held-out", held_out)):
         if not rows:
             raise UserError(f"data.{kind}: no {part} rows are left", 3)
@@ -254,7 +254,7 @@ def split_held_out(prompts: Sequence[Prompt], for_choice: int, seed: int) -> tup
 
 
 def mix_preferences(rows: Sequence[Preference], model: RewardModelConfig, seed: int) -> list[Preference]:
-    """All rows of the model's own tag, and others drawn evenly until they are `other_share` of the set (§3.2.2)."""
+    """All rows of the model's own tag, and others drawn evenly until they are `other_fraction` of the set (§3.2.2)."""
     own = [row for row in rows if row.tag == model.own_tag]
     other = [row for row in rows if row.tag != model.own_tag]
     if not own:
@@ -263,10 +263,10 @@ def mix_preferences(rows: Sequence[Preference], model: RewardModelConfig, seed: 
             "or leave that reward model out",
             3,
         )
-    if model.other_share < 1:
-        wanted = round(len(own) * model.other_share / (1 - model.other_share))
+    if model.other_fraction < 1:
+        wanted = round(len(own) * model.other_fraction / (1 - model.other_fraction))
         other = random.Random(seed).sample(other, min(wanted, len(other)))
-    mixed = [*(own if model.other_share < 1 else []), *other]
+    mixed = [*(own if model.other_fraction < 1 else []), *other]
     random.Random(seed + 1).shuffle(mixed)
     return mixed
 
@@ -345,13 +345,13 @@ def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], 
     return PromptBatch(tokens_BP, mask_BP, is_safety_B, torch.tensor(ids, dtype=torch.long))
 
 
-def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
+def next_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
     """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set, each prompt as
     often as it gets answers.
 
     An id counts passes and answers too: a prompt that is drawn twice in an iteration gets other answers.
     """
-    answers = config.ppo.answers_per_prompt
+    answers = config.ppo.group_size
     size, count, ids = config.ppo.batch_size // answers, len(prompts), []
     for draw in range((iteration - 1) * size, iteration * size):
         epoch, place = divmod(draw, count)
@@ -361,7 +361,7 @@ def draw_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iter
         ids.append(epoch * count + order[place])
     once = prompt_batch(tokenizer, [prompts[i % count] for i in ids], ids, config.ppo.max_prompt_length)
     answer_B = torch.arange(size * answers)
-    repeated = batches.rows(once, answer_B // answers)
+    repeated = batches.select(once, answer_B // answers)
     return replace(repeated, ids_B=repeated.ids_B * answers + answer_B % answers)
 
 

@@ -35,7 +35,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def alone(work: Callable[[], Value], doing: str) -> Value:
+def rank_zero_only(work: Callable[[], Value], doing: str) -> Value:
     """What `work` returns on the first rank, on every rank, its error too. All ranks must call it; the first alone works.
 
     It may take longer than a collective may: the others wait in short ones, as long as it gets on. UserError (5), on
@@ -107,7 +107,7 @@ def _time_limit_s() -> float:
     return dist.group.WORLD._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
 
 
-def agreed(decide: Callable[[], Value]) -> Value:
+def broadcast_result(decide: Callable[[], Value]) -> Value:
     """What the first rank decides, on every rank, its UserError too. All ranks must call it; the others are not asked.
 
     A file that one rank sees may not be there for another yet, floats may end in other digits, a clock or a variable of
@@ -156,14 +156,14 @@ def gather_objects(value: Any) -> list[Any]:
     return out
 
 
-def share(total: int, of_rank: int, world: int) -> slice:
+def shard(total: int, of_rank: int, world: int) -> slice:
     """The contiguous rows of `total` that belong to a rank; sizes differ by at most one."""
     base, extra = divmod(total, world)
     start = of_rank * base + min(of_rank, extra)
     return slice(start, start + base + (of_rank < extra))
 
 
-def even_share(total: int) -> list[int]:
+def even_shard(total: int) -> list[int]:
     """Row numbers for this rank, equally many on every rank: the rows go round again where they do not divide.
 
     Sharded models make every rank wait for every forward pass, so none may have fewer.
@@ -172,6 +172,6 @@ def even_share(total: int) -> list[int]:
     return [i % total for i in range(per_rank * rank(), per_rank * (rank() + 1))]
 
 
-def join_shares(mine: list[Any], total: int) -> list[Any]:
-    """The values of all rows, in row order, from what each rank computed for its `even_share`."""
+def join_shards(mine: list[Any], total: int) -> list[Any]:
+    """The values of all rows, in row order, from what each rank computed for its `even_shard`."""
     return [value for part in gather_objects(mine) for value in part][:total]

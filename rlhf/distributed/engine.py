@@ -32,16 +32,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def learning_rate_share(step: int, optim: OptimConfig, total_steps: int) -> float:
-    """Share of `optim.lr` at `step` (0-based): linear warm-up, then constant or a cosine down to `min_lr_share`."""
-    warmup = max(round(optim.warmup_share * total_steps), optim.min_warmup_steps)
+def learning_rate_fraction(step: int, optim: OptimConfig, total_steps: int) -> float:
+    """Share of `optim.lr` at `step` (0-based): linear warm-up, then constant or a cosine down to `min_lr_ratio`."""
+    warmup = max(round(optim.warmup_ratio * total_steps), optim.min_warmup_steps)
     warmup = min(warmup, max(total_steps - 1, 0))
     if step < warmup:
         return (step + 1) / warmup
     if optim.schedule == "constant":
         return 1.0
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-    return optim.min_lr_share + (1 - optim.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
@@ -63,7 +63,7 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, total_steps: int):
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, optim, total_steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_fraction(step, optim, total_steps))
 
 
 class LocalEngine:

@@ -10,7 +10,7 @@ from rlhf.data.batches import Experience, Rollout, first_with_prompt
 from rlhf.distributed import collectives
 
 
-def passes_of_shares(rollout: Rollout, config: PPOConfig) -> list[Tensor]:
+def micro_batches_of_shards(rollout: Rollout, config: PPOConfig) -> list[Tensor]:
     """Row numbers of each pass over this rank's rows. Every rank must call it, with equally many rows."""
     lengths_N3 = _lengths(rollout, config)
     order_N = _order(lengths_N3, config)
@@ -18,7 +18,7 @@ def passes_of_shares(rollout: Rollout, config: PPOConfig) -> list[Tensor]:
     return list(order_N.split(_pass_sizes(torch.tensor(of_ranks).transpose(0, 1), config)))
 
 
-def passes_of_minibatch(
+def micro_batches_of_minibatch(
     experience: Experience, index: Tensor, rank: int, world: int, config: PPOConfig
 ) -> list[Tensor]:
     """Row numbers of each of this rank's passes over the rows `index`, which all ranks share. Rows are dealt out by
@@ -28,7 +28,7 @@ def passes_of_minibatch(
     return list(index[order_NW[:, rank]].split(_pass_sizes(lengths_M3[order_NW], config)))
 
 
-def tokens_of_shares(rollout: Rollout, world: int, config: PPOConfig) -> int:
+def tokens_of_shards(rollout: Rollout, world: int, config: PPOConfig) -> int:
     """Tokens that a model computes, padding inside, where each rank reads its share of the whole `rollout`."""
     shares_WN3 = _lengths(rollout, config).view(world, -1, 3)
     return _computed(torch.stack([share_N3[_order(share_N3, config)] for share_N3 in shares_WN3], 1), config)
@@ -94,5 +94,5 @@ def _order(lengths_B3: Tensor, config: PPOConfig) -> Tensor:
 
 def _dealt(order_M: Tensor, world: int, config: PPOConfig) -> Tensor:
     """order_NW: each rank's rows, dealt out one by one, or, where they share their prompt, all answers of a prompt."""
-    together = config.answers_per_prompt if config.packing else 1
+    together = config.group_size if config.packing else 1
     return order_M.view(-1, world, together).transpose(1, 2).flatten(0, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from reward_data import Prompt, normalised_prompt
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, share
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, proportion
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Esti
     each name in `scores`   mean score
     kl                      mean nats per answer against the reference
     length                  mean number of tokens
-    eos_share               share of answers that ended themselves
+    eos_rate               share of answers that ended themselves
     flagged.<tag>     share of answers to prompts of this tag that the safety model calls unsafe
     distinct_2              mean over answers of distinct bigrams / all bigrams of words: low where answers repeat
                             themselves. Answers of fewer than two words are left out; without others, so is the figure
@@ -37,10 +37,10 @@ def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Esti
     report = {name: bootstrap_mean(values, clusters) for name, values in answers.scores.items()}
     report["kl"] = bootstrap_mean(answers.kl, clusters)
     report["length"] = bootstrap_mean(answers.lengths, clusters)
-    report["eos_share"] = share([float(done) for done in answers.finished], clusters)
+    report["eos_rate"] = proportion([float(done) for done in answers.finished], clusters)
     for tag in sorted({prompt.tag for prompt in prompts}):
         rows = [i for i, prompt in enumerate(prompts) if prompt.tag == tag]
-        report[f"flagged.{tag}"] = share([float(answers.flagged[i]) for i in rows], [clusters[i] for i in rows])
+        report[f"flagged.{tag}"] = proportion([float(answers.flagged[i]) for i in rows], [clusters[i] for i in rows])
     variety = [
         (found, own) for text, own in zip(answers.texts, clusters, strict=True) if (found := distinct_bigrams(text))
     ]

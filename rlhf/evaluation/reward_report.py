@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from rlhf.evaluation.statistics import share
+from rlhf.evaluation.statistics import proportion
 
 RATINGS = ("significantly", "better", "slightly", "negligibly", "unrated")
 CALIBRATION_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -88,4 +88,4 @@ def _wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 def _share(outcomes: Sequence[float], prompts: Sequence[str], rows: Sequence[int], seed: int) -> dict:
     """`share` of some rows, clustered by prompt."""
-    return share([outcomes[i] for i in rows], [prompts[i] for i in rows], seed).as_dict()
+    return proportion([outcomes[i] for i in rows], [prompts[i] for i in rows], seed).as_dict()

@@ -58,7 +58,7 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[Hashable] | None 
     return _estimate(array.mean(), low, high, array.size)
 
 
-def share(outcomes: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -> Estimate:
+def proportion(outcomes: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -> Estimate:
     """Mean of outcomes of 0, ½ and 1: Wilson's interval if every cluster has one outcome, else clustered bootstrap.
 
     Where the bootstrap finds no width (outcomes all equal), Wilson's interval for as many observations as clusters.

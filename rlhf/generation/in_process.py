@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import SamplingConfig
-from rlhf.data.batches import PromptBatch, Rollout, first_with_prompt, rows
+from rlhf.data.batches import PromptBatch, Rollout, first_with_prompt, select
 from rlhf.errors import UserError
 from rlhf.generation.counter_rng import keyed_uniform, pick_token
 from rlhf.generation.decoder import CausalDecoder, Decoder
@@ -223,7 +223,7 @@ class _Run:
     def rollout(self, index: Tensor | slice) -> Rollout:
         """The rows `index` as far as they are sampled."""
         tokens_BR, logprobs_BR, length_B = (x[index] for x in (self.tokens_BR, self.logprobs_BR, self.length_B))
-        return rollout_of(rows(self.prompts, index), tokens_BR, logprobs_BR, length_B, self.eos_id)
+        return rollout_of(select(self.prompts, index), tokens_BR, logprobs_BR, length_B, self.eos_id)
 
     def _draw(self, logits_GV: Tensor, index_G: Tensor) -> Tensor:
         """The next token of each row, written down with its logprob."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf.config import SamplingConfig
-from rlhf.data.batches import PromptBatch, Rollout, rows
+from rlhf.data.batches import PromptBatch, Rollout, select
 from rlhf.distributed import collectives
 from rlhf.generation.counter_rng import keyed_seed
 from rlhf.generation.sampler import rollout_of
@@ -113,7 +113,7 @@ class VLLMSampler:
 
         def rollout(index: Tensor | slice) -> Rollout:
             tokens_NR, logprobs_NR, length_N = (x[index].to(device) for x in (tokens_BR, logprobs_BR, length_B))
-            return rollout_of(rows(prompts, index), tokens_NR, logprobs_NR, length_N, self.eos_id)
+            return rollout_of(select(prompts, index), tokens_NR, logprobs_NR, length_N, self.eos_id)
 
         self._wake("weights", "kv_cache")
         try:

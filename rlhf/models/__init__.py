@@ -63,5 +63,5 @@ def resolve(config: RunConfig) -> Path:
     """The folder of the run's base model; `tiny` is made once in the run's folder, by the first rank. UserError (4) where
     there is none. All ranks must call it."""
     if config.model.path == "tiny":
-        return collectives.agreed(lambda: make_tiny(config))
+        return collectives.broadcast_result(lambda: make_tiny(config))
     return find_model(config.model.path)  # where it lies in a node's own cache of the hub is for the node to say

@@ -24,12 +24,12 @@ ADAPTER = "default"
 
 
 def add_lora(model: Any, settings: LoraConfig, task: Literal["causal", "scalar"], seed: int) -> Any:
-    """A causal LM as PeftModel. A ScalarModel is given back with the adapter on its trunk; its head stays trainable.
+    """A causal LM as PeftModel. A ScalarModel is given back with the adapter on its backbone; its head stays trainable.
 
     Adapters start from `seed`, equal on all ranks. UserError (2) for targets that the model does not have.
     """
     if task == "scalar":
-        model.trunk = _wrap(model.trunk, settings, "FEATURE_EXTRACTION", seed)
+        model.backbone = _wrap(model.backbone, settings, "FEATURE_EXTRACTION", seed)
         return model
     return _wrap(model, settings, "CAUSAL_LM", seed)
 
@@ -72,7 +72,7 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor], head:
     if head is not None:
         config.task_type = "SEQ_CLS"
         config.modules_to_save = ["score"]
-        inner = f"{PREFIX}{model.get_base_model().base_model_prefix}."  # the trunk's place in the classifier
+        inner = f"{PREFIX}{model.get_base_model().base_model_prefix}."  # the backbone's place in the classifier
         weights = {name.replace(PREFIX, inner, 1): tensor for name, tensor in weights.items()}
         weights[f"{PREFIX}score.weight"] = head
     folder.mkdir(parents=True, exist_ok=True)

@@ -101,9 +101,9 @@ def _packing(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int
         for key in (key for key, on in (("sft", run.sft.packing), ("ppo", run.ppo.packing)) if on):
             reason = f"attention of {text.model_type} models goes by distance and does not see where a packed row ends"
             yield f"{key}.packing: {reason}; set {key}.packing to false", BAD_SETTING
-    if run.ppo.packing and run.ppo.answers_per_prompt > 1 and has_windows(text):
+    if run.ppo.packing and run.ppo.group_size > 1 and has_windows(text):
         reason = "packed answers cannot share their prompt in models whose attention has a window"
-        yield f"ppo.packing: {reason}; set ppo.packing to false, or ppo.answers_per_prompt to 1", BAD_SETTING
+        yield f"ppo.packing: {reason}; set ppo.packing to false, or ppo.group_size to 1", BAD_SETTING
 
 
 def _has_alibi(text: Any) -> bool:

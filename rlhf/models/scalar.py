@@ -1,4 +1,4 @@
-"""ScalarModel: a causal trunk with a float32 head over every position. It is both the reward and the value model.
+"""ScalarModel: a causal backbone with a float32 head over every position. It is both the reward and the value model.
 
 A reward reads the last real token, a value the position before each response token (Llama 2, §3.2.2).
 """
@@ -53,9 +53,9 @@ class Float32Head(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    def __init__(self, trunk: nn.Module, head_1H: Tensor, offset: float = 0.0) -> None:
+    def __init__(self, backbone: nn.Module, head_1H: Tensor, offset: float = 0.0) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.backbone = backbone
         self.head = Float32Head(head_1H)
         self.offset = offset
         """Mean score of SFT answers, subtracted by `score`; 0 until the model is centred."""
@@ -64,14 +64,14 @@ class ScalarModel(nn.Module):
 
     @property
     def config(self) -> PretrainedConfig:
-        return self.trunk.config  # type: ignore[return-value]
+        return self.backbone.config  # type: ignore[return-value]
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
         """values_BT, float32, without the offset. Padding may stand on either side.
 
         Packed rows share a prompt where they are told that answers stand in the last `response_length` columns.
         """
-        return self.head(hidden_states(self.trunk, tokens_BT, mask_BT, self.packing, response_length))
+        return self.head(hidden_states(self.backbone, tokens_BT, mask_BT, self.packing, response_length))
 
     def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """scores_B, float32: the value at the last real token, less the offset."""
@@ -81,19 +81,19 @@ class ScalarModel(nn.Module):
         """An ordinary AutoModelForSequenceClassification folder with one label, safetensors.
 
         `state_dict`: whole weights by their names in this module, where it is sharded. The offset is kept in
-        config.json as `reward_offset`; other readers give the score without it. A trunk with LoRA is saved merged,
+        config.json as `reward_offset`; other readers give the score without it. A backbone with LoRA is saved merged,
         and the adapter with the head alone in `adapter/`.
         """
         folder = Path(folder)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         head_1H = state.pop("head.weight")
-        trunk = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
-        if isinstance(self.trunk, lora.PeftModel):
-            lora.save_adapter(self.trunk, folder / "adapter", trunk, head_1H)
-            trunk = lora.merged(self.trunk, trunk)
+        backbone = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+        if isinstance(self.backbone, lora.PeftModel):
+            lora.save_adapter(self.backbone, folder / "adapter", backbone, head_1H)
+            backbone = lora.merged(self.backbone, backbone)
         classifier = _empty_classifier(self.config, tokenizer.pad_token_id, self.offset)
         prefix = classifier.base_model_prefix
-        weights = {f"{prefix}.{name}": tensor for name, tensor in trunk.items()} | {"score.weight": head_1H}
+        weights = {f"{prefix}.{name}": tensor for name, tensor in backbone.items()} | {"score.weight": head_1H}
         with quiet():
             classifier.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
@@ -103,7 +103,7 @@ def new_critic(reward_model: ScalarModel) -> ScalarModel:
     """The reward model as a critic whose head is zero, so all its values are.
 
     Returns are centred, whitened and less the KL: scores are another scale, and where a critic starts from them its first
-    values are worse than none. The trunk already knows what good answers are. Initialising from the reward model:
+    values are worse than none. The backbone already knows what good answers are. Initialising from the reward model:
     Ouyang et al. 2022 (arXiv 2203.02155), appendix C.4.
     """
     torch.nn.init.zeros_(reward_model.head.weight)
@@ -143,7 +143,7 @@ def _is_classifier(config: PretrainedConfig) -> bool:
 
 
 def _read_head(folder: Path) -> Tensor:
-    """head_1H straight from the file, so that loading the trunk in bf16 does not round it."""
+    """head_1H straight from the file, so that loading the backbone in bf16 does not round it."""
     head = read_weight(folder, "score.weight")
     if head is None:
         raise UserError(f"{folder} says that it is a reward model, and has no score.weight", 4)
@@ -155,8 +155,8 @@ def _read_head(folder: Path) -> Tensor:
 def _from_adapter(folder: Path, dtype: torch.dtype, attention: str) -> ScalarModel:
     task = json.loads((folder / "adapter_config.json").read_text()).get("task_type")
     if task != "SEQ_CLS":
-        trunk: Any = load_causal(folder, dtype=dtype, attention=attention).base_model
-        return ScalarModel(trunk, torch.zeros(1, trunk.config.get_text_config().hidden_size))
+        backbone: Any = load_causal(folder, dtype=dtype, attention=attention).base_model
+        return ScalarModel(backbone, torch.zeros(1, backbone.config.get_text_config().hidden_size))
     base = adapter_base(folder)
     trained_head = read_weight(folder, "score.weight") is not None
     head_1H = _read_head(folder if trained_head else base)
@@ -168,7 +168,7 @@ def _load_classifier(path: Path, *, dtype: torch.dtype, attention: str) -> PreTr
     """The model around which a classifier's adapter was trained; its head may be the adapter's own."""
     model = load_scalar(path, dtype=dtype, attention=attention)
     classifier = _empty_classifier(model.config, None, 0.0)
-    setattr(classifier, classifier.base_model_prefix, model.trunk)
+    setattr(classifier, classifier.base_model_prefix, model.backbone)
     classifier.score = nn.Linear(model.head.weight.shape[1], 1, bias=False)
     classifier.score.weight = model.head.weight
     return classifier

@@ -17,43 +17,43 @@ class Alarm:
     text: str  # one line: the figure, its limit and the setting that holds it, what to look at
 
 
-def sounding(figures: Mapping[str, float], first_entropy: float, limits: AlarmConfig) -> Iterator[Alarm]:
+def sounding(metrics: Mapping[str, float], first_entropy: float, limits: AlarmConfig) -> Iterator[Alarm]:
     """The alarms of one iteration; `first_entropy` is the entropy of the first. A figure at its limit is silent."""
-    kl, eos = figures["ppo/kl"], figures["ppo/eos_share"]
-    entropy = figures["ppo/entropy"]
+    kl, eos = metrics["ppo/kl"], metrics["ppo/eos_rate"]
+    entropy = metrics["ppo/entropy"]
     # Answers of an older policy differ at every token, and a few of them by much: the mean alone tells a wrong sampler.
-    which = "mean" if figures["ppo/policy_lag"] else "max"
-    gap = figures[f"ppo/sampler_gap_{which}"]
+    which = "mean" if metrics["ppo/staleness"] else "max"
+    gap = metrics[f"ppo/rollout_logprob_diff_{which}"]
     if kl > limits.kl_max:
         yield Alarm(
             "kl",
             f"KL to the SFT model is {kl:.3g} nats per answer, over {limits.kl_max:g} (ppo.alarms.kl_max): rewards that "
-            "far out are mostly mistakes of the reward model; raise ppo.beta or lower ppo.optim.lr",
+            "far out are mostly mistakes of the reward model; raise ppo.kl_coef or lower ppo.optim.lr",
         )
-    if eos < limits.eos_share_min:
+    if eos < limits.eos_rate_min:
         yield Alarm(
-            "eos_share",
-            f"{eos:.1%} of the answers end themselves, under {limits.eos_share_min:.1%} (ppo.alarms.eos_share_min): "
+            "eos_rate",
+            f"{eos:.1%} of the answers end themselves, under {limits.eos_rate_min:.1%} (ppo.alarms.eos_rate_min): "
             "read samples; raise ppo.sampling.max_new_tokens or ppo.missing_eos_penalty",
         )
-    if entropy < limits.entropy_share_min * first_entropy:
+    if entropy < limits.entropy_ratio_min * first_entropy:
         yield Alarm(
             "entropy",
-            f"entropy is {entropy:.3g} nats per token, under {limits.entropy_share_min:g} (ppo.alarms.entropy_share_min) "
-            f"of the {first_entropy:.3g} at the start: the policy repeats itself; raise ppo.beta or lower ppo.optim.lr",
+            f"entropy is {entropy:.3g} nats per token, under {limits.entropy_ratio_min:g} (ppo.alarms.entropy_ratio_min) "
+            f"of the {first_entropy:.3g} at the start: the policy repeats itself; raise ppo.kl_coef or lower ppo.optim.lr",
         )
-    if gap > limits.sampler_gap_max:
+    if gap > limits.rollout_logprob_diff_max:
         yield Alarm(
-            "sampler_gap",
+            "rollout_logprob_diff",
             f"sampler and trainer differ by {gap:.3g} nats {'a token' if which == 'mean' else 'at a token'}, over "
-            f"{limits.sampler_gap_max:g} (ppo.alarms.sampler_gap_max): answers come from another policy than the one "
-            f"that learns; look at hardware.precision and at ppo/sampler_gap_{which} of earlier iterations",
+            f"{limits.rollout_logprob_diff_max:g} (ppo.alarms.rollout_logprob_diff_max): answers come from another policy than the one "
+            f"that learns; look at hardware.precision and at ppo/rollout_logprob_diff_{which} of earlier iterations",
         )
 
 
-def refuse_not_finite(figures: Mapping[str, float], iteration: int) -> None:
+def refuse_not_finite(metrics: Mapping[str, float], iteration: int) -> None:
     """UserError (6) where a figure is NaN or infinite: the weights are too, and nothing better comes after it."""
-    wrong = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+    wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
         raise UserError(
             f"iteration {iteration}: {', '.join(wrong)}. Earlier checkpoints are still there. Look at the iterations "

@@ -20,7 +20,7 @@ from rlhf.data.batches import Experience, Rollout, Scores
 
 
 def make_experience(
-    rollout: Rollout, scores: Scores, is_safety_B: Tensor, config: PPOConfig, beta: float
+    rollout: Rollout, scores: Scores, is_safety_B: Tensor, config: PPOConfig, kl_coef: float
 ) -> tuple[Experience, dict[str, float]]:
     """Experience, and the iteration's figures for people.
 
@@ -37,8 +37,8 @@ def make_experience(
         final_B = whiten(score_B, mean, var, rows_B, shift_mean=False)
     final_B = final_B - config.missing_eos_penalty * (~rollout.finished_B).float()
     kl_BR = k1(scores.logprobs_BR, scores.ref_logprobs_BR)
-    rewards_BR = token_rewards(final_B, kl_BR, beta, mask_BR)
-    advantages_BR, returns_BR = gae(rewards_BR, scores.values_BR, mask_BR, config.gamma, config.lam)
+    rewards_BR = token_rewards(final_B, kl_BR, kl_coef, mask_BR)
+    advantages_BR, returns_BR = gae(rewards_BR, scores.values_BR, mask_BR, config.gamma, config.gae_lambda)
     mean, var = masked_mean_and_var(advantages_BR, mask_BR)
     experience = Experience(
         tokens_BT=rollout.tokens_BT,
@@ -48,21 +48,19 @@ def make_experience(
         old_values_BR=scores.values_BR,
         advantages_BR=whiten(advantages_BR, mean, var, mask_BR, shift_mean=True),
         returns_BR=returns_BR,
-        importance_BR=importance_weight(
-            scores.logprobs_BR, rollout.behaviour_logprobs_BR, config.importance_cap, mask_BR
-        ),
+        importance_BR=importance_weight(scores.logprobs_BR, rollout.behaviour_logprobs_BR, config.tis_cap, mask_BR),
     )
-    figures = _figures(rollout, scores, score_B, returns_BR) | _safety_figures(is_safety_B, flagged_B)
-    return experience, figures | _sampler_figures(rollout, scores, config.importance_cap)
+    metrics = _figures(rollout, scores, score_B, returns_BR) | _safety_figures(is_safety_B, flagged_B)
+    return experience, metrics | _sampler_figures(rollout, scores, config.tis_cap)
 
 
 def _safety_figures(is_safety_B: Tensor, flagged_B: Tensor) -> dict[str, float]:
     """How often safety's score counts, and how many answers are flagged among the prompts of each tag that occurs."""
-    figures = {"ppo/safety_branch_share": float((is_safety_B | flagged_B).float().mean())}
+    metrics = {"ppo/safety_branch_fraction": float((is_safety_B | flagged_B).float().mean())}
     for tag, rows_B in (("helpful", ~is_safety_B), ("safety", is_safety_B)):
         if rows_B.any():
-            figures[f"ppo/flagged_{tag}"] = float(flagged_B[rows_B].float().mean())
-    return figures
+            metrics[f"ppo/flagged_{tag}"] = float(flagged_B[rows_B].float().mean())
+    return metrics
 
 
 def _figures(rollout: Rollout, scores: Scores, score_B: Tensor, returns_BR: Tensor) -> dict[str, float]:
@@ -83,18 +81,18 @@ def _figures(rollout: Rollout, scores: Scores, score_B: Tensor, returns_BR: Tens
         "ppo/kl": float(kl_B.mean()),
         "ppo/kl_k3_per_token": over_tokens(k3(scores.logprobs_BR, scores.ref_logprobs_BR)),
         "ppo/length": float(mask_BR.sum(1).float().mean()),
-        "ppo/eos_share": float(rollout.finished_B.float().mean()),
+        "ppo/eos_rate": float(rollout.finished_B.float().mean()),
         "ppo/value_mean": over_tokens(scores.values_BR),
         "ppo/explained_variance": float(1 - value_error / return_var.clamp(min=1e-8)),
     }
 
 
-def _sampler_figures(rollout: Rollout, scores: Scores, importance_cap: float) -> dict[str, float]:
+def _sampler_figures(rollout: Rollout, scores: Scores, tis_cap: float) -> dict[str, float]:
     """How far the policy that sampled is from the one that learns."""
     mask_BR = rollout.response_mask_BR
     gap_BR = torch.where(mask_BR, scores.logprobs_BR - rollout.behaviour_logprobs_BR, 0.0)
     return {
-        "ppo/sampler_gap_max": float(gap_BR.abs().max()),
-        "ppo/sampler_gap_mean": float(masked_mean_and_var(gap_BR.abs(), mask_BR)[0]),
-        "ppo/importance_cut_share": float(masked_mean_and_var((gap_BR > math.log(importance_cap)).float(), mask_BR)[0]),
+        "ppo/rollout_logprob_diff_max": float(gap_BR.abs().max()),
+        "ppo/rollout_logprob_diff_mean": float(masked_mean_and_var(gap_BR.abs(), mask_BR)[0]),
+        "ppo/tis_clip_fraction": float(masked_mean_and_var((gap_BR > math.log(tis_cap)).float(), mask_BR)[0]),
     }

@@ -11,7 +11,7 @@ from rlhf.algorithms.rewards import flagged_unsafe
 from rlhf.chat import decode_answer
 from rlhf.config import RunConfig
 from rlhf.data import prompt_batch
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine
 from rlhf.evaluation.policy_report import Answers
@@ -34,7 +34,7 @@ def answer_held_out(
 ) -> Answers:
     """Each rank answers its share; all of them return all answers."""
     whole = prompt_batch(tokenizer, prompts, list(range(len(prompts))), config.ppo.max_prompt_length)
-    mine = rows(whole, collectives.even_share(len(prompts)))
+    mine = select(whole, collectives.even_shard(len(prompts)))
     mine = type(mine)(**{name: value.to(device) for name, value in vars(mine).items()})
     rollout = sampler.sample(mine, config.ppo.sampling, config.seed, HELD_OUT_ITERATION)
     scores = read_rewards(rollout, rewards, config.ppo)
@@ -47,7 +47,7 @@ def answer_held_out(
     kl_B = read_kl(rollout, reference, config.ppo)
 
     def join(values: list[Any]) -> list[Any]:
-        return collectives.join_shares(values, len(prompts))
+        return collectives.join_shards(values, len(prompts))
 
     answers = Answers(
         texts=join(texts),

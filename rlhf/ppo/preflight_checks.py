@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from reward_data import Message
 from rlhf.chat import encode_answer
 from rlhf.config import PPOConfig
-from rlhf.data.batches import Rollout, Scores, rows, trim
+from rlhf.data.batches import Rollout, Scores, select, trim
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, full_parameters
-from rlhf.distributed.micro_batches import passes_of_shares
+from rlhf.distributed.micro_batches import micro_batches_of_shards
 from rlhf.errors import UserError
 from rlhf.models import load_scalar
 from rlhf.ppo.scoring import reward_of
-from rlhf.ppo.update import read_again
+from rlhf.ppo.update import recompute_logprobs
 
 SAME_LOGPROBS = {"float32": 1e-6, "bf16": 5e-2}
 """Equal passes over equal rows are equal bit by bit; a backend may still choose another kernel for one of them, and
@@ -71,10 +71,10 @@ def _distance(figure: float) -> float:
 def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig, precision: str) -> Finding:
     """The ratio π/π_old of the first minibatch, read as the update reads it, must be 1."""
     far = []
-    for index in passes_of_shares(rollout, ppo):
-        part = trim(rows(rollout, index))
+    for index in micro_batches_of_shards(rollout, ppo):
+        part = trim(select(rollout, index))
         mask_BR = part.response_mask_BR
-        logprobs_BR, _ = read_again(policy, part, ppo)
+        logprobs_BR, _ = recompute_logprobs(policy, part, ppo)
         ratio_BR = (logprobs_BR.cpu() - scores.logprobs_BR[index.cpu(), : mask_BR.shape[1]]).exp()
         far.append(float((ratio_BR[mask_BR.cpu()] - 1).abs().max()))
     return Finding(
@@ -173,7 +173,7 @@ def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precisi
     The latter is `ScalarModel.score` of the whole model in `folder`, which the first rank loads on its CPU and lets go.
     """
     scores = fixed_text_scores(engine, tokenizer)
-    of_folder = collectives.alone(lambda: _score_of_folder(folder, tokenizer, precision), f"loading {folder}")
+    of_folder = collectives.rank_zero_only(lambda: _score_of_folder(folder, tokenizer, precision), f"loading {folder}")
     scores["by rlhf score"] = of_folder
     gaps = [abs(score - scores["unpadded"]) for score in scores.values()]
     return Finding(

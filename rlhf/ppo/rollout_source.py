@@ -17,9 +17,9 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.data.batches import Rollout, Scores, joined, moved, rows
+from rlhf.data.batches import Rollout, Scores, cat, select, to
 from rlhf.distributed import collectives
-from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.step_profiler import PhaseTimer
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ class ScoringBeside:
         if not len(index_N):
             return
         self._ended.append(index_N.to(CPU))
-        self._waiting.append(moved(ended, CPU))  # to the host, so the two streams share no memory
+        self._waiting.append(to(ended, CPU))  # to the host, so the two streams share no memory
         count = sum(len(part.finished_B) for part in self._waiting)
         self._hand_over(count - count % self._size)
 
@@ -115,9 +115,9 @@ class ScoringBeside:
         now = time.perf_counter()
         self._hand_over(self._size)  # the last chunk may be smaller
         self._chunks.put(None)
-        scores, order_B = joined(self._beside.result()), torch.cat(self._ended)
+        scores, order_B = cat(self._beside.result()), torch.cat(self._ended)
         seconds = sum(max(min(end, now) - start, 0.0) for start, end in self._spans)
-        return rows(scores, order_B.argsort()), list(order_B.split(self._size)), seconds
+        return select(scores, order_B.argsort()), list(order_B.split(self._size)), seconds
 
     def __enter__(self) -> Self:
         return self
@@ -129,10 +129,10 @@ class ScoringBeside:
     def _hand_over(self, count: int) -> None:
         """The first `count` of the rows that wait."""
         if count and self._waiting:
-            waiting = joined(self._waiting)
+            waiting = cat(self._waiting)
             for start in range(0, count, self._size):
-                self._chunks.put(rows(waiting, slice(start, start + self._size)))
-            self._waiting = [rest] if len((rest := rows(waiting, slice(count, None))).finished_B) else []
+                self._chunks.put(select(waiting, slice(start, start + self._size)))
+            self._waiting = [rest] if len((rest := select(waiting, slice(count, None))).finished_B) else []
 
     def _read_all(self, go_on: Callable[[], None]) -> list[Scores]:
         read: list[Scores] = []
@@ -155,7 +155,7 @@ class Ahead:
     positions: tuple[int, int] = (0, 0)  # what the sampler told of these answers
 
     def keep(self, rollout: Rollout, sampler: Any) -> None:
-        self.rollout, self.positions = moved(rollout, CPU), sampler.positions
+        self.rollout, self.positions = to(rollout, CPU), sampler.positions
 
     def take(self, sampler: Any) -> Rollout | None:
         """What was sampled ahead, once; the sampler tells again what it told of it."""
@@ -171,7 +171,7 @@ class Ahead:
 
     def load(self, folder: Path) -> None:
         """What was saved there; nothing where nothing was sampled ahead, on no rank then. All ranks must call it."""
-        if collectives.agreed(lambda: self._file(folder).exists()):
+        if collectives.broadcast_result(lambda: self._file(folder).exists()):
             kept = torch.load(self._file(folder))
             self.rollout, self.positions = Rollout(**kept["rollout"]), kept["positions"]
 
@@ -187,7 +187,7 @@ def answer_and_read(
     sampler: Any,
     count: int,
     chunks: int,
-    clock: Clock,
+    timer: PhaseTimer,
 ) -> tuple[Rollout, Scores, list[Tensor]]:
     """The answers to this rank's `count` prompts, their scores, and which rows were scored together.
 
@@ -195,32 +195,36 @@ def answer_and_read(
     """
     rollout = ahead.take(sampler)
     if rollout is None and chunks > 1:
-        with ScoringBeside(read, -(-count // chunks), clock.device) as scoring:
-            with clock("sampling"):
+        with ScoringBeside(read, -(-count // chunks), timer.device) as scoring:
+            with timer("sampling"):
                 rollout = sample(scoring.take)
-            with clock("scoring"):
+            with timer("scoring"):
                 scores, read_together, seconds = scoring.finish()
-        clock.beside("scoring", seconds)
+        timer.beside("scoring", seconds)
         return rollout, scores, read_together
     if rollout is None:
-        with clock("sampling"):
+        with timer("sampling"):
             rollout = sample()
-    with clock("scoring"):
+    with timer("scoring"):
         return rollout, read(rollout), [torch.arange(count)]
 
 
 def learn_and_sample(
-    learn: Callable[..., dict[str, float]], sample: Callable[..., Rollout], ahead: Ahead, sampler: Any, clock: Clock
+    learn: Callable[..., dict[str, float]],
+    sample: Callable[..., Rollout],
+    ahead: Ahead,
+    sampler: Any,
+    timer: PhaseTimer,
 ) -> dict[str, float]:
     """The update, and beside it the answers of the next iteration, by the weights from before, which the sampler has.
 
     When it returns the sampler is free again.
     """
-    with Beside(lambda go_on: sample(lambda *_: go_on()), clock.device) as sampling:
-        with clock("update"):
-            figures = learn(on_minibatch=sampling.check)
+    with Beside(lambda go_on: sample(lambda *_: go_on()), timer.device) as sampling:
+        with timer("update"):
+            metrics = learn(on_minibatch=sampling.check)
         start = time.perf_counter()
-        with clock("sampling"):
+        with timer("sampling"):
             ahead.keep(sampling.result(), sampler)
-    clock.beside("sampling", max(sampling.seconds - (time.perf_counter() - start), 0.0))
-    return figures
+    timer.beside("sampling", max(sampling.seconds - (time.perf_counter() - start), 0.0))
+    return metrics

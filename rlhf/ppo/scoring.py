@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.config import PPOConfig
-from rlhf.data.batches import Rollout, Scores, rows, trim
+from rlhf.data.batches import Rollout, Scores, select, trim
 from rlhf.distributed.engine import Engine
-from rlhf.distributed.micro_batches import passes_of_shares
+from rlhf.distributed.micro_batches import micro_batches_of_shards
 from rlhf.models import ScalarModel, last_value
 
 
 @torch.no_grad()
-def read_rollout(
+def score_rollout(
     rollout: Rollout,
     policy: Engine,
     reference: Engine,
@@ -28,7 +28,7 @@ def read_rollout(
 ) -> Scores:
     """Scores of this rank's rows. Every rank must bring equally many, or a sharded model would wait for ever."""
     temperature = config.sampling.temperature
-    passes = passes_of_shares(rollout, config)
+    passes = micro_batches_of_shards(rollout, config)
     parts = []
     with policy.steady(), critic.steady():
         for part in _parts(rollout, passes):
@@ -59,7 +59,7 @@ def read_rewards(
 ) -> dict[str, Tensor]:
     """scores_B float32 of each reward model for this rank's rows."""
     scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
-    passes = passes_of_shares(rollout, config)
+    passes = micro_batches_of_shards(rollout, config)
     for part in _parts(rollout, passes):
         R = part.response_mask_BR.shape[1]
         for name, engine in rewards.items():
@@ -71,7 +71,7 @@ def read_rewards(
 @torch.no_grad()
 def read_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tensor:
     """kl_B: k1 of each whole answer between the policy that sampled it and the reference, in nats."""
-    passes = passes_of_shares(rollout, config)
+    passes = micro_batches_of_shards(rollout, config)
     kl = []
     for part in _parts(rollout, passes):
         R = part.response_mask_BR.shape[1]
@@ -99,7 +99,7 @@ def _widened(x: Tensor, R: int) -> Tensor:
 
 
 def _parts(rollout: Rollout, passes: list[Tensor]) -> Iterator[Rollout]:
-    return (trim(rows(rollout, index)) for index in passes)
+    return (trim(select(rollout, index)) for index in passes)
 
 
 def _in_row_order(parts: list[Tensor], passes: list[Tensor]) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import RunConfig
-from rlhf.data.batches import Rollout, first_with_prompt, rows
+from rlhf.data.batches import Rollout, first_with_prompt, select
 from rlhf.distributed import collectives
-from rlhf.distributed.micro_batches import tokens_of_minibatch, tokens_of_shares
+from rlhf.distributed.micro_batches import tokens_of_minibatch, tokens_of_shards
 from rlhf.generation import Sampler
 from rlhf.ppo.update import minibatches
 from rlhf.profiling.roofline import (
@@ -45,7 +45,7 @@ COMPUTING = ("sampling", "scoring", "update")  # phases whose tokens are counted
 ADAM_BYTES = 28  # per weight and step: reads weight, gradient and two moments, writes all but the gradient, in float32
 
 
-class Clock:
+class PhaseTimer:
     """Seconds per phase, and memory at the end of each. Every second since it was made belongs to one phase."""
 
     def __init__(self, device: torch.device) -> None:
@@ -78,12 +78,12 @@ class Clock:
         """Figures of the time since the last call; the next iteration begins at this moment."""
         now = time.perf_counter()
         self.seconds["other"] = now - self.started - sum(self.seconds.values())
-        figures = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
-        figures |= {f"perf/overlapped_seconds_{phase}": value for phase, value in self.overlapped.items()}
-        figures |= {f"perf/memory_{phase}": float(value) for phase, value in self.memory.items()}
-        figures["perf/seconds_iteration"] = now - self.started
+        metrics = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
+        metrics |= {f"perf/overlapped_seconds_{phase}": value for phase, value in self.overlapped.items()}
+        metrics |= {f"perf/memory_{phase}": float(value) for phase, value in self.memory.items()}
+        metrics["perf/seconds_iteration"] = now - self.started
         self._begin(now)
-        return figures
+        return metrics
 
 
 def memory(device: torch.device) -> int:
@@ -136,7 +136,7 @@ def work(
     shared_B = torch.where(first_B < torch.arange(len(first_B)), prompt_B, 0)
     positions = [sum(of_ranks) for of_ranks in zip(*collectives.gather_objects(sampler.positions), strict=True)]
     steps = list(minibatches(len(answer_B), ppo, config.seed, iteration))
-    read_once = sum(tokens_of_shares(chunk, world, ppo) for chunk in _of_all_ranks(rollout, chunks, world))
+    read_once = sum(tokens_of_shards(chunk, world, ppo) for chunk in _of_all_ranks(rollout, chunks, world))
     learned_from = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
     lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in learners]
     done = {
@@ -144,20 +144,20 @@ def work(
         "scoring": scoring_work(*lengths, read_once, [size_of(module) for module in readers], world),
         "update": update_work(*lengths, learned_from, sizes, ppo.epochs, len(steps)),
     }
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for phase, of_phase in done.items():
         kinds = vars(of_phase.tokens)
-        figures |= {f"perf/tokens_{phase}_{kind}": float(count) for kind, count in kinds.items()}
-        figures[f"perf/useful_share_{phase}"] = of_phase.tokens.useful / sum(kinds.values())
-        figures |= {f"perf/flops_{phase}": of_phase.flops, f"perf/bytes_{phase}": of_phase.bytes}
-    return figures
+        metrics |= {f"perf/tokens_{phase}_{kind}": float(count) for kind, count in kinds.items()}
+        metrics[f"perf/token_efficiency_{phase}"] = of_phase.tokens.useful / sum(kinds.values())
+        metrics |= {f"perf/flops_{phase}": of_phase.flops, f"perf/bytes_{phase}": of_phase.bytes}
+    return metrics
 
 
 def _of_all_ranks(rollout: Rollout, chunks: Sequence[Tensor], world: int) -> Iterator[Rollout]:
     """The rows that all ranks scored at one time, the first rank's first."""
     share = len(rollout.finished_B) // world
     for of_ranks in zip(*collectives.gather_objects([chunk.tolist() for chunk in chunks]), strict=True):
-        yield rows(rollout, [rank * share + row for rank, own in enumerate(of_ranks) for row in own])
+        yield select(rollout, [rank * share + row for rank, own in enumerate(of_ranks) for row in own])
 
 
 def sampling_work(
@@ -211,24 +211,24 @@ def update_work(
     return Work(tokens, epochs * flops, float(steps * ADAM_BYTES * sum(size.all_learn for size in sizes)))
 
 
-def close(clock: Clock, figures: Mapping[str, float], machine: Machine) -> dict[str, float]:
+def close(timer: PhaseTimer, metrics: Mapping[str, float], machine: Machine) -> dict[str, float]:
     """What the clock saw of an iteration, and what that makes of its `work`: speeds, and shares of the limit."""
-    times = clock.close()
-    return times | rates(figures, times, machine)
+    times = timer.close()
+    return times | rates(metrics, times, machine)
 
 
-def rates(figures: Mapping[str, float], times: Mapping[str, float], machine: Machine) -> dict[str, float]:
+def rates(metrics: Mapping[str, float], times: Mapping[str, float], machine: Machine) -> dict[str, float]:
     """How fast each phase computed what `work` counted, and the share of what the machine can do at best."""
     found = {"perf/machine_flops": machine.flops, "perf/machine_bandwidth": machine.bandwidth}
     for phase in COMPUTING:
         seconds = max(times[f"perf/seconds_{phase}"] + times[f"perf/overlapped_seconds_{phase}"], 1e-9)
-        useful, prompt = (figures[f"perf/tokens_{phase}_{kind}"] for kind in ("useful", "prompt"))
-        flops, moved = figures[f"perf/flops_{phase}"], figures[f"perf/bytes_{phase}"]
+        useful, prompt = (metrics[f"perf/tokens_{phase}_{kind}"] for kind in ("useful", "prompt"))
+        flops, moved = metrics[f"perf/flops_{phase}"], metrics[f"perf/bytes_{phase}"]
         found |= {
             f"perf/tokens_per_second_{phase}": (useful + prompt) / seconds,
-            f"perf/flop_utilisation_{phase}": flops / machine.flops / seconds,
-            f"perf/limit_share_{phase}": machine.seconds(flops, moved) / seconds,
+            f"perf/mfu_{phase}": flops / machine.flops / seconds,
+            f"perf/roofline_fraction_{phase}": machine.seconds(flops, moved) / seconds,
         }
         if phase == "sampling":
-            found["perf/sampled_tokens_per_second"] = figures["perf/tokens_scoring_useful"] / seconds
+            found["perf/sampled_tokens_per_second"] = metrics["perf/tokens_scoring_useful"] / seconds
     return found

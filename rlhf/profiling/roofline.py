@@ -34,15 +34,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model in numbers. Weights of matrix products: `trunk` for every token, `head` where a token is predicted."""
+    """A model in numbers. Weights of matrix products: `backbone` for every token, `head` where a token is predicted."""
 
-    trunk: int
+    backbone: int
     head: int
-    trunk_learns: int  # of `trunk`, those that get a gradient
+    backbone_learns: int  # of `backbone`, those that get a gradient
     head_learns: int
     all_learn: int  # every weight that the optimizer steps, tables and norms too
     attention: int  # layers · query heads · head size
-    weight_bytes: int  # of trunk and head
+    weight_bytes: int  # of backbone and head
     cache_bytes: int  # keys and values of one token
 
 
@@ -67,17 +67,17 @@ def size_of(module: nn.Module) -> ModelSize:
     head = model.get_output_embeddings() if model is not None else None
     head_weight = getattr(head, "weight", None)
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)} | {id(head_weight)}
-    trunk = [p for p in module.parameters() if len(_shape(p)) == 2 and id(p) not in tables]
+    backbone = [p for p in module.parameters() if len(_shape(p)) == 2 and id(p) not in tables]
     heads = [p for p in module.parameters() if p is head_weight]
     attention, cached = _attention(model.config.get_text_config()) if model is not None else (0, 0)
     return ModelSize(
-        trunk=_count(trunk),
+        backbone=_count(backbone),
         head=_count(heads),
-        trunk_learns=_count(p for p in trunk if p.requires_grad),
+        backbone_learns=_count(p for p in backbone if p.requires_grad),
         head_learns=_count(p for p in heads if p.requires_grad),
         all_learn=_count(p for p in module.parameters() if p.requires_grad),
         attention=attention,
-        weight_bytes=sum(_count([p]) * p.element_size() for p in (*trunk, *heads)),
+        weight_bytes=sum(_count([p]) * p.element_size() for p in (*backbone, *heads)),
         cache_bytes=cached * next(module.parameters()).element_size(),
     )
 
@@ -85,14 +85,14 @@ def size_of(module: nn.Module) -> ModelSize:
 def forward_flops(size: ModelSize, length_B: Tensor, predicted: int, shared_B: Tensor | int = 0) -> float:
     """Of one pass over rows of these lengths; `predicted`: tokens at which the LM head runs; `shared_B`: tokens at the
     beginning of each row that another row has read."""
-    products = 2 * (size.trunk * int((length_B - shared_B).sum()) + size.head * predicted)
+    products = 2 * (size.backbone * int((length_B - shared_B).sum()) + size.head * predicted)
     return float(products + 4 * size.attention * (_pairs(length_B) - _pairs(torch.as_tensor(shared_B))))
 
 
 def backward_flops(size: ModelSize, length_B: Tensor, predicted: int, shared_B: Tensor | int = 0) -> float:
     """As many as forward for the gradient of what goes through a product, twice as many in attention, whose both sides
     have one, and those of the weights that learn: for a model that learns whole, forward and backward are 6 per weight."""
-    learns = 2 * (size.trunk_learns * int((length_B - shared_B).sum()) + size.head_learns * predicted)
+    learns = 2 * (size.backbone_learns * int((length_B - shared_B).sum()) + size.head_learns * predicted)
     pairs = _pairs(length_B) - _pairs(torch.as_tensor(shared_B))
     return forward_flops(size, length_B, predicted, shared_B) + float(learns + 4 * size.attention * pairs)
 

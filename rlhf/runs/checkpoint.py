@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there. A torn one is never taken for a whole one, and the last two whole ones are kept.
+"""Checkpoints: whole or not there. A partial one is never taken for a whole one, and the last two whole ones are kept.
 
 Random numbers need no place in them: every draw is keyed by seed, iteration, prompt and position.
 """
@@ -35,13 +35,13 @@ def save(folder: Path, iteration: int, parts: Mapping[str, Part], state: dict[st
         _remove(target)
         target.mkdir(parents=True)
 
-    collectives.alone(begin, f"making room for {target}")
+    collectives.rank_zero_only(begin, f"making room for {target}")
     for name, part in parts.items():
         part.save(target / name)
-    seal(target, state | {"iteration": iteration, "world_size": collectives.world_size()})
+    commit(target, state | {"iteration": iteration, "world_size": collectives.world_size()})
 
 
-def seal(target: Path, state: dict[str, Any]) -> None:
+def commit(target: Path, state: dict[str, Any]) -> None:
     """Says that every rank has written its part of `target`, and lets go of older checkpoints. All ranks must call it.
 
     `state.json` is written last, so its existence means whole.
@@ -49,14 +49,14 @@ def seal(target: Path, state: dict[str, Any]) -> None:
 
     def finish() -> None:
         write_json(target / STATE, state)
-        for old in whole(target.parent)[:-KEPT]:
+        for old in complete(target.parent)[:-KEPT]:
             _remove(old)
 
     collectives.barrier()
-    collectives.alone(finish, f"sealing {target} and removing older checkpoints")
+    collectives.rank_zero_only(finish, f"sealing {target} and removing older checkpoints")
 
 
-def whole(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted((path.parent for path in folder.glob(f"*/{STATE}")), key=number)
 
@@ -67,18 +67,18 @@ def number(checkpoint: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint that the first rank sees; torn ones are removed. All ranks must call it.
+    """The newest whole checkpoint that the first rank sees; partial ones are removed. All ranks must call it.
 
     UserError (5), on every rank, where one of them does not see it.
     """
 
     def choose() -> Path | None:
-        found = whole(folder)
-        for torn in {*folder.glob("iteration-*"), *folder.glob("checkpoint-*")} - {*found}:
-            shutil.rmtree(torn)
+        found = complete(folder)
+        for partial in {*folder.glob("iteration-*"), *folder.glob("checkpoint-*")} - {*found}:
+            shutil.rmtree(partial)
         return found[-1] if found else None
 
-    chosen = collectives.alone(choose, f"removing torn checkpoints from {folder}")
+    chosen = collectives.rank_zero_only(choose, f"removing partial checkpoints from {folder}")
     missing = [rank for rank, there in enumerate(collectives.gather_objects(not chosen or _sealed(chosen))) if not there]
     if missing:
         raise UserError(
@@ -94,7 +94,7 @@ def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:
         return None
     for name, part in parts.items():
         part.load(found / name)
-    return collectives.agreed(lambda: _state(found))
+    return collectives.broadcast_result(lambda: _state(found))
 
 
 def best_folder(folder: Path, iteration: int) -> Path:
@@ -105,7 +105,7 @@ def best_folder(folder: Path, iteration: int) -> Path:
 
 def forget_bests(folder: Path, current: int) -> None:
     """Removes the kept policies that neither a whole checkpoint nor the run, whose best is `current`, still names."""
-    named = {current, *(_state(path)["best_iteration"] for path in whole(folder))}
+    named = {current, *(_state(path)["best_iteration"] for path in complete(folder))}
     for path in {*folder.glob("best-*")} - {best_folder(folder, iteration) for iteration in named}:
         shutil.rmtree(path)
 

@@ -60,14 +60,14 @@ class Progress:
         self._warnings.append(text)
         self._next_write = 0.0
 
-    def update(self, done: int, total: int, **figures: float) -> None:
+    def update(self, done: int, total: int, **metrics: float) -> None:
         """`done` of `total` steps and the figures that matter, e.g. loss=1.2. Written twice a second at most."""
         now = time.monotonic()
         if not self._is_writer or (now < self._next_write and done < total):
             return
         self._next_write = now + WRITE_EVERY_S
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"done": done, "total": total, "figures": figures, "warnings": self._warnings, "time": time.time()}
+        state = {"done": done, "total": total, "metrics": metrics, "warnings": self._warnings, "time": time.time()}
         write_json(self._path, state, durable=False)
 
 
@@ -75,7 +75,7 @@ class Progress:
 class ProgressState:
     done: int
     total: int
-    figures: dict[str, float | None]  # None: was not a finite number
+    metrics: dict[str, float | None]  # None: was not a finite number
     warnings: list[str]  # all since the stage began
     time: float  # seconds since 1970
 

@@ -41,7 +41,7 @@ def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
     kind, _, name = stage.partition("/")
     own = whole[kind] | ({"models": whole["reward"]["models"][name]} if name else {})
     own.pop("alarms", None)
-    keys = [*ROLES[kind], "bad_rows", "shared_prompts", "held_out_share", *(["gold"] if kind == "ppo" else [])]
+    keys = [*ROLES[kind], "bad_rows", "shared_prompts", "held_out_fraction", *(["gold"] if kind == "ppo" else [])]
     data = {key: whole["data"][key] for key in keys}
     return {
         "model": whole["model"],
@@ -62,7 +62,7 @@ def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[s
     return {name: artifact.digest for name, artifact in inputs.items()} | sources
 
 
-def seal(
+def commit(
     config: RunConfig,
     context: StageContext,
     write: Callable[[Path], None],
@@ -78,5 +78,5 @@ def seal(
         artifacts.complete(folder, context.stage, parents, settings_digest(config, context.stage), metrics)
         shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
 
-    collectives.alone(work, f"writing {folder}")
-    return collectives.agreed(lambda: artifacts.load(folder))
+    collectives.rank_zero_only(work, f"writing {folder}")
+    return collectives.broadcast_result(lambda: artifacts.load(folder))

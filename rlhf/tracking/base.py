@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.runs.artifacts import code_diff, code_revision, plain, write_atomic
 from rlhf.tracking.jsonl import Lines, read_lines
-from rlhf.tracking.mlflow_sync import EVENTS, METRICS, Follower, Mirror, rewind
+from rlhf.tracking.mlflow_sync import EVENTS, METRICS, SyncState, SyncThread, rewind
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -37,7 +37,7 @@ def open_tracker(
     if not is_writer:
         return NullTracker()
     folder.mkdir(parents=True, exist_ok=True)
-    Mirror.open(folder, run_name, parent_run_id)
+    SyncState.open(folder, run_name, parent_run_id)
     return FileTracker(folder, settings, watch_system=parent_run_id is not None)
 
 
@@ -89,11 +89,11 @@ class FileTracker:
         self._is_open = True
         self._event("status", status="RUNNING", reason="")
         self._record_code()
-        self._follower = None if settings.uri is None else Follower(folder, settings, watch_system)
+        self._follower = None if settings.uri is None else SyncThread(folder, settings, watch_system)
 
     @property
     def run_id(self) -> str | None:
-        return Mirror.load(self._folder).run_id
+        return SyncState.load(self._folder).run_id
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._event("params", values=values)

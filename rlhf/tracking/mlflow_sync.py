@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Mirror:
+class SyncState:
     """mlflow.json: the MLflow run that mirrors a folder, and how many bytes of each file it has."""
 
     run_name: str
@@ -44,12 +44,12 @@ class Mirror:
     @staticmethod
     def open(folder: Path, run_name: str, parent_run_id: str | None) -> None:
         """Make or keep the mirror of a folder whose run begins or goes on."""
-        mirror = Mirror.load(folder) if (folder / MIRROR).exists() else Mirror(run_name, parent_run_id)
+        mirror = SyncState.load(folder) if (folder / MIRROR).exists() else SyncState(run_name, parent_run_id)
         replace(mirror, run_name=run_name, parent_run_id=parent_run_id).save(folder)
 
     @staticmethod
-    def load(folder: Path) -> Mirror:
-        return Mirror(**json.loads((folder / MIRROR).read_text()))
+    def load(folder: Path) -> SyncState:
+        return SyncState(**json.loads((folder / MIRROR).read_text()))
 
     def save(self, folder: Path) -> None:
         write_json(folder / MIRROR, asdict(self), durable=False)
@@ -69,7 +69,7 @@ def rewind(folder: Path, step: int) -> None:
     Waits while something is being sent. Broken off between its two writes, it can be done again.
     """
     with locked(folder):
-        mirror, lines = Mirror.load(folder), list(read_lines(folder / METRICS))
+        mirror, lines = SyncState.load(folder), list(read_lines(folder / METRICS))
         kept = list(takewhile(lambda entry: entry[0]["step"] <= step, lines))
         size, sent = kept[-1][1] if kept else 0, dict(mirror.sent)
         for line, end in lines[len(kept) :]:
@@ -90,7 +90,7 @@ def fill_in(folder: Path, settings: TrackingConfig) -> bool:
     if settings.uri is None:
         return True
     for path in sorted(folder.rglob(MIRROR), key=lambda path: len(path.parts)):
-        if failure := _try_to_ship(Shipper(path.parent, settings)):
+        if failure := _try_to_ship(MLflowUploader(path.parent, settings)):
             _warn(path.parent, settings, failure)
             return False
     return True
@@ -107,13 +107,13 @@ def prepare_store(settings: TrackingConfig) -> bool:
     return True
 
 
-class Follower(threading.Thread):
+class SyncThread(threading.Thread):
     """Ships every few seconds, and more and more seldom while MLflow is down."""
 
     def __init__(self, folder: Path, settings: TrackingConfig, watch_system: bool) -> None:
         super().__init__(name=f"mlflow of {folder.name}", daemon=True)
         self._folder, self._settings, self._watch_system = folder, settings, watch_system
-        self._shipper = Shipper(folder, settings)
+        self._shipper = MLflowUploader(folder, settings)
         self._closing = threading.Event()
         self._failure: Exception | None = None
         self.start()
@@ -139,7 +139,7 @@ class Follower(threading.Thread):
             _warn(self._folder, self._settings, self._failure)
 
 
-class Shipper:
+class MLflowUploader:
     """Sends the lines of one folder that its MLflow run does not have yet."""
 
     def __init__(self, folder: Path, settings: TrackingConfig) -> None:
@@ -149,7 +149,7 @@ class Shipper:
     def ship(self) -> None:
         """One pass over everything new. Raises what MLflow raises; what was sent until then stays noted."""
         with locked(self._folder, wait=False):
-            self._mirror = Mirror.load(self._folder)
+            self._mirror = SyncState.load(self._folder)
             if self._mirror.is_in(self._settings) and self._mirror.is_whole(self._folder):
                 return
             self._client = Client(self._settings)
@@ -161,12 +161,12 @@ class Shipper:
         """A started monitor of processors, memory, disk, network and GPUs; its `finish()` ends it."""
         return self._client.watch_system(self._mirror.run_id or "")
 
-    def _with_run(self, mirror: Mirror) -> Mirror:
+    def _with_run(self, mirror: SyncState) -> SyncState:
         """`mirror` with an MLflow run that exists: its own, or a new one that has nothing yet."""
         if mirror.is_in(self._settings) and self._client.has_run(mirror.run_id or ""):
             return mirror
         started = next((event["time"] for event, _ in read_lines(self._folder / EVENTS)), time.time())
-        return Mirror(
+        return SyncState(
             run_name=mirror.run_name,
             parent_run_id=mirror.parent_run_id,
             tracking_uri=public_uri(self._settings.uri or ""),
@@ -174,13 +174,13 @@ class Shipper:
             run_id=self._client.create_run(mirror.run_name, self._parent_run_id(mirror), started),
         )
 
-    def _parent_run_id(self, mirror: Mirror) -> str | None:
+    def _parent_run_id(self, mirror: SyncState) -> str | None:
         """The folders above know best: MLflow may have been down, or another one, when the id was given."""
         if mirror.parent_run_id is None:
             return None
         for folder in self._folder.absolute().parents:
             if (folder / MIRROR).exists():
-                parent = Mirror.load(folder)
+                parent = SyncState.load(folder)
                 if parent.is_in(self._settings):
                     return parent.run_id
                 raise RuntimeError(f"the run of {folder} is not in MLflow yet")
@@ -217,12 +217,12 @@ class Shipper:
             log.warning("MLflow did not take %s of %s, left out: %s", what, self._folder, _first_line(error))
         self._note(replace(self._mirror, **cursor))
 
-    def _note(self, mirror: Mirror) -> None:
+    def _note(self, mirror: SyncState) -> None:
         self._mirror = mirror
         mirror.save(self._folder)
 
 
-def _try_to_ship(shipper: Shipper, tries: int = MAX_TRIES) -> Exception | None:
+def _try_to_ship(shipper: MLflowUploader, tries: int = MAX_TRIES) -> Exception | None:
     failure = None
     for attempt in range(tries):
         time.sleep(RETRY_S if attempt else 0)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.our_side import load_dice
-from benchmarks.ppo_vs_trl import ledger_of, summary, table
+from benchmarks.ppo_vs_trl import profile_of, summary, table
 from benchmarks.sampling import tiny
 from benchmarks.trl_environment import trl_python
 from rlhf.config import SamplingConfig
@@ -51,9 +51,9 @@ def test_ratios_are_ours_over_trls():
 
 
 def test_our_ledger_leaves_the_first_iteration_out():
-    def figures(seconds):
+    def metrics(seconds):
         return {"perf/seconds_sampling": seconds / 4, "perf/seconds_iteration": seconds}
 
-    made = ledger_of([{"figures": [figures(90.0), figures(4.0)]}, {"figures": [figures(80.0), figures(6.0)]}])
+    made = profile_of([{"figures": [metrics(90.0), metrics(4.0)]}, {"figures": [metrics(80.0), metrics(6.0)]}])
     assert (made["iterations"], made["seconds"]) == (2, 5.0)
     assert made["phases"]["sampling"] == {"seconds": 1.25, "share": 0.25}

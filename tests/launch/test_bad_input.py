@@ -56,7 +56,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 def test_an_unknown_key(refused: Refused) -> None:
     message = refused(2, "--ppo.clipp", "0.1")
-    assert "ppo.clipp: unknown setting (did you mean ppo.clip?)" in message
+    assert "ppo.clipp: unknown setting (did you mean ppo.clip_range?)" in message
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

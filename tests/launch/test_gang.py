@@ -111,15 +111,15 @@ def test_the_report_has_every_figure(finished: Any) -> None:
         for estimate in report["reward"][name]["by_rating"].values():
             assert_estimate(estimate)
     for policy in ("base", "sft", "ppo"):
-        figures = report["ppo"]["held_out"][policy]
-        for name in ("gold", "length", "eos_share", "distinct_2"):
-            assert_estimate(figures[name])
+        metrics = report["ppo"]["held_out"][policy]
+        for name in ("gold", "length", "eos_rate", "distinct_2"):
+            assert_estimate(metrics[name])
         for name in ("helpfulness", "safety"):
-            assert_estimate(figures["reward"][name] if "reward" in figures else figures[f"reward.{name}"])
+            assert_estimate(metrics["reward"][name] if "reward" in metrics else metrics[f"reward.{name}"])
     assert isinstance(report["ppo"]["kl"], float)
-    ledger = report["ppo"]["ledger"]
-    assert ledger["iterations"] == 2 and 0 < ledger["phases"]["update"]["limit_share"] < 1
-    assert all(count >= 0 for count in ledger["phases"]["sampling"]["tokens"].values())
+    profile = report["ppo"]["profile"]
+    assert profile["iterations"] == 2 and 0 < profile["phases"]["update"]["roofline_fraction"] < 1
+    assert all(count >= 0 for count in profile["phases"]["sampling"]["tokens"].values())
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert report["seconds"].keys() == report["artifacts"].keys() == set(STAGES)
     assert all((Path(path) / "manifest.json").is_file() for path in report["artifacts"].values())
@@ -218,7 +218,7 @@ def test_one_process_makes_what_two_ranks_under_zero_3_made(finished: Any, tmp_p
         for name, tensor in ours.items():
             torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=0, msg=lambda t, n=name: f"{n}: {t}")
     alone, together = (read_metrics(folder / "ppo") for folder in (tmp_path / "smoke", finished.folder))
-    for name in ("ppo/length", "ppo/eos_share", "ppo/reward", "ppo/policy_loss", "ppo/value_loss", "ppo/kl", "eval/kl"):
+    for name in ("ppo/length", "ppo/eos_rate", "ppo/reward", "ppo/policy_loss", "ppo/value_loss", "ppo/kl", "eval/kl"):
         assert together[name] == [(step, pytest.approx(value, abs=2e-3)) for step, value in alone[name]], name
 
 

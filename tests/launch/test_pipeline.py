@@ -96,7 +96,7 @@ def test_a_complete_run_starts_not_even_a_cluster(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (("--ppo.beta", "0.02"), ["ppo"]),
+        (("--ppo.kl_coef", "0.02"), ["ppo"]),
         (("--reward.models.safety.safety_loss_weight", "0.4"), ["reward/safety", "ppo"]),
         (("--data.prompts.train.0.limit", "60"), ["ppo"]),
         (("--hardware.max_restarts", "0", "--tracking.experiment", "other"), []),
@@ -166,7 +166,7 @@ def checkpointed(again: Callable[..., list[str]], tmp_path: Path) -> Path:
     """The checkpoint folder of a PPO stage that was broken off."""
     FakeGang.meets["ppo"] = RuntimeError("killed")
     with pytest.raises(UserError, match="ppo failed"):
-        again("--ppo.beta", "0.02")
+        again("--ppo.kl_coef", "0.02")
     FakeGang.meets.clear()
     folder = tmp_path / "smoke/ppo/checkpoints"
     folder.mkdir()
@@ -179,12 +179,12 @@ def prepare(config: RunConfig) -> None:
 
 
 def test_checkpoints_stay_for_the_same_settings(checkpointed: Path, tmp_path: Path) -> None:
-    prepare(settings(tmp_path, "--ppo.beta", "0.02"))
+    prepare(settings(tmp_path, "--ppo.kl_coef", "0.02"))
     assert checkpointed.exists()
 
 
 @pytest.mark.parametrize(
-    "change", [("--ppo.beta", "0.03"), ("--ppo.beta", "0.02", "--reward.models.safety.safety_loss_weight", "0.4")]
+    "change", [("--ppo.kl_coef", "0.03"), ("--ppo.kl_coef", "0.02", "--reward.models.safety.safety_loss_weight", "0.4")]
 )
 def test_checkpoints_go_when_settings_or_parents_are_others(
     checkpointed: Path, again: Callable[..., list[str]], tmp_path: Path, change: tuple[str, ...]
@@ -207,7 +207,7 @@ def test_checkpoints_of_another_layout_are_refused(
     checkpointed: Path, tmp_path: Path, change: tuple[str, ...], layout: str
 ) -> None:
     with pytest.raises(UserError, match=f"written by 1 workers under ZeRO-3 and cannot go on with {layout}") as caught:
-        prepare(settings(tmp_path, "--ppo.beta", "0.02", *change))
+        prepare(settings(tmp_path, "--ppo.kl_coef", "0.02", *change))
     assert caught.value.exit_code == 2
     assert checkpointed.exists()
 

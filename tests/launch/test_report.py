@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import ledger, plots, report
+from launch import plots, profile_table, report
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import artifacts
@@ -58,7 +58,7 @@ def policy(reward: float, gold: float) -> dict[str, Any]:
         "reward.safety": estimate(reward - 0.5, 0.1),
         "gold": estimate(gold),
         "length": estimate(20 + 4 * reward, 1.0),
-        "eos_share": estimate(0.5 + gold / 2),
+        "eos_rate": estimate(0.5 + gold / 2),
         "distinct_2": estimate(0.9 - gold / 10),
     }
 
@@ -94,14 +94,14 @@ def perf(step: int) -> dict[str, float]:
     """An iteration of 10 s; every tenth takes 5 s more for a checkpoint."""
     seconds = {"sync": 0.5, "sampling": 4.0, "scoring": 1.0, "update": 3.0, "logging": 0.5, "other": 1.0}
     seconds |= {"evaluation": 0.0, "checkpoint": 5.0 * (step % 10 == 0)}
-    figures = {f"perf/seconds_{phase}": value for phase, value in seconds.items()}
-    figures |= {"perf/seconds_iteration": sum(seconds.values()), "perf/machine_flops": 2e12}
-    figures |= {"perf/machine_bandwidth": 1e11, "perf/memory_update": 1e9 + step, "perf/memory_sampling": 5e8}
+    metrics = {f"perf/seconds_{phase}": value for phase, value in seconds.items()}
+    metrics |= {"perf/seconds_iteration": sum(seconds.values()), "perf/machine_flops": 2e12}
+    metrics |= {"perf/machine_bandwidth": 1e11, "perf/memory_update": 1e9 + step, "perf/memory_sampling": 5e8}
     for phase in ("sampling", "scoring", "update"):
         tokens = {"useful": 600.0, "prompt": 300.0, "padded": 100.0, "dropped": 200.0 * (phase == "sampling")}
-        figures |= {f"perf/tokens_{phase}_{kind}": count for kind, count in tokens.items()}
-        figures |= {f"perf/limit_share_{phase}": 0.5, f"perf/flop_utilisation_{phase}": 0.25}
-    return figures
+        metrics |= {f"perf/tokens_{phase}_{kind}": count for kind, count in tokens.items()}
+        metrics |= {f"perf/roofline_fraction_{phase}": 0.5, f"perf/mfu_{phase}": 0.25}
+    return metrics
 
 
 def series(stage: str) -> list[dict[str, float]]:
@@ -117,7 +117,7 @@ def series(stage: str) -> list[dict[str, float]]:
                     "ppo/reward": 1.5 * rise + noise.gauss(0, 0.1),
                     "ppo/kl": 5 * rise + noise.gauss(0, 0.2),
                     "ppo/length": 24 + 5 * rise + noise.gauss(0, 0.5),
-                    "ppo/eos_share": 0.8 + 0.15 * rise,
+                    "ppo/eos_rate": 0.8 + 0.15 * rise,
                     "ppo/entropy": 1.6 - 0.6 * rise,
                 }
             )
@@ -125,7 +125,7 @@ def series(stage: str) -> list[dict[str, float]]:
         for step in range(0, 41, 10):
             rise = 1 - math.exp(-step / 15)
             evaluation = {"eval/reward": 1.4 * rise, "eval/kl": 5 * rise, "eval/gold": 0.55 + 0.3 * rise}
-            lines.append({"step": step, **evaluation, "eval/length": 24 + 5 * rise, "eval/eos_share": 0.8 + 0.1 * rise})
+            lines.append({"step": step, **evaluation, "eval/length": 24 + 5 * rise, "eval/eos_rate": 0.8 + 0.1 * rise})
         return lines
     name, last = ("sft", 2.0) if stage == "sft" else ("reward", 0.2)
     lines = [{"step": step, f"{name}/loss": last + math.exp(-step / 12) + noise.gauss(0, 0.03)} for step in range(50)]
@@ -167,13 +167,13 @@ def leaves(value: Any, path: str = "") -> set[str]:
 
 
 def test_every_promised_key_is_there(built):
-    figures = ("value", "low", "high", "n")
+    metrics = ("value", "low", "high", "n")
     names = ("helpfulness", "safety")
-    promised = {f"reward.{name}.accuracy.{figure}" for name in names for figure in figures}
-    promised |= {f"reward.{name}.by_rating.{r}.{figure}" for name in names for r in RATINGS for figure in figures}
-    held_out = ("reward.helpfulness", "reward.safety", "gold", "length", "eos_share", "distinct_2")
+    promised = {f"reward.{name}.accuracy.{figure}" for name in names for figure in metrics}
+    promised |= {f"reward.{name}.by_rating.{r}.{figure}" for name in names for r in RATINGS for figure in metrics}
+    held_out = ("reward.helpfulness", "reward.safety", "gold", "length", "eos_rate", "distinct_2")
     for who in ("base", "sft", "ppo"):
-        promised |= {f"ppo.held_out.{who}.{name}.{figure}" for name in held_out for figure in figures}
+        promised |= {f"ppo.held_out.{who}.{name}.{figure}" for name in held_out for figure in metrics}
     promised |= {"ppo.kl", "seconds.sft", "artifacts.ppo", "mlflow.tracking_uri", "mlflow.run_id"}
     assert promised - leaves(built) == set()
 
@@ -247,21 +247,21 @@ def test_a_stage_that_was_skipped_before_its_time_was_taken_has_a_dash(built):
 
 
 def test_the_ledger_is_a_mean_iteration_by_hand(built):
-    ledger = built["ppo"]["ledger"]
-    assert (ledger["iterations"], ledger["seconds"]) == (40, 10.5)
-    assert ledger["machine"] == {"flops": 2e12, "bandwidth": 1e11}
-    phases = ledger["phases"]
-    assert sum(phase["seconds"] for phase in phases.values()) == ledger["seconds"]
+    profile = built["ppo"]["profile"]
+    assert (profile["iterations"], profile["seconds"]) == (40, 10.5)
+    assert profile["machine"] == {"flops": 2e12, "bandwidth": 1e11}
+    phases = profile["phases"]
+    assert sum(phase["seconds"] for phase in phases.values()) == profile["seconds"]
     assert phases["checkpoint"] == {"seconds": 0.5, "share": 0.5 / 10.5}
     assert phases["sampling"] == {
         "seconds": 4.0,
         "share": 4.0 / 10.5,
         "memory": 5e8,
         "tokens": {"useful": 600.0, "prompt": 300.0, "padded": 100.0, "dropped": 200.0},
-        "useful_share": 0.5,
+        "token_efficiency": 0.5,
         "tokens_per_second": 900.0 / 4.0,
-        "flop_utilisation": 0.25,
-        "limit_share": 0.5,
+        "mfu": 0.25,
+        "roofline_fraction": 0.5,
     }
     assert phases["update"]["memory"] == 1e9 + 40
 
@@ -276,24 +276,26 @@ def test_the_ledger_is_a_table_of_the_markdown(folder, built):
 def test_an_iteration_whose_time_was_not_taken_to_the_end_is_left_out():
     points = {name: [(1, value), (2, value)] for name, value in perf(1).items()}
     points["perf/seconds_iteration"] = [(1, 10.0)]
-    assert ledger.account(points) == ledger.account({name: [(1, value)] for name, value in perf(1).items()})
+    assert profile_table.account(points) == profile_table.account(
+        {name: [(1, value)] for name, value in perf(1).items()}
+    )
 
 
 def test_what_was_done_beside_another_phase_counts_for_speeds_and_not_for_the_time():
     """6 s beside the sampling, 1 s of its own; at half of the limit in either."""
-    figures = perf(1) | {"perf/overlapped_seconds_scoring": 6.0, "perf/overlapped_seconds_sampling": 0.0}
-    phases = ledger.account({name: [(1, value)] for name, value in figures.items()})["phases"]
+    metrics = perf(1) | {"perf/overlapped_seconds_scoring": 6.0, "perf/overlapped_seconds_sampling": 0.0}
+    phases = profile_table.account({name: [(1, value)] for name, value in metrics.items()})["phases"]
     assert phases["scoring"]["seconds"] == 1.0 and phases["scoring"]["overlapped"] == 6.0
     assert phases["scoring"]["tokens_per_second"] == pytest.approx(900.0 / 7.0)
-    assert phases["scoring"]["limit_share"] == pytest.approx(0.5)
+    assert phases["scoring"]["roofline_fraction"] == pytest.approx(0.5)
     assert "overlapped" not in phases["sampling"] and sum(phase["seconds"] for phase in phases.values()) == 10.0
 
 
 def test_headline_names_the_figures_to_compare_runs_by(built):
-    figures = report.headline(built)
-    assert figures["eval/accuracy_helpfulness"] == 0.92
-    assert figures["eval/ppo/reward_helpfulness"] == 1.4
-    assert figures["eval/sft/gold"] == 0.55
+    metrics = report.headline(built)
+    assert metrics["eval/accuracy_helpfulness"] == 0.92
+    assert metrics["eval/ppo/reward_helpfulness"] == 1.4
+    assert metrics["eval/sft/gold"] == 0.55
 
 
 def test_a_run_without_gold_or_metrics_files_is_reported_too(tmp_path):
@@ -308,7 +310,7 @@ def test_a_run_without_gold_or_metrics_files_is_reported_too(tmp_path):
         path.unlink()
     built = report.build(tmp_path, CONFIG, {**EXTRA, "mlflow": {"tracking_uri": None, "run_id": None}})
     assert "gold" not in built["ppo"]["held_out"]["ppo"]
-    assert built["ppo"]["ledger"] == {} and "limit" not in (tmp_path / "report.md").read_text()
+    assert built["ppo"]["profile"] == {} and "limit" not in (tmp_path / "report.md").read_text()
     assert "not recorded" in (tmp_path / "report.md").read_text()
 
 
@@ -316,8 +318,8 @@ estimates = st.fixed_dictionaries({"value": st.floats(-5, 5)})
 
 
 @given(st.dictionaries(st.sampled_from(["reward.a", "reward.b", "gold", "length"]), estimates))
-def test_flat_undoes_nesting(figures):
-    assert dict(report.flat(report._nested(figures))) == figures
+def test_flat_undoes_nesting(metrics):
+    assert dict(report.flat(report._nested(metrics))) == metrics
 
 
 def test_a_plot_with_one_model_and_one_rating_is_drawn():
@@ -338,7 +340,7 @@ def in_general(key: str) -> str:
     """reward.safety.by_rating.better.low -> reward.<name>.by_rating.<rating>."""
     key = re.sub(r"\.(value|low|high|n)$", "", key)
     key = re.sub(r"^(seconds|artifacts)\..*", r"\1.<stage>", key)
-    key = re.sub(r"ledger\.phases\.\w+", "ledger.phases.<phase>", key)
+    key = re.sub(r"profile_table\.phases\.\w+", "profile_table.phases.<phase>", key)
     key = re.sub(r"tokens\.\w+", "tokens.<kind>", key)
     key = re.sub(r"\breward\.(helpfulness|safety)", "reward.<name>", key)
     key = re.sub(r"held_out\.(base|sft|ppo)", "held_out.<policy>", key)

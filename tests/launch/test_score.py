@@ -143,10 +143,10 @@ def test_accuracy_counts_a_tie_half() -> None:
     rows = [preference(f"q{n}") for n in range(4)]
     texts = [Text(n // 2, []) for n in range(8)]
     lines = to_lines(rows, texts, [2, 1, 1, 2, 3, 3, 5, 1])  # won, lost, tie, won
-    figures = summary(lines, rows)
-    assert figures["accuracy"].value == 2.5 / 4
-    assert figures["mean chosen"].value == (2 + 1 + 3 + 5) / 4
-    assert figures["mean margin"].value == (1 - 1 + 0 + 4) / 4
+    metrics = summary(lines, rows)
+    assert metrics["accuracy"].value == 2.5 / 4
+    assert metrics["mean chosen"].value == (2 + 1 + 3 + 5) / 4
+    assert metrics["mean margin"].value == (1 - 1 + 0 + 4) / 4
 
 
 def test_the_accuracy_interval_is_wilsons() -> None:

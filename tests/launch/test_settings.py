@@ -97,9 +97,9 @@ def test_listed_reward_models_replace_those_below(project: Path) -> None:
 
 
 def test_the_command_line_changes_one_reward_model_and_keeps_the_other(project: Path) -> None:
-    models = load("configs/run/mine.yaml", ["--reward.models.safety.other_share", "0.2"]).reward.models
-    assert (models["safety"].other_share, models["safety"].own_tag) == (0.2, "safety")
-    assert models["helpfulness"].other_share == 0.5
+    models = load("configs/run/mine.yaml", ["--reward.models.safety.other_fraction", "0.2"]).reward.models
+    assert (models["safety"].other_fraction, models["safety"].own_tag) == (0.2, "safety")
+    assert models["helpfulness"].other_fraction == 0.5
 
 
 def test_a_packaged_run_is_found_by_its_bare_name_in_any_folder(
@@ -190,7 +190,7 @@ def test_every_mistake_of_every_layer_is_reported_at_once(project: Path) -> None
         (["--stagse", "[fast]"], "stagse: unknown setting (did you mean stages?)"),
         (["--hardware.precision", "bf17"], "is 'bf17', should be 'float32' or 'bf16' (did you mean bf16?)"),
         (["--ppo.gamma", "1.5"], "ppo.gamma: is 1.5, should be less than or equal to 1"),
-        (["--ppo.clip", ".inf"], "ppo.clip: is inf, should be a finite number"),
+        (["--ppo.clip_range", ".inf"], "ppo.clip_range: is inf, should be a finite number"),
         (["--model", "null"], "model: should be the name of a layer, or a mapping"),
         (["--model", "tinny"], "there is no model layer 'tinny' (did you mean tiny?)"),
         (["--hardware", "labtop"], "there is no hardware layer 'labtop' (did you mean laptop?)"),
@@ -204,11 +204,11 @@ def test_every_mistake_of_every_layer_is_reported_at_once(project: Path) -> None
         (["--ppo.safety_model", "harm"], "ppo.safety_model: is 'harm', but reward.models has helpfulness, safety"),
         (["--ppo.batch_size", "100"], "ppo.batch_size: is 100, not a multiple of minibatch_size 64"),
         (
-            ["--ppo.answers_per_prompt", "3"],
-            "ppo.answers_per_prompt: is 3, which does not divide the 32 rows that a wor",
+            ["--ppo.group_size", "3"],
+            "ppo.group_size: is 3, which does not divide the 32 rows that a wor",
         ),
         (
-            ["--model.attention", "flash_attention_2", "--ppo", "{packing: true, answers_per_prompt: 2}"],
+            ["--model.attention", "flash_attention_2", "--ppo", "{packing: true, group_size: 2}"],
             "model.attention: is flash_attention_2, which takes no mask",
         ),
     ],
@@ -245,7 +245,7 @@ def test_a_misfit_that_another_mistake_explains_is_left_out(project: Path) -> No
 
 
 def test_a_dotted_key_in_a_file_is_explained(project: Path) -> None:
-    run = write_run(project, RUN + "ppo.beta: 0.1\n")
+    run = write_run(project, RUN + "ppo.kl_coef: 0.1\n")
     assert "sections are written nested" in only_mistake(run, [])
 
 

@@ -168,7 +168,7 @@ SCALAR = bugs_in(
         "hidden_BTH.device.type, enabled=torch.is_autocast_enabled('cpu')",
     ),
     (
-        "the head is rounded with its trunk",
+        "the head is rounded with its backbone",
         "ScalarModel(classifier.base_model, head_1H, getattr",
         "ScalarModel(classifier.base_model, classifier.score.weight, getattr",
     ),

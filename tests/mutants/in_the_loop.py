@@ -42,9 +42,9 @@ EXPERIENCE = bugs_in(
         "kl_BR = k1(scores.logprobs_BR, scores.ref_logprobs_BR)",
         "kl_BR = k1(scores.logprobs_BR, rollout.behaviour_logprobs_BR)",
     ),
-    ("adaptive β is not used", "(final_B, kl_BR, beta, mask_BR)", "(final_B, kl_BR, config.beta, mask_BR)"),
-    ("scores without penalty and whitening are trained on", "(final_B, kl_BR, beta", "(score_B, kl_BR, beta"),
-    ("γ and λ are swapped", "config.gamma, config.lam)", "config.lam, config.gamma)"),
+    ("adaptive β is not used", "(final_B, kl_BR, kl_coef, mask_BR)", "(final_B, kl_BR, config.kl_coef, mask_BR)"),
+    ("scores without penalty and whitening are trained on", "(final_B, kl_BR, kl_coef", "(score_B, kl_BR, kl_coef"),
+    ("γ and λ are swapped", "config.gamma, config.gae_lambda)", "config.gae_lambda, config.gamma)"),
     (
         "values of padding are bootstrapped",
         "scores.values_BR, mask_BR, config",
@@ -70,7 +70,7 @@ EXPERIENCE = bugs_in(
         "scores.logprobs_BR, rollout.behaviour_logprobs_BR, config",
         "rollout.behaviour_logprobs_BR, scores.logprobs_BR, config",
     ),
-    ("importance weights have no bound", "config.importance_cap, mask_BR", "1e9, mask_BR"),
+    ("importance weights have no bound", "config.tis_cap, mask_BR", "1e9, mask_BR"),
     (
         "the reward told is whitened and penalised",
         "_figures(rollout, scores, score_B,",
@@ -127,8 +127,8 @@ UPDATE = bugs_in(
     ("nobody steps", "return engine.step()", "return 0.0"),
     (
         "columns without tokens are read too",
-        "trim(rows(experience, mine))",
-        "rows(experience, mine)",
+        "trim(select(experience, mine))",
+        "select(experience, mine)",
         "it only costs time",
     ),
     ("the update ignores the temperature", "config.sampling.temperature, with", "1.0, with"),
@@ -136,8 +136,8 @@ UPDATE = bugs_in(
     ("returns are taken for advantages", "part.advantages_BR,", "part.returns_BR,"),
     ("the policy's loss sees padding", "        part.response_mask_BR,\n", "        part.response_mask_BR | True,\n"),
     ("importance weights are not used", "part.importance_BR,", "torch.ones_like(part.importance_BR),"),
-    ("the policy is clipped as values are", "config.clip,", "config.value_clip,"),
-    ("values are clipped as the policy is", "config.value_clip)", "config.clip)"),
+    ("the policy is clipped as values are", "config.clip_range,", "config.value_clip_range,"),
+    ("values are clipped as the policy is", "config.value_clip_range)", "config.clip_range)"),
     ("values come from the position of their token", "[:, -R - 1 : -1]", "[:, -R:]"),
     (
         "the critic learns its own values",
@@ -151,8 +151,8 @@ UPDATE = bugs_in(
     ),
     (
         "the clip share told is a sum",
-        'means.add("ppo/clip_share", loss.clipped_sum, loss.count)',
-        'means.add("ppo/clip_share", loss.clipped_sum)',
+        'means.add("ppo/clip_fraction", loss.clipped_sum, loss.count)',
+        'means.add("ppo/clip_fraction", loss.clipped_sum)',
     ),
 )
 
@@ -181,7 +181,7 @@ PASSES = bugs_in(
         "(prompt_NW + response_NW).amin(0)",
     ),
     ("a shared prompt counts for every answer", "torch.where(repeats_NW, prompt_NW[1:], 0)", "0 * prompt_NW[1:]"),
-    ("answers of a prompt go to several ranks", "config.answers_per_prompt if config.packing else 1", "1"),
+    ("answers of a prompt go to several ranks", "config.group_size if config.packing else 1", "1"),
 )
 
 SCORING = bugs_in(
@@ -232,7 +232,7 @@ METRICS = bugs_in(
         "Mean(float(part[0]), float(part[1]))",
         "Mean(float(part[0]) / max(float(part[1]), 1.0), float(part[1] > 0))",
     ),
-    ("figures keep the graph", "number.detach() if isinstance(number, Tensor) else number", "number"),
+    ("metrics keep the graph", "number.detach() if isinstance(number, Tensor) else number", "number"),
     ("every rank reports its own mean", "in _of_all_ranks(mine):", "in [mine]:"),
 )
 
@@ -259,7 +259,7 @@ DRAW = bugs_in(
 CHECKPOINT = bugs_in(
     "rlhf/runs/checkpoint.py",
     ["rlhf/runs/test_checkpoint.py"],
-    ("β is lost on resume", "state | {", '{key: state[key] for key in state if key != "beta"} | {'),
+    ("β is lost on resume", "state | {", '{key: state[key] for key in state if key != "kl_coef"} | {'),
     ("the oldest checkpoint is taken", "return found[-1] if found", "return found[0] if found"),
     ("engines are not loaded", "        part.load(found / name)", "        pass"),
 )
@@ -279,7 +279,7 @@ OVERLAP = (
     bugs_in(
         "rlhf/ppo/rollout_source.py",
         ["rlhf/ppo/test_rollout_source.py"],
-        ("scores come back in the order in which rows ended", "rows(scores, order_B.argsort())", "scores"),
+        ("scores come back in the order in which rows ended", "select(scores, order_B.argsort())", "scores"),
         ("rows are scored in the order of the batch's end", "order_B.argsort()", "order_B"),
         (
             "chunks are as large as what has just ended",
@@ -309,7 +309,7 @@ OVERLAP = (
     + bugs_in(
         "rlhf/ppo/alarms.py",
         ["rlhf/ppo/test_alarms.py"],
-        ("answers sampled ahead sound the alarm", '"mean" if figures["ppo/policy_lag"] else "max"', '"max"'),
+        ("answers sampled ahead sound the alarm", '"mean" if metrics["ppo/staleness"] else "max"', '"max"'),
     )
 )
 

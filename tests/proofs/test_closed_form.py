@@ -37,7 +37,7 @@ def test_the_closed_form_is_an_optimum(world):
     """Neither a policy near it nor the reference has a higher E[r] - β KL."""
 
     def objective(logprobs_QN):
-        reward, kl = world.figures(logprobs_QN)
+        reward, kl = world.metrics(logprobs_QN)
         return reward - BETA * kl
 
     best_QN = world.best(BETA)
@@ -58,16 +58,16 @@ def test_ppo_ends_at_the_closed_form(world, reached):
 
 
 @pytest.mark.parametrize("beta", [BETA / 2, 2 * BETA])
-def test_the_optimum_of_another_beta_is_not_where_it_ends(world, reached, beta):
-    assert min(map(abs, world.errors(reached, beta))) > SHORT
+def test_the_optimum_of_another_beta_is_not_where_it_ends(world, reached, kl_coef):
+    assert min(map(abs, world.errors(reached, kl_coef))) > SHORT
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("beta", BETAS)
-def test_a_longer_way_ends_nearer_for_every_beta(world, beta):
-    reached = train(world, settings(beta, ITERATIONS)).path[-1]
-    assert furthest(world.errors(reached, beta)) < LONG
+def test_a_longer_way_ends_nearer_for_every_beta(world, kl_coef):
+    reached = train(world, settings(kl_coef, ITERATIONS)).path[-1]
+    assert furthest(world.errors(reached, kl_coef)) < LONG
 
 
 @pytest.mark.proof
@@ -87,18 +87,18 @@ def test_with_the_sign_of_the_kl_turned_it_ends_elsewhere(world, monkeypatch):
     assert furthest(world.errors(train(world, SHORT_SETTINGS).path[-1], BETA)) > SHORT
 
 
-def doubled_beta(score_B, kl_BR, beta, mask_BR):
-    return token_rewards(score_B, kl_BR, 2 * beta, mask_BR)
+def doubled_beta(score_B, kl_BR, kl_coef, mask_BR):
+    return token_rewards(score_B, kl_BR, 2 * kl_coef, mask_BR)
 
 
-def kl_at_the_last_token_alone(score_B, kl_BR, beta, mask_BR):
+def kl_at_the_last_token_alone(score_B, kl_BR, kl_coef, mask_BR):
     is_last_BR = token_rewards(torch.ones_like(score_B), torch.zeros_like(kl_BR), 0.0, mask_BR)
-    return token_rewards(score_B, kl_BR * is_last_BR, beta, mask_BR)
+    return token_rewards(score_B, kl_BR * is_last_BR, kl_coef, mask_BR)
 
 
-def score_at_every_token(score_B, kl_BR, beta, mask_BR):
+def score_at_every_token(score_B, kl_BR, kl_coef, mask_BR):
     scores_BR = torch.where(mask_BR, score_B[:, None], 0.0)
-    return token_rewards(torch.zeros_like(score_B), kl_BR, beta, mask_BR) + scores_BR
+    return token_rewards(torch.zeros_like(score_B), kl_BR, kl_coef, mask_BR) + scores_BR
 
 
 token_rewards = experience.token_rewards

@@ -45,7 +45,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def test_a_few_iterations_bring_most_of_the_reward_and_a_huge_beta_forbids_it(world):
-    best = world.figures(world.best(BETA))
+    best = world.metrics(world.best(BETA))
     free = train(world, SHORT).path[-1]
     held = train(world, SHORT.model_copy(update={"beta": 1000.0})).path[-1]
     assert free.reward > 0.5 * best.reward and free.kl > 10 * HELD
@@ -63,7 +63,7 @@ def test_without_a_learning_rate_nothing_moves(world):
 # --- in long: the quickstart ------------------------------------------------------------------------------------------
 
 ALONE = ("--hardware.workers", "1", "--tracking.uri", "null")
-ONE_REWARD_MODEL = ("--reward.models", "{helpfulness: {own_tag: helpful, other_share: 0.33}}")
+ONE_REWARD_MODEL = ("--reward.models", "{helpfulness: {own_tag: helpful, other_fraction: 0.33}}")
 BOTH_ROLES = ("--ppo.safety_model", "helpfulness")
 
 Make = Callable[..., RunConfig]
@@ -131,5 +131,5 @@ def flipped(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.timeout(4 * 3600)
 def test_a_huge_beta_holds_a_trained_model_at_sft(run, whole, sft):
     free = dict(read_metrics(whole.folder / "ppo")["eval/kl"])
-    held = run("--ppo.beta", "1000", "--ppo.iterations", "8", given=sft | {"reward": whole.folder / "reward"})
+    held = run("--ppo.kl_coef", "1000", "--ppo.iterations", "8", given=sft | {"reward": whole.folder / "reward"})
     assert abs(dict(read_metrics(held.folder / "ppo")["eval/kl"])[8]) < 0.1 * free[8]

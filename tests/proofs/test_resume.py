@@ -50,7 +50,7 @@ def settings(runs_dir: Path, *overrides: str) -> RunConfig:
     return load(SMOKE, ["--runs_dir", str(runs_dir), *SMALL, *overrides])
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl, without what measures time. Lines that hold nothing else are not made again: one is
     lost where the kill comes between the checkpoint and it."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -61,7 +61,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 def assert_same(config: RunConfig, whole: RunConfig, stage: str) -> None:
     """The digest of an artifact is over the bytes of all its files."""
     ours, theirs = (artifacts.load(each.folder / stage / "artifact", verify=True) for each in (config, whole))
-    assert figures(config.folder / stage) == figures(whole.folder / stage)
+    assert metrics(config.folder / stage) == metrics(whole.folder / stage)
     assert ours.digest == theirs.digest
     assert ours.metrics == theirs.metrics
 
@@ -135,7 +135,7 @@ def test_a_killed_stage_ends_as_the_one_that_was_not(whole, tmp_path, stage, pla
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
-    assert checkpoint.whole(config.folder / stage / "checkpoints")
+    assert checkpoint.complete(config.folder / stage / "checkpoints")
     assert not (config.folder / stage / "artifact/manifest.json").exists()
     run(config, stage)
     assert_same(config, whole, stage)
@@ -200,7 +200,7 @@ def test_two_ranks_that_are_killed_again_and_again_end_as_those_that_were_not(tm
     run_ids |= {json.loads((config.folder / stage / "mlflow.json").read_text())["run_id"]}
     (run_id,) = run_ids - {None}
     client = MlflowClient(config.tracking.uri)
-    lines = figures(config.folder / stage)
+    lines = metrics(config.folder / stage)
     for name in {name for line in lines for name in line} - {"step"}:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         history = [(p.step, p.value) for p in client.get_metric_history(run_id, name) if p.value == p.value]

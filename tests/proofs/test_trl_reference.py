@@ -27,12 +27,12 @@ from rlhf.algorithms.losses import policy_loss, value_loss
 from rlhf.algorithms.masked import masked_mean_and_var, whiten
 from rlhf.algorithms.rewards import token_rewards
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig, SamplingConfig
-from rlhf.data.batches import Rollout, rows
+from rlhf.data.batches import Rollout, select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.models import ScalarModel
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo.experience import make_experience
-from rlhf.ppo.scoring import read_rollout
+from rlhf.ppo.scoring import score_rollout
 from rlhf.ppo.update import update
 
 FILE = Path(__file__).parents[1] / "golden" / "trl_ppo.json"
@@ -76,7 +76,7 @@ class RecordingEngine(LocalEngine):
     """Keeps the gradients of its last step by TRL's names."""
 
     def step(self):
-        names = ("causal.", ""), ("trunk.", "model."), ("head.weight", "score.weight")
+        names = ("causal.", ""), ("backbone.", "model."), ("head.weight", "score.weight")
         self.gradients = {}
         for name, parameter in self.module.named_parameters():
             for ours, trls in names:
@@ -96,7 +96,7 @@ def case(name):
     made = GOLDEN["cases"][name]
     trl = SimpleNamespace(**{key: torch.tensor(value) for key, value in made["iteration"].items()})
     trl.micro_batches = [{key: torch.tensor(value) for key, value in part.items()} for part in made["micro_batches"]]
-    trl.figures = {key: torch.tensor(value) for key, value in made["figures"].items()}
+    trl.metrics = {key: torch.tensor(value) for key, value in made["figures"].items()}
     start = f"gradients/{name}/"
     trl.gradients = {key.removeprefix(start): TENSORS[key] for key in TENSORS if key.startswith(start)}
     settings = made["settings"]
@@ -105,11 +105,11 @@ def case(name):
         minibatch_size=8,
         micro_batch_size=8,
         sampling=SamplingConfig(temperature=SETTINGS["temperature"]),
-        beta=SETTINGS["kl_coef"],
+        kl_coef=SETTINGS["kl_coef"],
         gamma=settings["gamma"],
-        lam=settings["lam"],
-        clip=SETTINGS["cliprange"],
-        value_clip=SETTINGS["cliprange_value"],
+        gae_lambda=settings["lam"],
+        clip_range=SETTINGS["cliprange"],
+        value_clip_range=SETTINGS["cliprange_value"],
         whiten_rewards=settings.get("whiten_rewards", False),
         missing_eos_penalty=SETTINGS["missing_eos_penalty"],
         optim=OptimConfig(lr=0.0),
@@ -117,7 +117,7 @@ def case(name):
     )
     rollout = rollout_of(trl)
     reward = engine(scalar("reward"))
-    scores = read_rollout(
+    scores = score_rollout(
         rollout,
         engine(PolicyModel(causal("policy"))),
         engine(PolicyModel(causal("reference"))),
@@ -126,8 +126,8 @@ def case(name):
         reward,
         config,
     )
-    experience, figures = make_experience(rollout, scores, torch.zeros(8).bool(), config, config.beta)
-    return SimpleNamespace(trl=trl, config=config, rollout=rollout, scores=scores, experience=experience, **figures)
+    experience, metrics = make_experience(rollout, scores, torch.zeros(8).bool(), config, config.kl_coef)
+    return SimpleNamespace(trl=trl, config=config, rollout=rollout, scores=scores, experience=experience, **metrics)
 
 
 def rollout_of(trl):
@@ -148,13 +148,13 @@ def rollout_of(trl):
 
 def updated(given, index=slice(None)):
     """Figures and gradients of our update over some rows, whitened with TRL's variance, from the moved weights."""
-    experience = rows(given.experience, index)
+    experience = select(given.experience, index)
     experience = dataclasses.replace(experience, advantages_BR=bessel(given) * experience.advantages_BR)
     config = given.config.model_copy(update={"minibatch_size": 8, "micro_batch_size": 8})
     policy = engine(PolicyModel(causal("policy_moved")), config.optim)
     critic = engine(scalar("value_moved"), config.critic_optim)
-    figures = update(policy, critic, experience, config, seed=0, iteration=1, rank=0, world=1)
-    return SimpleNamespace(figures=figures, policy=policy.gradients, critic=critic.gradients)
+    metrics = update(policy, critic, experience, config, seed=0, iteration=1, rank=0, world=1)
+    return SimpleNamespace(metrics=metrics, policy=policy.gradients, critic=critic.gradients)
 
 
 def bessel(given):
@@ -201,15 +201,15 @@ def test_kl_and_its_share_of_the_reward(name):
     kl_BR = k1(given.scores.logprobs_BR, given.scores.ref_logprobs_BR)
     mask = given.rollout.response_mask_BR
     assert_near(f"{name} kl", kl_BR[mask], given.trl.kl[mask])
-    assert_near(f"{name} kl of an answer", getattr(given, "ppo/kl"), given.trl.figures["objective/kl"])
-    without_score = token_rewards(torch.zeros(8), kl_BR, given.config.beta, mask)
+    assert_near(f"{name} kl of an answer", getattr(given, "ppo/kl"), given.trl.metrics["objective/kl"])
+    without_score = token_rewards(torch.zeros(8), kl_BR, given.config.kl_coef, mask)
     assert_near(f"{name} non-score reward", without_score, given.trl.non_score_reward)
 
 
 def our_token_rewards(given):
     kl_BR = k1(given.scores.logprobs_BR, given.scores.ref_logprobs_BR)
     final_B = given.scores.helpful_B - given.config.missing_eos_penalty * (~given.rollout.finished_B).float()
-    return token_rewards(final_B, kl_BR, given.config.beta, given.rollout.response_mask_BR)
+    return token_rewards(final_B, kl_BR, given.config.kl_coef, given.rollout.response_mask_BR)
 
 
 def test_rewards_of_answers_that_fill_their_slots():
@@ -246,29 +246,29 @@ def test_the_loss_functions_alone_on_trls_own_tensors():
     every = torch.ones(8, 6).bool()
     policy = policy_loss(new_BR, trl.logprobs, trl.advantages, every, SETTINGS["cliprange"], every)
     value = value_loss(vpred_BR, trl.values, trl.returns, every, SETTINGS["cliprange_value"])
-    assert_near("policy loss alone", policy.sum / policy.count, trl.figures["pg_loss_stats"][0])
-    assert_near("value loss alone", value.sum / value.count, trl.figures["vf_loss_stats"][0])
+    assert_near("policy loss alone", policy.sum / policy.count, trl.metrics["pg_loss_stats"][0])
+    assert_near("value loss alone", value.sum / value.count, trl.metrics["vf_loss_stats"][0])
 
 
 FIGURES = {
     "ppo/policy_loss": "pg_loss_stats",
-    "ppo/clip_share": "pg_clipfrac_stats",
+    "ppo/clip_fraction": "pg_clipfrac_stats",
     "ppo/approx_kl": "approxkl_stats",
     "ppo/entropy": "entropy_stats",
     "ppo/value_loss": "vf_loss_stats",
-    "ppo/value_clip_share": "vf_clipfrac_stats",
+    "ppo/value_clip_fraction": "vf_clipfrac_stats",
 }
 
 
 @pytest.mark.parametrize(
     ("name", "figure"),
-    [("full", figure) for figure in FIGURES] + [("ragged", "ppo/policy_loss"), ("ragged", "ppo/clip_share")],
+    [("full", figure) for figure in FIGURES] + [("ragged", "ppo/policy_loss"), ("ragged", "ppo/clip_fraction")],
 )
 def test_figures_of_the_update(name, figure):
     given = case(name)
-    (trl,) = given.trl.figures[FIGURES[figure]]
+    (trl,) = given.trl.metrics[FIGURES[figure]]
     assert trl.abs() > 1e-2  # nothing is compared that happens to be 0
-    assert_near(f"{name} {figure}", updated(given).figures[figure], trl)
+    assert_near(f"{name} {figure}", updated(given).metrics[figure], trl)
 
 
 def assert_same_gradients(quantity, ours, trls):
@@ -338,12 +338,12 @@ def test_trl_counts_the_slot_after_eos_in_the_value_loss_and_we_do_not():
         return float(loss.sum / loss.count), float(loss.clipped_sum / loss.count)
 
     with_slot, clipped_with_slot = mean(~trl.padding_mask_p1)
-    assert_near("ragged value loss, TRL's mask", with_slot, trl.figures["vf_loss_stats"][0])
-    assert_near("ragged value clip share, TRL's", clipped_with_slot, trl.figures["vf_clipfrac_stats"][0])
+    assert_near("ragged value loss, TRL's mask", with_slot, trl.metrics["vf_loss_stats"][0])
+    assert_near("ragged value clip share, TRL's", clipped_with_slot, trl.metrics["vf_clipfrac_stats"][0])
     without_slot, clipped_without_slot = mean(~trl.padding_mask)
-    ours = updated(given).figures
+    ours = updated(given).metrics
     assert_near("ragged value loss", ours["ppo/value_loss"], without_slot)
-    assert_near("ragged value clip share", ours["ppo/value_clip_share"], clipped_without_slot)
+    assert_near("ragged value clip share", ours["ppo/value_clip_fraction"], clipped_without_slot)
     assert abs(with_slot - without_slot) > 1e-2
 
 
@@ -373,11 +373,11 @@ def test_trl_whitens_each_ranks_advantages_alone_and_we_those_of_all_ranks():
 def test_trl_averages_approx_kl_over_padding_and_we_over_tokens():
     given = case("ragged")
     mask = given.rollout.response_mask_BR
-    ours = updated(given).figures["ppo/approx_kl"]
+    ours = updated(given).metrics["ppo/approx_kl"]
     new_BR = in_rollout_order(given.trl.micro_batches[0], "new_logprobs")
     assert_near("ragged approx KL", ours, approx_kl(new_BR, given.trl.logprobs)[mask].mean())
     share = float(mask.float().mean())
-    assert_near("ragged approx KL with padding", ours * share, given.trl.figures["approxkl_stats"][0])
+    assert_near("ragged approx KL with padding", ours * share, given.trl.metrics["approxkl_stats"][0])
     assert share < 0.75
 
 
@@ -387,8 +387,8 @@ def test_trl_averages_entropy_over_padding_and_we_over_tokens():
     with torch.no_grad():
         out = causal("policy_moved")(tokens_BT, attention_mask=mask_BT, position_ids=mask_BT.cumsum(1) - mask_BT)
     entropy_BR = torch.distributions.Categorical(logits=out.logits[:, -7:-1] / 0.7).entropy()
-    assert_near("ragged entropy with padding", entropy_BR.mean(), given.trl.figures["entropy_stats"][0])
-    ours = updated(given).figures["ppo/entropy"]
+    assert_near("ragged entropy with padding", entropy_BR.mean(), given.trl.metrics["entropy_stats"][0])
+    ours = updated(given).metrics["ppo/entropy"]
     assert_near("ragged entropy", ours, entropy_BR[given.rollout.response_mask_BR].mean())
     assert abs(ours - float(entropy_BR.mean())) > 1e-2
 
@@ -401,10 +401,10 @@ def test_trls_loss_is_the_mean_of_micro_batch_means_and_ours_the_global_mean():
         means.append(per_token.mean())
         sums.append(per_token.sum())
         counts.append(len(per_token))
-    assert_near("mean of two means", sum(means) / 2, given.trl.figures["pg_loss_stats"].mean())
-    ours = updated(given).figures["ppo/policy_loss"]
+    assert_near("mean of two means", sum(means) / 2, given.trl.metrics["pg_loss_stats"].mean())
+    ours = updated(given).metrics["ppo/policy_loss"]
     assert_near("global mean", ours, sum(sums) / sum(counts))
-    assert abs(ours - float(given.trl.figures["pg_loss_stats"].mean())) > 1e-2
+    assert abs(ours - float(given.trl.metrics["pg_loss_stats"].mean())) > 1e-2
 
 
 def test_trls_gradient_is_the_mean_of_micro_batch_gradients_and_ours_that_of_the_global_mean():

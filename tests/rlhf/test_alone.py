@@ -35,7 +35,7 @@ def failing() -> None:
 
 def told(work) -> str:
     try:
-        return str(collectives.alone(work, "writing the model"))
+        return str(collectives.rank_zero_only(work, "writing the model"))
     except UserError as error:
         return f"{error.exit_code}: {error.message}"
     except RuntimeError as error:
@@ -69,7 +69,7 @@ def test_others_wait_for_a_rank_that_gets_on_and_for_no_other(tmp_path):
 
 
 def test_a_process_alone_just_works():
-    assert collectives.alone(lambda: threading.current_thread().name, "working") == "MainThread"
+    assert collectives.rank_zero_only(lambda: threading.current_thread().name, "working") == "MainThread"
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def checkpoints(folder: Path) -> None:
 
 def older_on_rank_1() -> None:
     if collectives.rank() == 1:
-        listed = checkpoint.whole
-        checkpoint.whole = lambda folder: listed(folder)[:1]  # a listing that is behind
+        listed = checkpoint.complete
+        checkpoint.complete = lambda folder: listed(folder)[:1]  # a listing that is behind
 
 
 # --- decisions: what a rank does, and what must come out on both -------------------------------------------------------
@@ -120,17 +120,17 @@ def held_out_reward(folder: Path) -> Any:
 
 def alarm(folder: Path) -> Any:
     """A figure that is no number on rank 1 alone stops nobody, one of rank 0 stops both."""
-    limits = SimpleNamespace(kl_max=50, eos_share_min=0, entropy_share_min=0, sampler_gap_max=1, stop=True)
+    limits = SimpleNamespace(kl_max=50, eos_rate_min=0, entropy_ratio_min=0, rollout_logprob_diff_max=1, stop=True)
     said = []
     for bad in (1, 0):
-        names = ("kl", "eos_share", "entropy", "sampler_gap_max", "sampler_gap_mean", "policy_lag")
-        figures = {f"ppo/{name}": 0.5 for name in names}
+        names = ("kl", "eos_rate", "entropy", "rollout_logprob_diff_max", "rollout_logprob_diff_mean", "staleness")
+        metrics = {f"ppo/{name}": 0.5 for name in names}
         if collectives.rank() == bad:
-            figures["ppo/kl"] = float("nan")
+            metrics["ppo/kl"] = float("nan")
         config: Any = SimpleNamespace(ppo=SimpleNamespace(alarms=limits))
         context: Any = SimpleNamespace(tracker=Quiet(), progress=Quiet())
         try:
-            ppo.watch(config, context, figures, {"iteration": 1, "first_entropy": None, "alarms": []})
+            ppo.watch(config, context, metrics, {"iteration": 1, "first_entropy": None, "alarms": []})
             collectives.barrier()
             said.append("goes on")
         except UserError as error:
@@ -145,7 +145,7 @@ def experience(folder: Path) -> Any:
     else:
         ppo.make_experience = lambda *_: (None, {"ppo/kl": 1.0})  # type: ignore[assignment]
     ppo.answer_and_read = lambda *_: (rollout(), rollout(), [])  # type: ignore[assignment]
-    ppo._sync, ppo._work, ppo.draw_prompts = (lambda *_: 0), (lambda *_: {}), (lambda *_: Quiet())  # type: ignore[assignment]
+    ppo._sync, ppo._work, ppo.next_prompts = (lambda *_: 0), (lambda *_: {}), (lambda *_: Quiet())  # type: ignore[assignment]
     ppo.update = lambda *_: {}  # type: ignore[assignment]
     ppo.moved = lambda batch, device: batch  # type: ignore[assignment]
     settings = SimpleNamespace(
@@ -156,9 +156,9 @@ def experience(folder: Path) -> Any:
     context: Any = SimpleNamespace(rank=collectives.rank(), world_size=2, device=torch.device("cpu"), is_writer=False)
     some: Any = SimpleNamespace(ahead=Ahead(), sampler=None, tokenizer=None, policy=None, critic=None)
     state = {"iteration": 2, "beta": 0.1}
-    clock: Any = lambda phase: torch.no_grad()
-    figures = ppo.iterate(config, context, some, [], state, clock)
-    return [figures["ppo/kl"], round(state["beta"], 6)]
+    timer: Any = lambda phase: torch.no_grad()
+    metrics = ppo.iterate(config, context, some, [], state, timer)
+    return [metrics["ppo/kl"], round(state["beta"], 6)]
 
 
 def rollout() -> Rollout:
@@ -179,7 +179,7 @@ def sealed(folder: Path) -> Any:
     provenance.settings_digest = lambda *_: "same"  # type: ignore[assignment]
     context: Any = SimpleNamespace(artifact_folder=folder / "sft", stage="sft", checkpoint_folder=folder / "none")
     write: Any = lambda path: write_json(path / "weights.json", {})
-    made = provenance.seal(SimpleNamespace(), context, write, {}, {})  # type: ignore[arg-type]
+    made = provenance.commit(SimpleNamespace(), context, write, {}, {})  # type: ignore[arg-type]
     return made and made.kind
 
 
@@ -190,7 +190,7 @@ def refused(folder: Path) -> Any:
         raise UserError("no", 4)
 
     try:
-        collectives.agreed(decide)
+        collectives.broadcast_result(decide)
     except UserError as error:
         return [error.message, error.exit_code]
     return None

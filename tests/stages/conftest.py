@@ -80,7 +80,7 @@ def lora_run(settings, make_stage) -> Callable[[str], RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def figures() -> Callable[[Path], dict[str, Any]]:
+def metrics() -> Callable[[Path], dict[str, Any]]:
     """The metrics that the manifest of an artifact holds."""
     return lambda artifact: json.loads((artifact / "manifest.json").read_text())["metrics"]
 

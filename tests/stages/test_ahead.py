@@ -13,7 +13,7 @@ import torch
 from benchmarks.closed_form import LENGTH, settings
 from benchmarks.small_world import PAD, PROMPTS, World, alone, open_models, world_config
 from reward_data import Message, Prompt
-from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.step_profiler import PhaseTimer
 from rlhf.runs import checkpoint
 from stages import ppo
 
@@ -29,23 +29,23 @@ def world() -> World:
 def start(world: World, **sampling: Any) -> SimpleNamespace:
     """A run that has made no iteration yet; `sampling` over the ordinary settings."""
     given = settings(0.5, ITERATIONS)
-    optim = given.optim.model_copy(update={"lr": 0.03, "schedule": "constant", "warmup_share": 0.0})
+    optim = given.optim.model_copy(update={"lr": 0.03, "schedule": "constant", "warmup_ratio": 0.0})
     changed = {"sampling": given.sampling.model_copy(update=sampling), "batch_size": 32, "minibatch_size": 16}
     config = world_config(given.model_copy(update=changed | {"optim": optim, "critic_optim": optim}), seed=0)
     return SimpleNamespace(
         config=config,
         context=alone(),
         models=open_models(world, config.ppo),
-        state={"iteration": 0, "beta": config.ppo.beta},
-        figures=[],
+        state={"iteration": 0, "beta": config.ppo.kl_coef},
+        metrics=[],
     )
 
 
 def iterate(run: SimpleNamespace, count: int) -> None:
     for _ in range(count):
         run.state["iteration"] += 1
-        clock = Clock(run.context.device)
-        run.figures.append(ppo.iterate(run.config, run.context, run.models, GIVEN, run.state, clock) | clock.close())
+        timer = PhaseTimer(run.context.device)
+        run.metrics.append(ppo.iterate(run.config, run.context, run.models, GIVEN, run.state, timer) | timer.close())
 
 
 def policy(run: SimpleNamespace) -> Any:
@@ -99,7 +99,7 @@ def by_transformers(model: Any, rollout: Any) -> torch.Tensor:
 
 
 def test_answers_come_from_the_policy_of_one_update_earlier(watched):
-    assert [figures["ppo/policy_lag"] for figures in watched.figures] == [0.0] + [1.0] * (ITERATIONS - 1)
+    assert [metrics["ppo/staleness"] for metrics in watched.metrics] == [0.0] + [1.0] * (ITERATIONS - 1)
     for number, rollout in enumerate(watched.rollouts):
         told_BR = torch.where(rollout.response_mask_BR, rollout.behaviour_logprobs_BR, 0.0)
         torch.testing.assert_close(
@@ -119,18 +119,20 @@ def test_the_update_starts_from_the_policy_of_now_and_weighs_each_token(watched)
         torch.testing.assert_close(experience.importance_BR, expected_BR, atol=1e-4, rtol=0)
         if number:
             share = float((ratio_BR > 2).sum() / rollout.response_mask_BR.sum())
-            assert watched.figures[number]["ppo/importance_cut_share"] == pytest.approx(share)
+            assert watched.metrics[number]["ppo/tis_clip_fraction"] == pytest.approx(share)
             gap_BR = ratio_BR.log().abs()[rollout.response_mask_BR]
-            assert watched.figures[number]["ppo/sampler_gap_mean"] == pytest.approx(float(gap_BR.mean()), abs=1e-4)
+            assert watched.metrics[number]["ppo/rollout_logprob_diff_mean"] == pytest.approx(
+                float(gap_BR.mean()), abs=1e-4
+            )
             assert gap_BR.mean() > 0.05  # an update moves these policies by far more than rounding
             cut += share > 0
     assert cut
 
 
 def test_its_seconds_are_told_apart(watched):
-    for number, figures in enumerate(watched.figures, 1):
-        assert (figures["perf/overlapped_seconds_sampling"] > 0) == (number < ITERATIONS)
-        assert figures["perf/overlapped_seconds_scoring"] == figures["perf/overlapped_seconds_update"] == 0
+    for number, metrics in enumerate(watched.metrics, 1):
+        assert (metrics["perf/overlapped_seconds_sampling"] > 0) == (number < ITERATIONS)
+        assert metrics["perf/overlapped_seconds_scoring"] == metrics["perf/overlapped_seconds_update"] == 0
 
 
 def test_nothing_is_sampled_for_an_iteration_that_does_not_come(watched):
@@ -145,10 +147,10 @@ def test_an_evaluation_in_between_changes_nothing(world, watched):
     for _ in range(ITERATIONS):
         iterate(run, 1)
         ppo._sync(run.models)
-        batch = ppo.draw_prompts(run.models.tokenizer, GIVEN, run.config, 77)
+        batch = ppo.next_prompts(run.models.tokenizer, GIVEN, run.config, 77)
         run.models.sampler.sample(batch, run.config.ppo.sampling, 0, 77)
     assert_same(run, watched)
-    told = [[figures["perf/tokens_sampling_dropped"] for figures in each.figures] for each in (run, watched)]
+    told = [[metrics["perf/tokens_sampling_dropped"] for metrics in each.metrics] for each in (run, watched)]
     assert told[0] == told[1]
 
 
@@ -163,4 +165,4 @@ def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(world, tmp_path: Path, ahea
     second.state = restored
     iterate(second, ITERATIONS - 2)
     assert_same(second, whole)
-    assert second.figures[0]["ppo/policy_lag"] == ahead
+    assert second.metrics[0]["ppo/staleness"] == ahead

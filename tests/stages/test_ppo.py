@@ -18,7 +18,7 @@ from reward_data import Message, Prompt
 from reward_data.records import Tag
 from rlhf.config import RunConfig
 from rlhf.data import load_prompts, split_held_out
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler, in_process
@@ -66,10 +66,10 @@ def test_policy_and_critic_are_ordinary_folders(run):
     torch.testing.assert_close(critic(tokens).logits[0, 0], last)
 
 
-def test_the_manifest_tells_what_the_report_needs(run, figures):
+def test_the_manifest_tells_what_the_report_needs(run, metrics):
     config = run("ppo")
-    told = figures(config.folder / "ppo/artifact")
-    keys = {"reward.helpfulness", "reward.safety", "gold", "kl", "length", "eos_share", "distinct_2"}
+    told = metrics(config.folder / "ppo/artifact")
+    keys = {"reward.helpfulness", "reward.safety", "gold", "kl", "length", "eos_rate", "distinct_2"}
     keys |= {"flagged.helpful", "flagged.safety"}
     for policy in ("base", "sft", "ppo"):
         assert told["held_out"][policy].keys() == keys
@@ -135,16 +135,16 @@ def test_the_critic_starts_from_zero(run):
 def test_the_first_iteration_starts_from_the_reference_and_the_sampler_agrees(run):
     first = {name: dict(points)[1] for name, points in series(run("ppo")).items()}
     assert first["ppo/kl"] == pytest.approx(0, abs=1e-4)
-    assert first["ppo/sampler_gap_max"] < 1e-4
+    assert first["ppo/rollout_logprob_diff_max"] < 1e-4
     assert first["ppo/grad_norm"] > 0 and first["ppo/critic_grad_norm"] > 0
     assert first["ppo/lr"] == pytest.approx(1e-3)
 
 
 def test_evaluation_before_the_first_and_after_every_iteration(run):
-    figures = series(run("ppo"))
-    assert [step for step, _ in figures["eval/reward"]] == [0, 1, 2]
-    assert dict(figures["eval/kl"])[0] == pytest.approx(0, abs=1e-4)
-    assert abs(dict(figures["eval/kl"])[2]) > 1e-3  # it has moved
+    metrics = series(run("ppo"))
+    assert [step for step, _ in metrics["eval/reward"]] == [0, 1, 2]
+    assert dict(metrics["eval/kl"])[0] == pytest.approx(0, abs=1e-4)
+    assert abs(dict(metrics["eval/kl"])[2]) > 1e-3  # it has moved
 
 
 def test_every_second_and_every_token_of_an_iteration_is_accounted_for(run):
@@ -158,14 +158,14 @@ def test_every_second_and_every_token_of_an_iteration_is_accounted_for(run):
         for phase in COMPUTING:
             of_answers = config.ppo.epochs if phase == "update" else 1
             assert told[f"perf/tokens_{phase}_useful"][step] == of_answers * told["ppo/length"][step] * 16
-            assert 0 < told[f"perf/useful_share_{phase}"][step] < 1
-            assert 0 < told[f"perf/limit_share_{phase}"][step] < 1
+            assert 0 < told[f"perf/token_efficiency_{phase}"][step] < 1
+            assert 0 < told[f"perf/roofline_fraction_{phase}"][step] < 1
 
 
 def test_the_coefficient_of_the_kl_follows_its_target(run):
-    beta = dict(series(run("ppo"))["ppo/beta"])
+    kl_coef = dict(series(run("ppo"))["ppo/kl_coef"])
     # a KL of 0 where 0.01 is wanted: down by a fifth for 16 of 50 answers
-    assert beta == {1: 0.01, 2: pytest.approx(0.01 * (1 - 0.2 * 16 / 50))}
+    assert kl_coef == {1: 0.01, 2: pytest.approx(0.01 * (1 - 0.2 * 16 / 50))}
 
 
 def test_prompts_come_in_a_new_order_every_time_all_have_been_drawn(run):
@@ -173,13 +173,13 @@ def test_prompts_come_in_a_new_order_every_time_all_have_been_drawn(run):
     prompts = load_prompts(config).train
     config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"batch_size": 24})})
     tokenizer = AutoTokenizer.from_pretrained(config.folder / "sft/artifact")
-    drawn = [ppo.draw_prompts(tokenizer, prompts, config, iteration).ids_B.tolist() for iteration in range(1, 9)]
+    drawn = [ppo.next_prompts(tokenizer, prompts, config, iteration).ids_B.tolist() for iteration in range(1, 9)]
     ids = [i for batch in drawn for i in batch]
     assert len(prompts) == 64
     epochs = [[i % 64 for i in ids[start : start + 64]] for start in (0, 64, 128)]
     assert all(Counter(epoch) == Counter(range(64)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    again = ppo.draw_prompts(tokenizer, prompts, config, 3).ids_B.tolist()  # as after a restart
+    again = ppo.next_prompts(tokenizer, prompts, config, 3).ids_B.tolist()  # as after a restart
     assert again == drawn[2]
 
 
@@ -189,7 +189,7 @@ def test_a_prompt_that_is_drawn_twice_in_an_iteration_gets_two_answers(run):
     config, prompts = config.model_copy(update={"ppo": ppo_settings}), load_prompts(config).train[:3]
     folder = config.folder / "sft/artifact"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    batch = ppo.draw_prompts(tokenizer, prompts, config, iteration=2)
+    batch = ppo.next_prompts(tokenizer, prompts, config, iteration=2)
     sampler = InProcessSampler(load_causal(folder), tokenizer.eos_token_id, tokenizer.pad_token_id)
     answers = sampler.sample(batch, config.ppo.sampling, config.seed, iteration=2).tokens_BT
     order = (batch.ids_B % 3).argsort(stable=True)
@@ -202,20 +202,20 @@ def test_a_prompt_has_its_answers_next_to_each_other_and_each_its_own_numbers():
     tokenizer, data = train_tokenizer(["hi"] * 9, 270), {"demonstrations": ROLE, "preferences": ROLE, "prompts": ROLE}
 
     def drawn(batch_size, answers):
-        settings = {"batch_size": batch_size, "minibatch_size": batch_size, "answers_per_prompt": answers}
+        settings = {"batch_size": batch_size, "minibatch_size": batch_size, "group_size": answers}
         config = RunConfig.model_validate({"name": "x", "data": data, "ppo": settings})
-        return [ppo.draw_prompts(tokenizer, prompts, config, iteration) for iteration in (1, 2, 3, 4)]
+        return [ppo.next_prompts(tokenizer, prompts, config, iteration) for iteration in (1, 2, 3, 4)]
 
     ids = torch.cat([batch.ids_B for batch in drawn(24, 4)])
     assert len(set(ids.tolist())) == 4 * 24
     for one, four in zip(drawn(6, 1), drawn(24, 4), strict=True):
-        repeated = rows(one, [i for i in range(6) for _ in range(4)])
+        repeated = select(one, [i for i in range(6) for _ in range(4)])
         for name in ("tokens_BP", "mask_BP", "is_safety_B"):
             assert torch.equal(getattr(four, name), getattr(repeated, name))
 
 
 def test_several_answers_to_a_prompt_share_what_is_computed_for_it(run, beside, make_stage):
-    config = beside(run(ALL_BUT_PPO), "--ppo.answers_per_prompt", "4", "--ppo.packing", "true")
+    config = beside(run(ALL_BUT_PPO), "--ppo.group_size", "4", "--ppo.packing", "true")
     make_stage(config, "ppo")
     told = {name: dict(points) for name, points in read_metrics(config.folder / "ppo").items()}
     for step in (1, 2):
@@ -224,7 +224,7 @@ def test_several_answers_to_a_prompt_share_what_is_computed_for_it(run, beside, 
         assert (
             told["perf/tokens_sampling_useful"][step] == told["ppo/length"][step] * 16 - 12
         )  # first tokens of 4 at once
-        assert told["ppo/sampler_gap_max"][step] < 1e-4
+        assert told["ppo/rollout_logprob_diff_max"][step] < 1e-4
     assert told["ppo/kl"][1] == pytest.approx(0, abs=1e-4) and told["ppo/grad_norm"][2] > 0
 
 
@@ -267,25 +267,25 @@ def tags(config):
 CHECKS = ["first_ratio", "policy_is_reference", "eos_in_mask", "sampler_weights"]
 
 
-def test_passed_checks_are_recorded_and_no_alarm_sounds(run, figures):
+def test_passed_checks_are_recorded_and_no_alarm_sounds(run, metrics):
     config = run("ppo")
     recorded = {name: value for name, value in tags(config).items() if name.startswith(("check.", "alarm."))}
     names = [*CHECKS, "score.helpfulness", "score.safety"]
     assert recorded.keys() >= {f"check.{name}" for name in names}
     assert all(value.startswith("passed: ") for name, value in recorded.items() if name.startswith("check."))
     assert not any(name.startswith("alarm.") for name in recorded)
-    assert figures(config.folder / "ppo/artifact")["alarms"] == []
+    assert metrics(config.folder / "ppo/artifact")["alarms"] == []
 
 
 def scored_off_temperature(patch):
-    read: Any = ppo.read_rollout
+    read: Any = ppo.score_rollout
 
     def colder(*given):
         *models, settings = given
         colder = settings.sampling.model_copy(update={"temperature": 0.9})
         return read(*models, settings.model_copy(update={"sampling": colder}))
 
-    patch.setattr(ppo, "read_rollout", colder)
+    patch.setattr(ppo, "score_rollout", colder)
 
 
 def another_reference(patch):
@@ -388,7 +388,7 @@ def test_a_training_that_explodes_stops_and_keeps_its_checkpoints(run, beside, m
         make_stage(config, "ppo")
     assert caught.value.exit_code == 6
     last = max(step for points in series(config).values() for step, _ in points)
-    whole = checkpoint.whole(config.folder / "ppo/checkpoints")
+    whole = checkpoint.complete(config.folder / "ppo/checkpoints")
     assert [path.name for path in whole] == [f"iteration-{step:06d}" for step in range(max(1, last - 2), last)]
 
 
@@ -411,9 +411,9 @@ def sharpening_policy(patch):
     update = ppo.update
 
     def sharpen(policy, *others):
-        figures = update(policy, *others)
+        metrics = update(policy, *others)
         policy.module.causal.lm_head.weight.data *= 4
-        return figures
+        return metrics
 
     patch.setattr(ppo, "update", sharpen)
 
@@ -422,19 +422,19 @@ def sharpening_policy(patch):
     ("name", "overrides", "sabotage"),
     [
         ("kl", ["--ppo.optim", "{lr: 0.3}"], None),
-        ("entropy", ["--ppo.alarms.entropy_share_min", "0.9"], sharpening_policy),
-        ("eos_share", ["--ppo.sampling.max_new_tokens", "1"], None),
-        ("sampler_gap", [], drifting_sampler),
+        ("entropy", ["--ppo.alarms.entropy_ratio_min", "0.9"], sharpening_policy),
+        ("eos_rate", ["--ppo.sampling.max_new_tokens", "1"], None),
+        ("rollout_logprob_diff", [], drifting_sampler),
     ],
 )
 def test_an_alarm_becomes_a_tag_a_warning_and_a_line_of_the_manifest(
-    run, beside, make_stage, figures, monkeypatch, name, overrides, sabotage
+    run, beside, make_stage, metrics, monkeypatch, name, overrides, sabotage
 ):
     config = beside(run(ALL_BUT_PPO), "--ppo.alarms.kl_max", "5", *overrides)
     if sabotage:
         sabotage(monkeypatch)
     artifact = make_stage(config, "ppo")
-    entry = next(entry for entry in figures(artifact)["alarms"] if entry["name"] == name)
+    entry = next(entry for entry in metrics(artifact)["alarms"] if entry["name"] == name)
     text = f"iteration {entry['first']}: {entry['text']}"
     assert tags(config)[f"alarm.{name}"] == text
     state = read_progress(config.folder / "ppo")
@@ -447,7 +447,7 @@ def test_an_alarm_can_stop_the_stage_which_goes_on_when_its_limit_is_raised(run,
     with pytest.raises(UserError, match=r"alarm .*iteration 2: KL to the SFT model is") as caught:
         make_stage(config, "ppo")
     assert caught.value.exit_code == 6
-    (first,) = checkpoint.whole(config.folder / "ppo/checkpoints")
+    (first,) = checkpoint.complete(config.folder / "ppo/checkpoints")
     whole, artifact = run("ppo"), config.folder / "ppo/artifact"
     checked = []
     raised = config.model_copy(update={"ppo": config.ppo.model_copy(update={"alarms": whole.ppo.alarms})})
@@ -468,7 +468,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run, beside, make_stage, interru
     original = getattr(place, name)
 
     def fail(*arguments):
-        if checkpoint.whole(config.folder / "ppo/checkpoints"):
+        if checkpoint.complete(config.folder / "ppo/checkpoints"):
             raise interrupted
         return original(*arguments)
 
@@ -482,7 +482,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run, beside, make_stage, interru
     assert_same_weights(artifact / "critic", whole.folder / "ppo/artifact/critic")
 
 
-def test_a_learning_rate_of_zero_stays_flat_and_stops_early(run, beside, make_stage, figures):
+def test_a_learning_rate_of_zero_stays_flat_and_stops_early(run, beside, make_stage, metrics):
     still = "{lr: 0}"
     config = beside(
         run(ALL_BUT_PPO),
@@ -492,12 +492,12 @@ def test_a_learning_rate_of_zero_stays_flat_and_stops_early(run, beside, make_st
     rewards = [value for _, value in series(config)["eval/reward"]]
     assert rewards == [rewards[0]] * 3  # iterations 0, 1 and 2: no better twice, so no third
     assert all(abs(value) < 1e-4 for _, value in series(config)["ppo/kl"])
-    told = figures(artifact)
+    told = metrics(artifact)
     assert (told["iterations"], told["best_iteration"]) == (2, 0)
     assert_same_weights(artifact, config.folder / "sft/artifact")
 
 
-def test_the_best_iteration_is_kept_and_not_the_last(run, beside, make_stage, figures, monkeypatch):
+def test_the_best_iteration_is_kept_and_not_the_last(run, beside, make_stage, metrics, monkeypatch):
     config = beside(run(ALL_BUT_PPO), "--ppo.iterations", "3")
     judged, kept = {}, []
     rewards = iter([0.0, 2.0, 1.0, 1.5])
@@ -508,7 +508,7 @@ def test_the_best_iteration_is_kept_and_not_the_last(run, beside, make_stage, fi
 
     monkeypatch.setattr(ppo.Judge, "reward", reward)
     artifact = make_stage(config, "ppo")
-    assert figures(artifact)["best_iteration"] == 1
+    assert metrics(artifact)["best_iteration"] == 1
     kept = weights(artifact)["lm_head.weight"]
     assert [torch.equal(kept, weight) for _, weight in sorted(judged.items())] == [False, True, False, False]
 
@@ -525,7 +525,7 @@ def test_judging_weighs_a_safety_prompt_by_its_safety(monkeypatch):
     )
     sent: dict[str, float] = {}
     about: tuple[Tag, ...] = ("helpful", "safety", "helpful")
-    tracker = SimpleNamespace(metrics=lambda figures, step: sent.update(figures))
+    tracker = SimpleNamespace(metrics=lambda metrics, step: sent.update(metrics))
     settings = SimpleNamespace(ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15))
     judge = ppo.Judge(settings, SimpleNamespace(tracker=tracker), SimpleNamespace())  # type: ignore[arg-type]
     monkeypatch.setattr(judge, "answers", lambda prompts: answers)

@@ -37,11 +37,11 @@ def plain_scores(folder, sequences):
     return [float(model(torch.tensor([ids])).logits) - model.config.reward_offset for ids in sequences]
 
 
-def test_the_last_figure_shown_is_the_accuracy_on_held_out_pairs(trained, figures):
+def test_the_last_figure_shown_is_the_accuracy_on_held_out_pairs(trained, metrics):
     _, _, folder = trained
     state = read_progress(folder.parent)
     assert state is not None
-    assert state.figures["held out accuracy"] == pytest.approx(figures(folder)["accuracy"]["value"])
+    assert state.metrics["held out accuracy"] == pytest.approx(metrics(folder)["accuracy"]["value"])
 
 
 # --- what is saved --------------------------------------------------------------------------------------------------
@@ -57,14 +57,14 @@ def test_other_tools_read_the_same_scores(trained):
     assert len({round(score, 6) for score in ours}) == 6
 
 
-def test_sft_answers_average_zero(trained, figures):
+def test_sft_answers_average_zero(trained, metrics):
     _, config, folder = trained
     tokenizer, split = AutoTokenizer.from_pretrained(folder), load_demonstrations(config)
     answers, _ = draw_rows([*split.held_out, *split.train], 32, config.seed)
     rows = [encode_dialogue(tokenizer, row.messages)[0] for row in answers]
     scores = plain_scores(folder, rows)
     assert sum(scores) / len(scores) == pytest.approx(0.0, abs=1e-5)
-    assert figures(folder)["offset"] != 0
+    assert metrics(folder)["offset"] != 0
 
 
 def test_the_two_models_are_not_the_same(run):
@@ -84,13 +84,13 @@ def test_lora_is_saved_merged_and_as_an_adapter(lora_run):
     assert merged(tokens).logits.abs().max() > 0
 
 
-def test_in_bf16_weights_and_head_stay_float32(run, beside, make_stage, figures):
+def test_in_bf16_weights_and_head_stay_float32(run, beside, make_stage, metrics):
     config = beside(run("sft"), "--hardware.precision", "bf16")
     make_stage(config, "sft")
     folder = make_stage(config, "reward/helpfulness")
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
     # a bfloat16 score has 8 bits: a hundred of them would often be equal
-    assert figures(folder)["ties"]["value"] == 0
+    assert metrics(folder)["ties"]["value"] == 0
 
 
 # --- what is learned ------------------------------------------------------------------------------------------------
@@ -131,10 +131,10 @@ def test_the_size_of_micro_batches_changes_no_weight(run, beside, make_stage):
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=0)
 
 
-def test_an_interrupted_stage_ends_with_the_same_weights(run, beside, make_stage, interrupted, monkeypatch, figures):
+def test_an_interrupted_stage_ends_with_the_same_weights(run, beside, make_stage, interrupted, monkeypatch, metrics):
     config = beside(run("sft"))
     expected = run("reward/helpfulness").folder / "reward/helpfulness/artifact"
-    steps = figures(expected)["steps"]
+    steps = metrics(expected)["steps"]
     on_step_end = reward.Reporter.on_step_end
 
     def fail(self, args, state, control, **rest):

@@ -46,9 +46,9 @@ def held_out_loss(folder, config):
 # --- what is learned ------------------------------------------------------------------------------------------------
 
 
-def test_the_held_out_loss_falls_and_is_what_plain_transformers_measures(run, figures):
+def test_the_held_out_loss_falls_and_is_what_plain_transformers_measures(run, metrics):
     config = run("sft")
-    told = figures(config.folder / "sft/artifact")["held_out_loss"]
+    told = metrics(config.folder / "sft/artifact")["held_out_loss"]
     assert told == pytest.approx(held_out_loss(config.folder / "sft/artifact", config), abs=1e-3)
     untrained = held_out_loss(config.folder / "base", config)
     assert untrained == pytest.approx(math.log(512), abs=0.3)
@@ -99,9 +99,9 @@ def test_the_size_of_micro_batches_changes_no_weight(settings, make_stage, packi
     assert_same_weights(*folders, atol=2e-4)
 
 
-def test_an_interrupted_stage_ends_with_the_same_weights(run, settings, make_stage, interrupted, monkeypatch, figures):
+def test_an_interrupted_stage_ends_with_the_same_weights(run, settings, make_stage, interrupted, monkeypatch, metrics):
     config = settings()
-    steps = figures(run("sft").folder / "sft/artifact")["steps"]
+    steps = metrics(run("sft").folder / "sft/artifact")["steps"]
     on_step_end = sft.Reporter.on_step_end
 
     def fail(self, args, state, control, **rest):
@@ -119,7 +119,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(run, settings, make_sta
     assert after[: len(before)] == before  # and the first half was not done again with other figures
 
 
-def test_every_step_is_of_one_whole_batch(settings, make_stage, figures, monkeypatch):
+def test_every_step_is_of_one_whole_batch(settings, make_stage, metrics, monkeypatch):
     """Of a rest of rows a Trainer makes a step too, in which each of them weighs more."""
     rows, compute_loss = Counter(), sft.Trainer.compute_loss
 
@@ -129,7 +129,7 @@ def test_every_step_is_of_one_whole_batch(settings, make_stage, figures, monkeyp
 
     monkeypatch.setattr(sft.Trainer, "compute_loss", count)
     own = ["--sft.packing", "false", "--sft.batch_size", "48", "--sft.epochs", "2", "--sft.micro_batch_size", "16"]
-    assert figures(make_stage(settings(*own), "sft"))["steps"] == 2 * 2  # of 128 rows
+    assert metrics(make_stage(settings(*own), "sft"))["steps"] == 2 * 2  # of 128 rows
     assert list(rows.values()) == [48] * 4
 
 
@@ -218,4 +218,4 @@ def test_a_model_whose_packed_rows_see_one_another_is_refused_before_the_first_s
     with pytest.raises(UserError, match=f"packed rows see one another.*{stage}.packing") as error:
         make_stage(config, "sft")
     assert error.value.exit_code == 4
-    assert not [figures for figures in read_metrics(config.folder / "sft") if "sft/loss" in figures]
+    assert not [metrics for metrics in read_metrics(config.folder / "sft") if "sft/loss" in metrics]

@@ -16,33 +16,34 @@ VALUES = torch.tensor([[0.5, 1.0, 1.5]])
 ALL = torch.ones(1, 3, dtype=torch.bool)
 
 
-def defining_sum(rewards, values, gamma, lam):
+def defining_sum(rewards, values, gamma, gae_lambda):
     """A_t = Σ_l (γλ)^l δ_{t+l}, without recursion."""
     values = [*values, 0.0]
     deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
     return [
-        sum((gamma * lam) ** (later - t) * deltas[later] for later in range(t, len(deltas))) for t in range(len(deltas))
+        sum((gamma * gae_lambda) ** (later - t) * deltas[later] for later in range(t, len(deltas)))
+        for t in range(len(deltas))
     ]
 
 
 def test_by_hand():
     # δ = 1 + .5·1 - .5 = 1,  0 + .5·1.5 - 1 = -.25,  2 - 1.5 = .5;  γλ = .25
-    advantages, returns = gae(REWARDS, VALUES, ALL, gamma=0.5, lam=0.5)
+    advantages, returns = gae(REWARDS, VALUES, ALL, gamma=0.5, gae_lambda=0.5)
     torch.testing.assert_close(advantages, torch.tensor([[0.96875, -0.125, 0.5]]))
     torch.testing.assert_close(returns, torch.tensor([[1.46875, 0.875, 2.0]]))
 
 
 def test_without_discount_returns_are_rewards_to_go():
-    _, returns = gae(REWARDS, VALUES, ALL, gamma=1.0, lam=1.0)
+    _, returns = gae(REWARDS, VALUES, ALL, gamma=1.0, gae_lambda=1.0)
     torch.testing.assert_close(returns, torch.tensor([[3.0, 2.0, 2.0]]))
 
 
 @given(rows, shares, shares)
-def test_agrees_with_the_defining_sum_over_real_tokens(row, gamma, lam):
+def test_agrees_with_the_defining_sum_over_real_tokens(row, gamma, gae_lambda):
     rewards, values, mask = (torch.tensor([list(column)]) for column in zip(*row, strict=True))
-    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
     real = [(r, v) for r, v, is_real in row if is_real]
-    expected = defining_sum([r for r, _ in real], [v for _, v in real], gamma, lam)
+    expected = defining_sum([r for r, _ in real], [v for _, v in real], gamma, gae_lambda)
     assert advantages[mask].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert returns[mask].tolist() == pytest.approx([a + v for a, (_, v) in zip(expected, real, strict=True)], abs=1e-3)
     assert not advantages[~mask].any() and not returns[~mask].any()

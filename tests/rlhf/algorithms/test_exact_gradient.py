@@ -41,7 +41,7 @@ def test_the_mean_gradient_is_exact(baseline):
     new_BR = logprobs(policy)
     old_BR = new_BR.detach()
     rewards_BR = token_rewards(SCORES, k1(old_BR, logprobs(reference)), BETA, MASK)
-    advantages_BR, _ = gae(rewards_BR, baseline[STATES], MASK, gamma=1.0, lam=1.0)
+    advantages_BR, _ = gae(rewards_BR, baseline[STATES], MASK, gamma=1.0, gae_lambda=1.0)
     probability_BR = answer_logprobs(old_BR).exp()[:, None].expand(7, 2)
     loss = policy_loss(new_BR, old_BR, advantages_BR, MASK, 0.2, probability_BR)
     (estimated,) = torch.autograd.grad(loss.sum, policy)

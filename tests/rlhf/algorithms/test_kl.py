@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.algorithms.kl import adaptive_beta, approx_kl, k1, k3
+from rlhf.algorithms.kl import adaptive_kl_coef, approx_kl, k1, k3
 
 logits = st.lists(st.floats(-4, 4), min_size=4, max_size=4)
 
@@ -71,10 +71,10 @@ def test_approx_kl_by_hand():
     [(6.0, 0.1), (6.6, 0.101), (5.4, 0.099), (600.0, 0.102), (0.0, 0.098), (-3.0, 0.098)],
     ids=["on target", "10 % over", "10 % under", "far over", "none", "a negative estimate"],
 )
-def test_adaptive_beta_by_hand(kl, expected):
-    assert adaptive_beta(0.1, kl, target=6.0, horizon=1000.0, n=100) == pytest.approx(expected)
+def test_adaptive_kl_coef_by_hand(kl, expected):
+    assert adaptive_kl_coef(0.1, kl, target=6.0, horizon=1000.0, n=100) == pytest.approx(expected)
 
 
 @given(st.floats(-1e3, 1e6), st.integers(1, 10**7))
 def test_one_update_moves_beta_by_a_fifth_at_most(kl, n):
-    assert 0.08 <= adaptive_beta(0.1, kl, target=6.0, horizon=1000.0, n=n) <= 0.12 + 1e-12
+    assert 0.08 <= adaptive_kl_coef(0.1, kl, target=6.0, horizon=1000.0, n=n) <= 0.12 + 1e-12

@@ -122,7 +122,7 @@ def test_value_loss_by_hand():
     values = torch.tensor([[1.0, 2.0, 9.0], [0.0, 9.0, 9.0]])
     old = torch.tensor([[1.1, 1.0, 9.0], [1.0, 9.0, 9.0]])
     returns = torch.tensor([[2.0, 2.5, 0.0], [0.5, 0.0, 0.0]])
-    loss = value_loss(values, old, returns, MASK, clip=0.2)
+    loss = value_loss(values, old, returns, MASK, clip_range=0.2)
     # errors 1, .5, .5 unclipped; clipped values 1, 1.2, .8 with errors 1, 1.3, .3
     assert loss.sum.item() == pytest.approx(0.5 * (1.0 + 1.3**2 + 0.5**2))
     assert loss.count == 3
@@ -131,14 +131,14 @@ def test_value_loss_by_hand():
 
 def test_within_the_clip_the_value_gradient_is_the_error():
     values = torch.tensor([[1.0, 2.0, 9.0], [0.0, 9.0, 9.0]], requires_grad=True)
-    value_loss(values, values.detach() + 0.1, torch.ones(2, 3), MASK, clip=0.2).sum.backward()
+    value_loss(values, values.detach() + 0.1, torch.ones(2, 3), MASK, clip_range=0.2).sum.backward()
     torch.testing.assert_close(values.grad, torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]))
 
 
 def test_only_the_new_values_get_a_gradient():
     inputs = [x.clone().requires_grad_() for x in (NEW, OLD, ADVANTAGES)]
     values, old, returns = inputs
-    loss = value_loss(values, old, returns, MASK, clip=0.2)
+    loss = value_loss(values, old, returns, MASK, clip_range=0.2)
     loss.sum.backward()
     assert [x.grad is not None for x in inputs] == [True, False, False]
     assert [name for name, figure in vars(loss).items() if figure.requires_grad] == ["sum"]

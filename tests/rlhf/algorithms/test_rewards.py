@@ -66,9 +66,9 @@ def test_the_score_lies_on_the_last_real_token_behind_a_gap():
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=10), st.floats(-5, 5, width=32), st.floats(0, 1, width=32))
-def test_the_score_counts_once_and_the_kl_at_every_real_token(mask, score, beta):
-    rewards = token_rewards(torch.tensor([score]), torch.full((1, len(mask)), 0.25), beta, torch.tensor([mask]))
-    expected = score - beta * 0.25 * sum(mask) if any(mask) else 0.0
+def test_the_score_counts_once_and_the_kl_at_every_real_token(mask, score, kl_coef):
+    rewards = token_rewards(torch.tensor([score]), torch.full((1, len(mask)), 0.25), kl_coef, torch.tensor([mask]))
+    expected = score - kl_coef * 0.25 * sum(mask) if any(mask) else 0.0
     assert rewards.sum().item() == pytest.approx(expected, abs=1e-5)
 
 

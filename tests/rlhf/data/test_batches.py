@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.data import pad
-from rlhf.data.batches import Experience, PreferenceBatch, first_with_prompt, rows, trim
+from rlhf.data.batches import Experience, PreferenceBatch, first_with_prompt, select, trim
 from rlhf.models.policy import PolicyModel
 
 
@@ -15,10 +15,10 @@ def test_rows_are_taken_from_every_field():
     number_BT = torch.arange(6).view(3, 2)
     batch = PreferenceBatch(number_BT, number_BT > 2, number_BT + 1, number_BT > 4, torch.arange(3.0))
     for index in ([2, 0], torch.tensor([2, 0])):
-        picked = rows(batch, index)
+        picked = select(batch, index)
         for name, value in vars(batch).items():
             assert getattr(picked, name).tolist() == [value[2].tolist(), value[0].tolist()]
-    assert rows(batch, slice(1, None)).margin_B.tolist() == [1.0, 2.0]
+    assert select(batch, slice(1, None)).margin_B.tolist() == [1.0, 2.0]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=5))
@@ -48,7 +48,7 @@ def test_trimming_leaves_every_real_token_and_its_numbers(lengths):
 
 
 def test_trimming_changes_no_logprob(make_llama, iteration):
-    part = rows(iteration.experience, [1, 3, 7])
+    part = select(iteration.experience, [1, 3, 7])
     small = trim(part)
     assert small.tokens_BT.shape[1] < part.tokens_BT.shape[1]
     policy = PolicyModel(make_llama(0))

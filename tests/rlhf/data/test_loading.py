@@ -173,7 +173,7 @@ def test_shared_prompts_are_dropped_from_training_and_told(config):
 
 
 def test_hash_holds_out_its_share(config):
-    split = load_prompts(config([Prompt(asked(f"q{n}"), "helpful", "") for n in range(1000)], held_out_share=0.2))
+    split = load_prompts(config([Prompt(asked(f"q{n}"), "helpful", "") for n in range(1000)], held_out_fraction=0.2))
     assert len(split.train) + len(split.held_out) == 1000
     assert 150 < len(split.held_out) < 250  # five standard deviations of a fair draw are 63
 
@@ -190,7 +190,7 @@ def test_hash_keeps_dialogues_with_one_beginning_together(config):
         return Prompt((*asked(start), Message("assistant", "yes"), Message("user", end)), "helpful", "")
 
     rows = [dialogue(f"{'Q' if n % 2 else 'q'}{n // 10}", f"end {n}") for n in range(300)]
-    split = load_prompts(config(rows, held_out_share=0.4))
+    split = load_prompts(config(rows, held_out_fraction=0.4))
     sides = [{row.messages[0].content.lower() for row in side} for side in (split.train, split.held_out)]
     assert sides[0]
     assert sides[1]
@@ -309,13 +309,13 @@ def tagged():
     ],
 )
 def test_mixture_has_all_own_rows_and_its_share_of_others(tagged, own, share, helpful, safety):
-    mixed = mix_preferences(tagged, RewardModelConfig(own_tag=own, other_share=share), seed=0)
+    mixed = mix_preferences(tagged, RewardModelConfig(own_tag=own, other_fraction=share), seed=0)
     assert Counter(row.tag for row in mixed) == Counter(helpful=helpful, safety=safety)
     assert len({row.prompt for row in mixed}) == len(mixed)
 
 
 def test_seed_decides_the_mixture(tagged):
-    settings = RewardModelConfig(own_tag="helpful", other_share=0.1)
+    settings = RewardModelConfig(own_tag="helpful", other_fraction=0.1)
     first = mix_preferences(tagged, settings, seed=0)
     assert mix_preferences(tagged, settings, seed=0) == first
     assert mix_preferences(tagged, settings, seed=1) != first

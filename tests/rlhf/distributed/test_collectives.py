@@ -31,7 +31,7 @@ def rows_of(rank):
 
 @given(st.integers(0, 60), st.integers(1, 9))
 def test_shares_cover_all_rows_in_order_and_differ_by_one_at_most(total, world):
-    shares = [list(range(total))[collectives.share(total, rank, world)] for rank in range(world)]
+    shares = [list(range(total))[collectives.shard(total, rank, world)] for rank in range(world)]
     assert [row for share in shares for row in share] == list(range(total))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -44,9 +44,9 @@ def test_even_shares_are_equally_many_and_joined_again_in_row_order(total, world
         patch.setattr(collectives, "world_size", lambda: world)
         for rank in range(world):
             patch.setattr(collectives, "rank", lambda rank=rank: rank)
-            parts.append(collectives.even_share(total))
+            parts.append(collectives.even_shard(total))
         patch.setattr(collectives, "gather_objects", lambda mine: [[10 * row for row in part] for part in parts])
-        joined = collectives.join_shares([], total)
+        joined = collectives.join_shards([], total)
     assert len({len(part) for part in parts}) == 1
     assert len(parts[0]) == -(-total // world)
     assert joined == [10 * row for row in range(total)]
@@ -57,7 +57,7 @@ def test_one_process_needs_no_group():
     assert (collectives.rank(), collectives.world_size()) == (0, 1)
     assert collectives.gather_rows(rows) is rows
     assert collectives.gather_objects("x") == ["x"]
-    assert collectives.join_shares([4, 5], 2) == [4, 5]
+    assert collectives.join_shards([4, 5], 2) == [4, 5]
     collectives.barrier()
 
 
@@ -69,7 +69,7 @@ def on_a_rank(rank, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     gathered = collectives.gather_rows(rows_of(rank))
     empty = collectives.gather_rows(Rows(torch.ones(2 * rank, 2), torch.ones(2 * rank).bool()))
-    answered = collectives.join_shares([row * row for row in collectives.even_share(5)], 5)
+    answered = collectives.join_shards([row * row for row in collectives.even_shard(5)], 5)
     collectives.barrier()
     results.put(
         (collectives.rank(), gathered.number_BR.tolist(), gathered.flag_B.tolist(), len(empty.flag_B), answered)

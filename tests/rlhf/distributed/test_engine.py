@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from rlhf.config import HardwareConfig, LoraConfig, OptimConfig
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.distributed import engine as module
-from rlhf.distributed.engine import LocalEngine, full_parameters, full_state, learning_rate_share, open_engine
+from rlhf.distributed.engine import LocalEngine, full_parameters, full_state, learning_rate_fraction, open_engine
 from rlhf.models import add_lora
 from rlhf.models.policy import PolicyModel
 from tests.gang import leave, run_ranks
@@ -54,26 +54,26 @@ def weights(net):
 
 
 def test_the_cosine_by_hand():
-    optim = OptimConfig(lr=1.0, schedule="cosine", warmup_share=0.25, min_lr_share=0.1)
-    share = [learning_rate_share(step, optim, 12) for step in range(13)]
+    optim = OptimConfig(lr=1.0, schedule="cosine", warmup_ratio=0.25, min_lr_ratio=0.1)
+    share = [learning_rate_fraction(step, optim, 12) for step in range(13)]
     assert share[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])  # three steps of warm-up
     assert share[6] == pytest.approx(0.1 + 0.9 * 0.75)  # a third of the way: ½ (1 + cos 60°)
     assert share[9] == pytest.approx(0.1 + 0.9 * 0.25)
     assert share[12] == pytest.approx(0.1)
-    assert learning_rate_share(99, optim, 12) == pytest.approx(0.1)
+    assert learning_rate_fraction(99, optim, 12) == pytest.approx(0.1)
 
 
 def test_a_constant_rate_stays_after_its_warm_up():
     optim = OptimConfig(lr=1.0, min_warmup_steps=2)
-    assert [learning_rate_share(step, optim, 50) for step in (0, 1, 2, 49)] == [0.5, 1.0, 1.0, 1.0]
+    assert [learning_rate_fraction(step, optim, 50) for step in (0, 1, 2, 49)] == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_the_longer_warm_up_counts_and_leaves_one_step():
-    both = OptimConfig(lr=1.0, warmup_share=0.5, min_warmup_steps=2)
-    assert learning_rate_share(0, both, 20) == 1 / 10
+    both = OptimConfig(lr=1.0, warmup_ratio=0.5, min_warmup_steps=2)
+    assert learning_rate_fraction(0, both, 20) == 1 / 10
     short = OptimConfig(lr=1.0, min_warmup_steps=50)
-    assert [learning_rate_share(step, short, 3) for step in range(3)] == [0.5, 1.0, 1.0]
-    assert learning_rate_share(0, short, 1) == 1.0
+    assert [learning_rate_fraction(step, short, 3) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert learning_rate_fraction(0, short, 1) == 1.0
 
 
 def test_an_engine_follows_its_schedule():
@@ -234,7 +234,7 @@ def test_steps_are_the_same_where_casts_are_kept(make_llama, iteration):
         for _ in range(2):  # a cast that outlived its step would be of old weights
             with around(engine):
                 for part in (slice(0, 3), slice(3, 6)):
-                    rollout = rows(iteration.rollout, part)
+                    rollout = select(iteration.rollout, part)
                     loss = engine(rollout.tokens_BT, rollout.mask_BT, 9, 0.7)[0].sum()
                     engine.backward(loss, 10, last=part.start == 3)
             engine.step()
@@ -305,11 +305,11 @@ def after_update(given, hardware, rank, world, is_local):
 
     policy = open_engine(copy.deepcopy(given["policy"]), OPTIM, STEPS, hardware, is_local)
     critic = open_engine(copy.deepcopy(given["critic"]), OPTIM, STEPS, hardware, is_local)
-    figures = update(policy, critic, given["experience"], given["config"], 0, 1, rank, world)
+    metrics = update(policy, critic, given["experience"], given["config"], 0, 1, rank, world)
     return {
         "policy": full_state(policy.module, keep=True),
         "critic": full_state(critic.module, keep=True),
-        "figures": figures,
+        "metrics": metrics,
         "engines": (policy, critic),
     }
 
@@ -323,7 +323,7 @@ def test_two_ranks_under_zero_make_the_update_of_one_process(on_two_ranks, alone
     found = on_two_ranks[0][stage]
     for name in ("policy", "critic"):
         assert_same(found[name], alone[name], atol=1e-5, rtol=1e-5)
-    assert found["figures"] == {name: pytest.approx(value, abs=1e-4) for name, value in alone["figures"].items()}
+    assert found["metrics"] == {name: pytest.approx(value, abs=1e-4) for name, value in alone["figures"].items()}
 
 
 @pytest.mark.integration

@@ -40,8 +40,8 @@ def test_length_and_kl_are_means():
     assert report()["kl"].value == 1.0
 
 
-def test_eos_share_has_wilsons_interval():
-    assert report()["eos_share"] == wilson(2, 3)
+def test_eos_rate_has_wilsons_interval():
+    assert report()["eos_rate"] == wilson(2, 3)
 
 
 def test_flagged_answers_are_counted_among_the_prompts_of_each_tag():
@@ -69,7 +69,7 @@ def test_answers_to_prompts_that_repeat_tell_no_more_than_one_of_them():
     for name in ("gold", "helpfulness", "kl", "length", "distinct_2"):
         width = often[name].high - often[name].low
         assert width == pytest.approx(once[name].high - once[name].low, rel=0.15), name
-    assert often["eos_share"].high - often["eos_share"].low > 0.5
+    assert often["eos_rate"].high - often["eos_rate"].low > 0.5
     assert often["flagged.helpful"].high - often["flagged.helpful"].low > 0.5
 
 

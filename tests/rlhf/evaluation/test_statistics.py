@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, overlap, paired_difference, share, wilson
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, overlap, paired_difference, proportion, wilson
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_wilson_holds_its_value_within_0_and_1(n, data):
     assert estimate.low < estimate.high
 
 
-@pytest.mark.parametrize("empty", [lambda: wilson(0, 0), lambda: bootstrap_mean([]), lambda: share([], [])])
+@pytest.mark.parametrize("empty", [lambda: wilson(0, 0), lambda: bootstrap_mean([]), lambda: proportion([], [])])
 def test_a_figure_of_nothing_is_refused(empty):
     with pytest.raises(ValueError, match="of nothing"):
         empty()
@@ -83,16 +83,16 @@ def test_the_bootstrap_interval_holds_its_value(values):
 
 
 def test_a_share_of_single_outcomes_has_wilsons_interval():
-    assert share([1.0, 0.0, 0.5, 1.0], ["a", "b", "c", "d"]) == wilson(2.5, 4)
+    assert proportion([1.0, 0.0, 0.5, 1.0], ["a", "b", "c", "d"]) == wilson(2.5, 4)
 
 
 def test_a_share_of_clustered_outcomes_is_resampled_by_cluster():
     outcomes, clusters = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0], ["a", "a", "b", "b", "c", "d"]
-    assert share(outcomes, clusters) == bootstrap_mean(outcomes, clusters)
+    assert proportion(outcomes, clusters) == bootstrap_mean(outcomes, clusters)
 
 
 def test_a_perfect_clustered_share_is_as_sure_as_its_clusters_are_many():
-    estimate = share([1.0] * 20, ["a", "b"] * 10)
+    estimate = proportion([1.0] * 20, ["a", "b"] * 10)
     assert (estimate.low, estimate.high, estimate.n) == (wilson(2, 2).low, 1.0, 20)
 
 

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.generation import cuda_graph
 from rlhf.generation.cuda_graph import PARTS, rows_of_graph
 from rlhf.generation.kv_cache import SlotCache
@@ -48,7 +48,7 @@ def given(prompts):
     """Many prompts, so that rows come and go."""
     count = 24
     index = torch.arange(count) % len(prompts.ids_B)
-    return dataclasses.replace(rows(prompts, index), ids_B=torch.arange(count))
+    return dataclasses.replace(select(prompts, index), ids_B=torch.arange(count))
 
 
 @pytest.mark.parametrize("slots", [1, 3, 17])

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rlhf.config import LoraConfig
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.generation import InProcessSampler
 from rlhf.generation.decoder import CausalDecoder
 from rlhf.generation.in_process import decoder_of
@@ -113,7 +113,7 @@ def test_the_training_model_reads_the_same_logprobs(model, sample, packing):
 
 def test_a_row_has_the_same_answer_alone(model, sample, answers, prompts):
     together = answers(sample(model=model, batch_size=3))
-    assert together == [answers(sample(rows(prompts, [i]), model=model))[0] for i in range(8)]
+    assert together == [answers(sample(select(prompts, [i]), model=model))[0] for i in range(8)]
 
 
 @pytest.mark.parametrize("slots", [4, 9])
@@ -121,9 +121,9 @@ def test_rows_that_share_the_reading_of_their_prompt_have_the_same_answers_alone
     model, sample, answers, prompts, slots
 ):
     """Three answers for each of three prompts, not next to each other."""
-    given = dataclasses.replace(rows(prompts, [0, 1, 2] * 3), ids_B=torch.arange(9))
+    given = dataclasses.replace(select(prompts, [0, 1, 2] * 3), ids_B=torch.arange(9))
     together = answers(sample(given, model=model, batch_size=slots))
-    assert together == [answers(sample(rows(given, [i]), model=model))[0] for i in range(9)]
+    assert together == [answers(sample(select(given, [i]), model=model))[0] for i in range(9)]
     assert len({tuple(answer) for answer in together}) > 5
 
 
@@ -165,7 +165,7 @@ def test_answers_are_distributed_as_those_of_generate(kind, sample, prompts):
     """Chi-square of two samples: the first two tokens of 6,000 answers to one prompt."""
     torch.manual_seed(3)
     model, N = (TUNED | OWN)[kind]().eval(), 6000
-    one = rows(prompts, [0] * N)
+    one = select(prompts, [0] * N)
     ours = sample(dataclasses.replace(one, ids_B=torch.arange(N)), model=model, max_new_tokens=2, batch_size=N)
     theirs = model.generate(
         one.tokens_BP,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.data.batches import joined, rows
+from rlhf.data.batches import cat, select
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler, in_process, kv_cache
 from rlhf.models.policy import PolicyModel
@@ -60,7 +60,7 @@ def test_the_number_of_rows_sampled_together_changes_no_answer(sample, expect_sa
 
 def test_the_order_of_rows_changes_no_answer(sample, answers, prompts):
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
-    shuffled = answers(sample(rows(prompts, order)))
+    shuffled = answers(sample(select(prompts, order)))
     assert shuffled == [answers(sample())[i] for i in order]
 
 
@@ -144,7 +144,7 @@ def test_a_prompt_is_read_once_for_all_its_answers(make_llama, prompts, ppo_conf
     """Three answers to each of eight prompts; where slots are few, rows come in when all of them are free."""
     monkeypatch.setattr(in_process, "PREFILL_TOKENS", prefill)
     monkeypatch.setattr(in_process, "ADMIT_SHARE", 0.75)
-    given = dataclasses.replace(rows(prompts, torch.arange(24) // 3), ids_B=torch.arange(24))
+    given = dataclasses.replace(select(prompts, torch.arange(24) // 3), ids_B=torch.arange(24))
     sampler = InProcessSampler(make_llama(0), 99, PAD)
     rollout = sampler.sample(given, ppo_config.sampling.model_copy(update={"batch_size": slots}), 0, 1)
     assert sampler.positions == (int(prompts.mask_BP.sum()), 24 * (R - 1))
@@ -157,14 +157,14 @@ def test_a_long_prompt_among_short_ones_changes_no_answer(sample, answers, promp
     mask_BP = torch.nn.functional.pad(prompts.mask_BP, (33, 0))
     tokens_BP[3], mask_BP[3] = long, True
     mixed = dataclasses.replace(prompts, tokens_BP=tokens_BP, mask_BP=mask_BP)
-    got, apart = answers(sample(mixed)), answers(sample(rows(mixed, [3])))
+    got, apart = answers(sample(mixed)), answers(sample(select(mixed, [3])))
     expected = answers(sample())
     assert got[3] == apart[0]
     assert got[:3] + got[4:] == expected[:3] + expected[4:]
 
 
 def test_one_prompt_gets_varied_answers(sample, answers, prompts):
-    same = rows(prompts, [0] * 32)
+    same = select(prompts, [0] * 32)
     by_id = answers(sample(dataclasses.replace(same, ids_B=torch.arange(32))))
     assert len({tuple(answer) for answer in by_id}) > 20
 
@@ -223,8 +223,8 @@ def test_rows_are_handed_over_when_they_have_ended(make_llama, prompts, ppo_conf
     rollout = sampler.sample(prompts, settings, 0, 1, lambda index_N, ended: told.append((index_N, ended)))
     order_B = torch.cat([index_N for index_N, _ in told])
     assert order_B.tolist() != list(range(8)) and sorted(order_B.tolist()) == list(range(8))
-    handed_over = joined([ended for _, ended in told])
-    for name, tensor in vars(rows(rollout, order_B)).items():
+    handed_over = cat([ended for _, ended in told])
+    for name, tensor in vars(select(rollout, order_B)).items():
         assert torch.equal(getattr(handed_over, name), tensor), name
     assert sum(len(index_N) > 0 for index_N, _ in told) > 3
 
@@ -245,7 +245,7 @@ def test_an_answer_may_end_with_its_first_token(sample, answers):
 
 
 def test_no_prompts_are_no_answers(sample, prompts):
-    rollout = sample(rows(prompts, slice(0, 0)))
+    rollout = sample(select(prompts, slice(0, 0)))
     assert rollout.tokens_BT.shape == (0, 7 + R) and rollout.finished_B.shape == (0,)
 
 

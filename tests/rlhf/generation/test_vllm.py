@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import preflight
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.generation import InProcessSampler, vllm
 from rlhf.generation.vllm import VLLMSampler
 from rlhf.models.policy import PolicyModel
@@ -109,7 +109,7 @@ def sample(sampler, prompts, ppo_config):
 @pytest.fixture(scope="module")
 def many(prompts):
     """Each prompt six times: more rows than the engine samples at once."""
-    repeated = rows(prompts, torch.arange(48) % 8)
+    repeated = select(prompts, torch.arange(48) % 8)
     return dataclasses.replace(repeated, ids_B=torch.arange(48))
 
 
@@ -157,7 +157,7 @@ def test_a_run_does_not_start_without_the_trainers_weights(sample, sampler):
 def test_tokens_follow_the_softmax_in_vllm(sample, prompts):
     """Pearson's χ² of 2,000 first tokens against the model's own probabilities, with 11 degrees of freedom."""
     draws = 2000
-    same = dataclasses.replace(rows(prompts, [0] * draws), ids_B=torch.arange(draws))
+    same = dataclasses.replace(select(prompts, [0] * draws), ids_B=torch.arange(draws))
     first_B = sample(same, max_new_tokens=1).tokens_BT[:, -1]
     with torch.no_grad():
         logits_V = make(0)(prompts.tokens_BP[:1][:, prompts.mask_BP[0]]).logits[0, -1]
@@ -171,8 +171,8 @@ def test_tokens_follow_the_softmax_in_vllm(sample, prompts):
 def test_an_answer_does_not_depend_on_the_batch(sample, answers, many):
     together = answers(sample(many))
     order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
-    assert answers(sample(rows(many, order))) == [together[i] for i in order]
-    assert [answers(sample(rows(many, [i])))[0] for i in (0, 17)] == [together[0], together[17]]
+    assert answers(sample(select(many, order))) == [together[i] for i in order]
+    assert [answers(sample(select(many, [i])))[0] for i in (0, 17)] == [together[0], together[17]]
 
 
 @installed
@@ -223,7 +223,7 @@ def test_what_a_taker_of_rows_raises_leaves_nothing_behind(sample, sampler, many
 
 @installed
 def test_no_prompts_are_no_answers(sample, prompts):
-    assert sample(rows(prompts, slice(0, 0))).tokens_BT.shape == (0, 7 + R)
+    assert sample(select(prompts, slice(0, 0))).tokens_BT.shape == (0, 7 + R)
 
 
 @installed

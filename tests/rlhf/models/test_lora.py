@@ -68,9 +68,9 @@ def test_adapter_of_a_causal_model_gives_its_trunk_to_a_scalar_model(causal, tmp
     model = load_scalar(tmp_path / "adapter")
     assert not model.score(*right_padded).any()
     again = load_causal(tmp_path)
-    trunk, whole = model.trunk.state_dict(), again.base_model.state_dict()
-    assert trunk.keys() == whole.keys()
-    assert all(torch.equal(trunk[name], whole[name]) for name in whole)
+    backbone, whole = model.backbone.state_dict(), again.base_model.state_dict()
+    assert backbone.keys() == whole.keys()
+    assert all(torch.equal(backbone[name], whole[name]) for name in whole)
 
 
 def test_saved_scalar_model_is_whole_and_its_adapter_stands_beside_it(

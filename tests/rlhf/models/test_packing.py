@@ -136,7 +136,7 @@ def test_values_and_their_gradient_are_those_of_one_row_at_a_time(model):
     values_BT = critic(tokens_BT, mask_BT, R)
     (values_BT * weights)[mask_BT].sum().backward()
     assert_same(values_BT[mask_BT], torch.cat(expected))
-    assert_same(gradients(critic.trunk), gradients(plain.base_model))
+    assert_same(gradients(critic.backbone), gradients(plain.base_model))
 
 
 def test_what_is_shared_is_computed_once(model):

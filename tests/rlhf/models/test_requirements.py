@@ -92,7 +92,7 @@ def test_attention_that_a_family_lacks_is_refused_with_what_it_has():
 def test_packing_that_a_family_cannot_do_is_refused_with_its_setting():
     (text,) = said(BloomConfig(), "--model.attention", "eager", "--sft.packing", "true")
     assert "set sft.packing to false" in text
-    sharing = ("--ppo.packing", "true", "--ppo.answers_per_prompt", "2")
+    sharing = ("--ppo.packing", "true", "--ppo.group_size", "2")
     (text,) = said(MistralConfig(sliding_window=8), *sharing)
-    assert "set ppo.packing to false, or ppo.answers_per_prompt to 1" in text
+    assert "set ppo.packing to false, or ppo.group_size to 1" in text
     assert said(LlamaConfig(), *sharing) == []

@@ -109,8 +109,8 @@ def test_head_of_a_causal_model_starts_at_zero_on_its_trunk(causal_folder, right
     model = load_scalar(causal_folder)
     assert torch.equal(model(*right_padded), torch.zeros(right_padded[0].shape))
     plain = AutoModelForCausalLM.from_pretrained(causal_folder)
-    trunk = model.trunk.state_dict()
-    assert all(torch.equal(trunk[name], weight) for name, weight in plain.base_model.state_dict().items())
+    backbone = model.backbone.state_dict()
+    assert all(torch.equal(backbone[name], weight) for name, weight in plain.base_model.state_dict().items())
 
 
 def test_reward_model_without_its_head_is_refused(classifier_folder, tmp_path):
@@ -131,7 +131,7 @@ def test_head_stays_float32_in_bf16_autocast(scalar, right_padded):
     tokens, mask = right_padded
     with torch.autocast("cpu", torch.bfloat16):
         values = scalar(tokens, mask)
-        hidden = hidden_states(scalar.trunk, tokens, mask)
+        hidden = hidden_states(scalar.backbone, tokens, mask)
         rounded = F.linear(hidden, scalar.head.weight).squeeze(-1)
     exact = hidden.double() @ scalar.head.weight[0].double()
     torch.testing.assert_close(values.double(), exact, atol=1e-5, rtol=1e-5)
@@ -141,7 +141,7 @@ def test_head_stays_float32_in_bf16_autocast(scalar, right_padded):
 def test_head_is_not_rounded_when_the_trunk_is_read_in_bf16(scalar, tokenizer, tmp_path):
     scalar.save(tmp_path, tokenizer)
     again = load_scalar(tmp_path, dtype=torch.bfloat16)
-    assert again.trunk.dtype == torch.bfloat16
+    assert again.backbone.dtype == torch.bfloat16
     assert torch.equal(again.head.weight, scalar.head.weight)
 
 
@@ -185,8 +185,8 @@ def test_head_of_one_row_needs_no_num_labels(classifier_folder, right_padded):
 
 def test_a_new_critic_has_the_trunk_of_the_reward_model_and_no_value_yet(scalar, right_padded):
     scalar.offset = 3.0
-    before = {name: tensor.clone() for name, tensor in scalar.trunk.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in scalar.backbone.state_dict().items()}
     critic = new_critic(scalar)
     assert not critic(*right_padded).any() and not critic.score(*right_padded).any()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in critic.trunk.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in critic.backbone.state_dict().items())
     assert critic.head.weight.requires_grad

@@ -11,15 +11,15 @@ from rlhf.errors import UserError
 from rlhf.ppo import alarms
 from rlhf.ppo.alarms import Alarm
 
-LIMITS = AlarmConfig(kl_max=10, eos_share_min=0.05, entropy_share_min=0.25, sampler_gap_max=0.5)
-AT_THE_LIMITS = {"ppo/kl": 10.0, "ppo/eos_share": 0.05, "ppo/entropy": 0.5, "ppo/sampler_gap_max": 0.5}
-AT_THE_LIMITS |= {"ppo/sampler_gap_mean": 0.5, "ppo/policy_lag": 0.0}
+LIMITS = AlarmConfig(kl_max=10, eos_rate_min=0.05, entropy_ratio_min=0.25, rollout_logprob_diff_max=0.5)
+AT_THE_LIMITS = {"ppo/kl": 10.0, "ppo/eos_rate": 0.05, "ppo/entropy": 0.5, "ppo/rollout_logprob_diff_max": 0.5}
+AT_THE_LIMITS |= {"ppo/rollout_logprob_diff_mean": 0.5, "ppo/staleness": 0.0}
 FIRST_ENTROPY = 2.0
 
 
 def sounding(**changed: float) -> list[Alarm]:
-    figures = AT_THE_LIMITS | {f"ppo/{name}": value for name, value in changed.items()}
-    return list(alarms.sounding(figures, FIRST_ENTROPY, LIMITS))
+    metrics = AT_THE_LIMITS | {f"ppo/{name}": value for name, value in changed.items()}
+    return list(alarms.sounding(metrics, FIRST_ENTROPY, LIMITS))
 
 
 def test_a_figure_at_its_limit_is_silent():
@@ -30,25 +30,25 @@ def test_a_figure_at_its_limit_is_silent():
     ("name", "figure", "value"),
     [
         ("kl", "kl", 10.1),
-        ("eos_share", "eos_share", 0.049),
+        ("eos_rate", "eos_rate", 0.049),
         ("entropy", "entropy", 0.49),
-        ("sampler_gap", "sampler_gap_max", 0.51),
+        ("rollout_logprob_diff", "rollout_logprob_diff_max", 0.51),
     ],
 )
 def test_a_figure_past_its_limit_sounds_alone_and_names_the_setting(name, figure, value):
     (alarm,) = sounding(**{figure: value})
     assert alarm.name == name
-    (limit,) = {"kl_max", "eos_share_min", "entropy_share_min", "sampler_gap_max"} & set(
+    (limit,) = {"kl_max", "eos_rate_min", "entropy_ratio_min", "rollout_logprob_diff_max"} & set(
         alarm.text.replace("(", ".").replace(")", ".").split(".")
     )
     assert limit.startswith(figure.removesuffix("_max"))
 
 
 def test_answers_of_an_older_policy_may_differ_at_a_token_but_not_at_every_one():
-    assert sounding(policy_lag=1.0, sampler_gap_max=9.0) == []
-    (alarm,) = sounding(policy_lag=1.0, sampler_gap_mean=0.51)
-    assert alarm.name == "sampler_gap" and "sampler_gap_mean" in alarm.text
-    assert sounding(sampler_gap_mean=0.51) == []
+    assert sounding(staleness=1.0, rollout_logprob_diff_max=9.0) == []
+    (alarm,) = sounding(staleness=1.0, rollout_logprob_diff_mean=0.51)
+    assert alarm.name == "rollout_logprob_diff" and "rollout_logprob_diff_mean" in alarm.text
+    assert sounding(rollout_logprob_diff_mean=0.51) == []
 
 
 def test_several_can_sound_at_once():
@@ -57,9 +57,9 @@ def test_several_can_sound_at_once():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stops_the_run_and_is_named(value):
-    figures = {"ppo/kl": 1.0, "ppo/value_loss": value, "perf/seconds_sync": 0.1}
+    metrics = {"ppo/kl": 1.0, "ppo/value_loss": value, "perf/seconds_sync": 0.1}
     with pytest.raises(UserError, match=r"iteration 7: ppo/value_loss is (nan|inf|-inf)\. .*ppo\.optim\.lr") as caught:
-        alarms.refuse_not_finite(figures, 7)
+        alarms.refuse_not_finite(metrics, 7)
     assert caught.value.exit_code == 6
 
 

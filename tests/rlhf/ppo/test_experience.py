@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.config import PPOConfig
-from rlhf.data.batches import Rollout, Scores, rows
+from rlhf.data.batches import Rollout, Scores, select
 from rlhf.ppo.experience import make_experience
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
@@ -31,7 +31,7 @@ SCORES = Scores(
     safety_B=torch.tensor([5.0, -3.0, 1.0, -3.0]),
     safety_logit_B=torch.tensor([2.0, -2.0, 2.0, -2.0]),
 )
-CONFIG = PPOConfig(gamma=1.0, lam=0.5, missing_eos_penalty=1.0)
+CONFIG = PPOConfig(gamma=1.0, gae_lambda=0.5, missing_eos_penalty=1.0)
 BETA = 0.5
 
 
@@ -73,40 +73,40 @@ def test_advantages_by_hand_are_whitened_over_all_tokens():
 
 def test_the_safety_rule_looks_at_the_raw_logit():
     """The second answer is 3 worse than SFT answers are, and safe all the same: σ(2) = .88."""
-    _, figures = experience(scores=dataclasses.replace(SCORES, safety_logit_B=torch.full((4,), 2.0)))
-    assert figures["ppo/reward"] == near((1.0 + 9.0 + 1.0 - 3.0) / 4)
-    assert figures["ppo/flagged_helpful"] == figures["ppo/flagged_safety"] == 0.0
+    _, metrics = experience(scores=dataclasses.replace(SCORES, safety_logit_B=torch.full((4,), 2.0)))
+    assert metrics["ppo/reward"] == near((1.0 + 9.0 + 1.0 - 3.0) / 4)
+    assert metrics["ppo/flagged_helpful"] == metrics["ppo/flagged_safety"] == 0.0
 
 
 def test_a_tag_without_prompts_has_no_flagged():
-    _, figures = experience(is_safety=torch.zeros(4, dtype=torch.bool))
-    assert figures["ppo/flagged_helpful"] == 0.5
-    assert "ppo/flagged_safety" not in figures
+    _, metrics = experience(is_safety=torch.zeros(4, dtype=torch.bool))
+    assert metrics["ppo/flagged_helpful"] == 0.5
+    assert "ppo/flagged_safety" not in metrics
 
 
 def test_figures_by_hand():
-    _, figures = experience()
+    _, metrics = experience()
     expected = {
         "ppo/reward": -1.0,
         "ppo/reward_std": 2.0,
         "ppo/reward_helpfulness": 2.0,
         "ppo/reward_safety": 0.0,
-        "ppo/safety_branch_share": 0.75,
+        "ppo/safety_branch_fraction": 0.75,
         "ppo/flagged_helpful": 0.5,
         "ppo/flagged_safety": 0.5,
         "ppo/kl": (0.6 + 0.6 - 0.2 + 0.2) / 4,
         "ppo/kl_k3_per_token": sum(math.exp(-k) - 1 + k for k in (0.2, 0.4, 0.6, 0.0, -0.2, 0.2, 0.0)) / 7,
         "ppo/length": 7 / 4,
-        "ppo/eos_share": 0.75,
-        "ppo/sampler_gap_max": 0.0,
-        "ppo/sampler_gap_mean": 0.0,
-        "ppo/importance_cut_share": 0.0,
+        "ppo/eos_rate": 0.75,
+        "ppo/rollout_logprob_diff_max": 0.0,
+        "ppo/rollout_logprob_diff_mean": 0.0,
+        "ppo/tis_clip_fraction": 0.0,
         "ppo/value_mean": (0.2 + 0.1 - 0.8 + 0.0 - 0.4 - 0.5 - 0.5) / 7,
     }
     returns = [r for row in RETURNS for r in row]
     advantages = [a for row in ADVANTAGES for a in row]
     expected["ppo/explained_variance"] = 1 - statistics.pvariance(advantages) / statistics.pvariance(returns)
-    assert figures == {name: near(value) for name, value in expected.items()}
+    assert metrics == {name: near(value) for name, value in expected.items()}
 
 
 def test_rewards_can_be_left_unwhitened():
@@ -125,9 +125,9 @@ def test_the_penalty_for_a_missing_eos_comes_after_whitening():
 
 def test_equal_scores_are_not_blown_up():
     scores = dataclasses.replace(SCORES, helpful_B=torch.full((4,), 0.3), safety_B=torch.full((4,), 0.3))
-    made, figures = experience(scores=scores)
+    made, metrics = experience(scores=scores)
     assert float(made.returns_BR[0, 1]) == near(0.3 - 0.2)
-    assert figures["ppo/reward_std"] == near(0.0)
+    assert metrics["ppo/reward_std"] == near(0.0)
 
 
 def test_what_policy_and_critic_said_is_kept_for_the_update():
@@ -140,14 +140,14 @@ def test_what_policy_and_critic_said_is_kept_for_the_update():
 
 def test_a_sampler_that_is_not_the_policy_is_weighted_up_to_the_cap():
     behaviour = SCORES.logprobs_BR - torch.tensor([[0.5, -0.5], [3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])
-    made, figures = experience(dataclasses.replace(ROLLOUT, behaviour_logprobs_BR=behaviour), importance_cap=2.0)
+    made, metrics = experience(dataclasses.replace(ROLLOUT, behaviour_logprobs_BR=behaviour), tis_cap=2.0)
     assert made.importance_BR[0].tolist() == near([math.exp(0.5), math.exp(-0.5)])
     assert made.importance_BR[1, 0] == 2.0
     assert made.importance_BR[2, 1] == near(math.exp(-4.0))
     assert torch.equal(made.old_logprobs_BR, SCORES.logprobs_BR)
-    assert figures["ppo/sampler_gap_max"] == near(4.0)
-    assert figures["ppo/sampler_gap_mean"] == near((0.5 + 0.5 + 3.0 + 4.0) / 7)
-    assert figures["ppo/importance_cut_share"] == near(1 / 7)
+    assert metrics["ppo/rollout_logprob_diff_max"] == near(4.0)
+    assert metrics["ppo/rollout_logprob_diff_mean"] == near((0.5 + 0.5 + 3.0 + 4.0) / 7)
+    assert metrics["ppo/tis_clip_fraction"] == near(1 / 7)
 
 
 def with_padding(columns, value):
@@ -170,17 +170,17 @@ def with_padding(columns, value):
 @pytest.mark.parametrize("value", [math.nan, 1e9, math.inf])
 @pytest.mark.parametrize("columns", [0, 3])
 def test_padding_and_what_stands_in_it_change_nothing(columns, value):
-    made, figures = experience(*with_padding(columns, value))
+    made, metrics = experience(*with_padding(columns, value))
     expected, expected_figures = experience()
     for name in ("advantages_BR", "returns_BR", "importance_BR"):
         assert real(getattr(made, name)[:, :2]) == [near(row) for row in real(getattr(expected, name))]
-    assert figures == {name: near(value) for name, value in expected_figures.items()}
+    assert metrics == {name: near(value) for name, value in expected_figures.items()}
 
 
 def test_the_order_of_rows_changes_only_their_order():
     order = [2, 0, 3, 1]
-    made, figures = experience(rows(ROLLOUT, order), rows(SCORES, order), IS_SAFETY[order])
+    made, metrics = experience(select(ROLLOUT, order), select(SCORES, order), IS_SAFETY[order])
     expected, expected_figures = experience()
     torch.testing.assert_close(made.advantages_BR, expected.advantages_BR[order])
     torch.testing.assert_close(made.returns_BR, expected.returns_BR[order])
-    assert figures == {name: near(value) for name, value in expected_figures.items()}
+    assert metrics == {name: near(value) for name, value in expected_figures.items()}

@@ -123,7 +123,7 @@ def test_gold_scores_an_answer_that_ended_and_gives_nothing_for_one_that_was_cut
 def test_two_ranks_answer_as_one_does(answer, monkeypatch):
     whole, shares = answer(), []
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    monkeypatch.setattr(collectives, "join_shares", lambda values, total: values)
+    monkeypatch.setattr(collectives, "join_shards", lambda values, total: values)
     monkeypatch.setattr(collectives, "gather_objects", lambda value: [value, value])
     for rank in range(2):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)

@@ -18,7 +18,7 @@ from rlhf.generation import InProcessSampler
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import preflight_checks
 from rlhf.ppo.preflight_checks import Finding, agree
-from rlhf.ppo.scoring import read_rollout
+from rlhf.ppo.scoring import score_rollout
 
 EOS, PAD = 2, 0
 
@@ -44,7 +44,7 @@ def scores_of(iteration, make_llama, make_scalar, ppo_config):
         judge = engine(make_scalar(3))
         models = policy, engine(PolicyModel(make_llama(reference))), judge, judge, judge
         sampling = ppo_config.sampling.model_copy(update={"temperature": temperature})
-        return read_rollout(iteration.rollout, *models, ppo_config.model_copy(update={"sampling": sampling}))
+        return score_rollout(iteration.rollout, *models, ppo_config.model_copy(update={"sampling": sampling}))
 
     return read
 

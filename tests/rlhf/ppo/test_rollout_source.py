@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf.data.batches import Rollout, Scores, rows
+from rlhf.data.batches import Rollout, Scores, select
 from rlhf.distributed import collectives
 from rlhf.ppo import rollout_source
 from rlhf.ppo.rollout_source import Ahead, Beside, ScoringBeside, Unwanted, answer_and_read, learn_and_sample
-from rlhf.ppo.step_profiler import Clock
+from rlhf.ppo.step_profiler import PhaseTimer
 
 CPU = torch.device("cpu")
 BROKEN = RuntimeError("broken")
@@ -40,7 +40,7 @@ def read_beside(size: int, groups: list[list[int]], read: Any = scores_of) -> An
     """Rows are handed over in these groups."""
     with ScoringBeside(read, size, CPU) as scoring:
         for group in groups:
-            scoring.take(torch.tensor(group, dtype=torch.long), rows(rollout_of(8), group))
+            scoring.take(torch.tensor(group, dtype=torch.long), select(rollout_of(8), group))
         return scoring.finish()
 
 
@@ -82,7 +82,7 @@ def test_chunks_are_read_while_others_are_sampled_and_that_time_is_told(monkeypa
     with ScoringBeside(read, 4, CPU) as scoring:
         scoring.take(torch.arange(4), rollout_of(4))
         assert was_read.wait(60)
-        scoring.take(torch.arange(4, 7), rows(rollout_of(8), slice(4, 7)))
+        scoring.take(torch.arange(4, 7), select(rollout_of(8), slice(4, 7)))
         _, _, seconds = scoring.finish()
     assert (seconds, shown.now) == (4.0, 108.0)  # what was left was read when the sampling was over
 
@@ -97,7 +97,7 @@ def test_what_scoring_raises_ends_the_sampling():
     with pytest.raises(RuntimeError, match="^broken$"), ScoringBeside(read, 1, CPU) as scoring:
         scoring.take(torch.tensor([0]), rollout_of(1))
         while True:  # sampling goes on, and no other row ends
-            scoring.take(torch.tensor([], dtype=torch.long), rows(rollout_of(1), slice(0)))
+            scoring.take(torch.tensor([], dtype=torch.long), select(rollout_of(1), slice(0)))
             time.sleep(0.001)
 
 
@@ -169,12 +169,12 @@ def test_the_next_answers_are_sampled_while_the_models_learn():
         on_minibatch()
         return {"x": 1.0}
 
-    clock, sampler = Clock(CPU), sampler_that_told(3, 4)
-    assert learn_and_sample(learn, sample, ahead, sampler, clock) == {"x": 1.0}
-    assert clock.overlapped["sampling"] > 0
+    timer, sampler = PhaseTimer(CPU), sampler_that_told(3, 4)
+    assert learn_and_sample(learn, sample, ahead, sampler, timer) == {"x": 1.0}
+    assert timer.overlapped["sampling"] > 0
     sampler.positions = (5, 6)  # an evaluation
     read: Any = lambda rollout: scores_of(rollout)
-    rollout, _, together = answer_and_read(None, read, ahead, sampler, 2, 1, clock)  # type: ignore[arg-type]
+    rollout, _, together = answer_and_read(None, read, ahead, sampler, 2, 1, timer)  # type: ignore[arg-type]
     assert torch.equal(rollout.tokens_BT, rollout_of(2).tokens_BT) and together[0].tolist() == [0, 1]
     assert sampler.positions == (3, 4)
     assert ahead.take(sampler) is None  # once
@@ -190,7 +190,7 @@ def test_a_sampler_that_fails_stops_the_update():
             time.sleep(0.001)
 
     with pytest.raises(RuntimeError, match="^broken$"):
-        learn_and_sample(learn, sample, Ahead(), sampler_that_told(), Clock(CPU))
+        learn_and_sample(learn, sample, Ahead(), sampler_that_told(), PhaseTimer(CPU))
 
 
 def test_an_update_that_fails_stops_the_sampler():
@@ -204,7 +204,7 @@ def test_an_update_that_fails_stops_the_sampler():
 
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="^broken$"):
-        learn_and_sample(learn, sample, Ahead(), sampler_that_told(), Clock(CPU))
+        learn_and_sample(learn, sample, Ahead(), sampler_that_told(), PhaseTimer(CPU))
     assert threading.active_count() == before
 
 
@@ -247,7 +247,7 @@ def on_a_rank(rank: int, store: Any, failing: str, results: Any) -> None:
             for step, row in enumerate(ENDS if rank == 0 else ENDS[::-1]):
                 if rank == 1 and failing == "sampling" and step == 5:
                     raise BROKEN
-                scoring.take(torch.tensor([row]), rows(rollout_of(8), [row]))
+                scoring.take(torch.tensor([row]), select(rollout_of(8), [row]))
                 time.sleep(0.02 * rank)
             scores, _, _ = scoring.finish()
         results.put((rank, scores.logprobs_BR[:, 0].tolist()))

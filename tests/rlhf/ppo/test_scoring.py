@@ -10,7 +10,7 @@ from rlhf.config import HardwareConfig, PPOConfig, SamplingConfig
 from rlhf.data.batches import Rollout
 from rlhf.distributed.engine import LocalEngine
 from rlhf.models.policy import PolicyModel
-from rlhf.ppo.scoring import read_kl, read_rewards, read_rollout
+from rlhf.ppo.scoring import read_kl, read_rewards, score_rollout
 
 TEMPERATURE = 0.7
 CONFIG = PPOConfig(micro_batch_size=8, sampling=SamplingConfig(temperature=TEMPERATURE))
@@ -29,7 +29,7 @@ def engines(make_llama, make_scalar):
 
 
 def read(rollout, engines, **settings):
-    return read_rollout(rollout, **engines, config=CONFIG.model_copy(update=settings))
+    return score_rollout(rollout, **engines, config=CONFIG.model_copy(update=settings))
 
 
 def unpadded(rollout, i):

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from rlhf.config import HardwareConfig, OptimConfig, RunConfig
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.generation import InProcessSampler, in_process
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import step_profiler
 from rlhf.ppo.experience import make_experience
-from rlhf.ppo.scoring import read_rollout
+from rlhf.ppo.scoring import score_rollout
 from rlhf.ppo.step_profiler import (
     COMPUTING,
     PHASES,
-    Clock,
+    PhaseTimer,
     Tokens,
     Work,
     rates,
@@ -49,45 +49,45 @@ def watch(monkeypatch) -> Any:
 
 
 def test_every_second_belongs_to_one_phase_and_one_iteration(watch):
-    clock, told = Clock(CPU), []
+    timer, told = PhaseTimer(CPU), []
     for _ in range(2):
         for phase, inside in (("sync", 1.0), ("sampling", 4.0), ("logging", 0.25), ("logging", 0.5)):
             watch.now += 0.125
-            with clock(phase):
+            with timer(phase):
                 watch.now += inside
-        told.append(clock.close())
+        told.append(timer.close())
         watch.now += 2.0  # after the first iteration was told: the second one's
-    assert [figures["perf/seconds_other"] for figures in told] == [0.5, 2.5]
-    assert [figures["perf/seconds_iteration"] for figures in told] == [6.25, 8.25]
-    for figures in told:
-        seconds = {phase: figures[f"perf/seconds_{phase}"] for phase in PHASES}
-        assert sum(seconds.values()) == figures["perf/seconds_iteration"]
+    assert [metrics["perf/seconds_other"] for metrics in told] == [0.5, 2.5]
+    assert [metrics["perf/seconds_iteration"] for metrics in told] == [6.25, 8.25]
+    for metrics in told:
+        seconds = {phase: metrics[f"perf/seconds_{phase}"] for phase in PHASES}
+        assert sum(seconds.values()) == metrics["perf/seconds_iteration"]
         assert (seconds["sync"], seconds["sampling"], seconds["logging"], seconds["update"]) == (1.0, 4.0, 0.75, 0.0)
 
 
 def test_what_a_thread_does_beside_a_phase_is_told_and_belongs_to_that_phase(watch):
-    clock = Clock(CPU)
-    with clock("sampling"):
+    timer = PhaseTimer(CPU)
+    with timer("sampling"):
         watch.now += 4.0
-    clock.beside("scoring", 3.0)
-    figures, after = clock.close(), clock.close()
-    assert (figures["perf/overlapped_seconds_scoring"], after["perf/overlapped_seconds_scoring"]) == (3.0, 0.0)
-    assert (figures["perf/seconds_sampling"], figures["perf/seconds_iteration"]) == (4.0, 4.0)
+    timer.beside("scoring", 3.0)
+    metrics, after = timer.close(), timer.close()
+    assert (metrics["perf/overlapped_seconds_scoring"], after["perf/overlapped_seconds_scoring"]) == (3.0, 0.0)
+    assert (metrics["perf/seconds_sampling"], metrics["perf/seconds_iteration"]) == (4.0, 4.0)
 
 
 def test_a_phase_that_is_none_is_refused():
-    with pytest.raises(KeyError), Clock(CPU)("smapling"):
+    with pytest.raises(KeyError), PhaseTimer(CPU)("smapling"):
         pass
 
 
 def test_memory_is_told_of_the_phases_that_ran(monkeypatch):
-    clock, resident = Clock(CPU), iter([5, 9, 7])
+    timer, resident = PhaseTimer(CPU), iter([5, 9, 7])
     monkeypatch.setattr(step_profiler, "memory", lambda device: next(resident))
     for phase in ("update", "logging", "logging"):
-        with clock(phase):
+        with timer(phase):
             pass
-    figures = clock.close()
-    told = {name: value for name, value in figures.items() if "memory" in name}
+    metrics = timer.close()
+    told = {name: value for name, value in metrics.items() if "memory" in name}
     assert told == {"perf/memory_update": 5, "perf/memory_logging": 9}
 
 
@@ -124,7 +124,7 @@ def positions(monkeypatch) -> Any:
         {"micro_batch_size": 3},
         {"micro_batch_tokens": 25},
         {"micro_batch_tokens": 25, "packing": True},
-        {"micro_batch_tokens": 50, "packing": True, "answers_per_prompt": 4},
+        {"micro_batch_tokens": 50, "packing": True, "group_size": 4},
     ],
     ids=str,
 )
@@ -134,8 +134,8 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     if not tuned:
         monkeypatch.setattr(in_process, "is_plain_llama", lambda model: False)
     ppo = ppo_config.model_copy(update={"minibatch_size": 4, "epochs": 2, **settings})
-    of_each, slots = ppo.answers_per_prompt, 5 if ppo.answers_per_prompt == 1 else 8
-    prompts = dataclasses.replace(rows(prompts, torch.arange(8) // of_each), ids_B=torch.arange(8))
+    of_each, slots = ppo.group_size, 5 if ppo.group_size == 1 else 8
+    prompts = dataclasses.replace(select(prompts, torch.arange(8) // of_each), ids_B=torch.arange(8))
     ppo = ppo.model_copy(update={"sampling": ppo.sampling.model_copy(update={"batch_size": slots})})
     config = run_config(ppo)
     sampler = InProcessSampler(make_llama(0), EOS, PAD)
@@ -148,8 +148,8 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     scored = [positions(policy), positions(critic)]
     update(*learners, experience, ppo, config.seed, 1, 0, 1)
     learned = [positions(policy), positions(critic)]
-    figures = work(rollout, [torch.arange(8)], sampler, [policy, critic], [policy, critic], config, 1, 1)
-    tokens = {phase: [figures[f"perf/tokens_{phase}_{kind}"] for kind in KINDS] for phase in COMPUTING}
+    metrics = work(rollout, [torch.arange(8)], sampler, [policy, critic], [policy, critic], config, 1, 1)
+    tokens = {phase: [metrics[f"perf/tokens_{phase}_{kind}"] for kind in KINDS] for phase in COMPUTING}
     assert sum(tokens["sampling"]) == sampled
     assert [sum(tokens["scoring"])] * 2 == scored
     assert [sum(tokens["update"])] * 2 == learned
@@ -160,7 +160,7 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     assert all(count >= 0 for counts in tokens.values() for count in counts)
     assert (tokens["update"][2] > 0) == (not ppo.packing)
     assert (tokens["sampling"][2] > 0) == (not tuned)
-    assert figures["perf/useful_share_sampling"] == tokens["sampling"][0] / sampled
+    assert metrics["perf/token_efficiency_sampling"] == tokens["sampling"][0] / sampled
 
 
 def run_config(ppo) -> RunConfig:
@@ -188,14 +188,14 @@ def experience_of(rollout: Any, policy: LocalEngine, critic: LocalEngine, ppo: A
         return (torch.zeros(len(tokens_BT), R),)
 
     others: Any = (reference, critic, Flat(), Flat())
-    scores = read_rollout(rollout, policy, *others, config=ppo)
-    return make_experience(rollout, scores, torch.zeros(8, dtype=torch.bool), ppo, beta=0.1)[0]
+    scores = score_rollout(rollout, policy, *others, config=ppo)
+    return make_experience(rollout, scores, torch.zeros(8, dtype=torch.bool), ppo, kl_coef=0.1)[0]
 
 
 # --- work, by hand ----------------------------------------------------------------------------------------------------
 
 SIZE = ModelSize(
-    trunk=10, head=100, trunk_learns=10, head_learns=0, all_learn=7, attention=3, weight_bytes=1000, cache_bytes=5
+    backbone=10, head=100, backbone_learns=10, head_learns=0, all_learn=7, attention=3, weight_bytes=1000, cache_bytes=5
 )
 PROMPT_B, ANSWER_B = torch.tensor([4, 2, 3, 3]), torch.tensor([1, 5, 3, 2])
 UNSHARED_B, SHARED_B = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 0, 3])  # the last two have one prompt
@@ -254,24 +254,24 @@ def test_speeds_and_shares_of_the_limit_by_hand():
         "scoring": Work(Tokens(10, 10, 0, 0), flops=600.0, bytes=10.0),
         "update": Work(Tokens(30, 20, 0, 0), flops=800.0, bytes=0.0),
     }
-    figures = {f"perf/tokens_{p}_{k}": float(n) for p, w in done.items() for k, n in vars(w.tokens).items()}
-    figures |= {f"perf/flops_{p}": w.flops for p, w in done.items()} | {
+    metrics = {f"perf/tokens_{p}_{k}": float(n) for p, w in done.items() for k, n in vars(w.tokens).items()}
+    metrics |= {f"perf/flops_{p}": w.flops for p, w in done.items()} | {
         f"perf/bytes_{p}": w.bytes for p, w in done.items()
     }
     times = {"perf/seconds_sampling": 4.0, "perf/seconds_scoring": 6.0, "perf/seconds_update": 10.0}
     times |= {f"perf/overlapped_seconds_{phase}": 2.0 * (phase == "scoring") for phase in COMPUTING}
-    found = rates(figures, times, Machine(flops=200.0, bandwidth=200.0))
+    found = rates(metrics, times, Machine(flops=200.0, bandwidth=200.0))
     assert found == {
         "perf/machine_flops": 200.0,
         "perf/machine_bandwidth": 200.0,
         "perf/tokens_per_second_sampling": 4.0,
         "perf/tokens_per_second_scoring": 2.5,
         "perf/tokens_per_second_update": 5.0,
-        "perf/flop_utilisation_sampling": 0.125,
-        "perf/flop_utilisation_scoring": 0.375,
-        "perf/flop_utilisation_update": 0.4,
-        "perf/limit_share_sampling": 0.5,
-        "perf/limit_share_scoring": 0.375,
-        "perf/limit_share_update": 0.4,
+        "perf/mfu_sampling": 0.125,
+        "perf/mfu_scoring": 0.375,
+        "perf/mfu_update": 0.4,
+        "perf/roofline_fraction_sampling": 0.5,
+        "perf/roofline_fraction_scoring": 0.375,
+        "perf/roofline_fraction_update": 0.4,
         "perf/sampled_tokens_per_second": 2.5,
     }

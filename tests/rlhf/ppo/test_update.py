@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
-from rlhf.data.batches import rows
+from rlhf.data.batches import select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo.update import minibatches, update
@@ -23,7 +23,7 @@ def updated(make_llama, make_scalar, iteration, ppo_config):
         config = ppo_config.model_copy(update=settings)
         policy, critic = PolicyModel(make_llama(0), config.packing), make_scalar(2)
         critic.packing = config.packing
-        figures = update(
+        metrics = update(
             LocalEngine(policy, config.optim, 4, HardwareConfig()),
             LocalEngine(critic, config.critic_optim, 4, HardwareConfig()),
             experience,
@@ -33,7 +33,7 @@ def updated(make_llama, make_scalar, iteration, ppo_config):
             rank=0,
             world=1,
         )
-        return policy, critic, figures
+        return policy, critic, metrics
 
     return run
 
@@ -101,11 +101,11 @@ def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, d
             (total / count).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
             optimizer.step()
-    policy, trained_critic, figures = updated(drifted, epochs=2, clip=CLIP, value_clip=VALUE_CLIP)
+    policy, trained_critic, metrics = updated(drifted, epochs=2, clip_range=CLIP, value_clip_range=VALUE_CLIP)
     assert_same_weights(policy, llama, atol=1e-4)
     assert_same_weights(trained_critic, critic, atol=1e-4)
-    assert figures["ppo/grad_norm"] == pytest.approx((norms[0] + norms[2]) / 2, rel=1e-4)
-    assert figures["ppo/critic_grad_norm"] == pytest.approx((norms[1] + norms[3]) / 2, rel=1e-4)
+    assert metrics["ppo/grad_norm"] == pytest.approx((norms[0] + norms[2]) / 2, rel=1e-4)
+    assert metrics["ppo/critic_grad_norm"] == pytest.approx((norms[1] + norms[3]) / 2, rel=1e-4)
     moved = max(
         float((a - b).abs().max()) for a, b in zip(policy.parameters(), make_llama(0).parameters(), strict=True)
     )
@@ -121,22 +121,28 @@ def test_each_minibatch_is_divided_by_its_own_tokens(updated, make_llama, make_s
             gradient = torch.autograd.grad(total / count, list(model.parameters()), allow_unused=True)
             norms.append(float(torch.cat([g.flatten() for g in gradient if g is not None]).norm()))
     still = OptimConfig(lr=0.0)
-    _, _, figures = updated(
-        drifted, epochs=1, minibatch_size=2, clip=CLIP, value_clip=VALUE_CLIP, optim=still, critic_optim=still
+    _, _, metrics = updated(
+        drifted,
+        epochs=1,
+        minibatch_size=2,
+        clip_range=CLIP,
+        value_clip_range=VALUE_CLIP,
+        optim=still,
+        critic_optim=still,
     )
-    assert figures["ppo/grad_norm"] == pytest.approx(sum(norms[::2]) / 4, rel=1e-4)
-    assert figures["ppo/critic_grad_norm"] == pytest.approx(sum(norms[1::2]) / 4, rel=1e-4)
+    assert metrics["ppo/grad_norm"] == pytest.approx(sum(norms[::2]) / 4, rel=1e-4)
+    assert metrics["ppo/critic_grad_norm"] == pytest.approx(sum(norms[1::2]) / 4, rel=1e-4)
 
 
 def test_the_first_step_starts_at_the_policy_that_sampled(updated, iteration):
-    _, _, figures = updated()
+    _, _, metrics = updated()
     mask = iteration.experience.response_mask_BR
     advantages = (iteration.experience.advantages_BR * iteration.experience.importance_BR)[mask]
-    assert figures["ppo/approx_kl"] < 1e-10
-    assert figures["ppo/clip_share"] == 0
-    assert figures["ppo/value_clip_share"] == 0
-    assert figures["ppo/policy_loss"] == pytest.approx(-float(advantages.mean()), abs=1e-5)
-    assert figures["ppo/value_loss"] == pytest.approx(
+    assert metrics["ppo/approx_kl"] < 1e-10
+    assert metrics["ppo/clip_fraction"] == 0
+    assert metrics["ppo/value_clip_fraction"] == 0
+    assert metrics["ppo/policy_loss"] == pytest.approx(-float(advantages.mean()), abs=1e-5)
+    assert metrics["ppo/value_loss"] == pytest.approx(
         0.5 * float(((iteration.experience.old_values_BR - iteration.experience.returns_BR)[mask] ** 2).mean()),
         rel=1e-5,
     )
@@ -151,28 +157,28 @@ def test_figures_are_means_over_tokens(updated, make_llama, iteration):
         "old_logprobs_BR": given.old_logprobs_BR - 0.5 * sign,
         "old_values_BR": given.old_values_BR - 0.3 * sign,
     }
-    _, _, figures = updated(dataclasses.replace(given, **moved), micro_batch_size=3)
+    _, _, metrics = updated(dataclasses.replace(given, **moved), micro_batch_size=3)
     # a ratio of e^½ is clipped for a good token, one of e^-½ for a bad one
-    assert figures["ppo/clip_share"] == pytest.approx(float((sign * given.advantages_BR > 0)[mask].float().mean()))
-    assert figures["ppo/approx_kl"] == pytest.approx(0.125, rel=1e-4)
+    assert metrics["ppo/clip_fraction"] == pytest.approx(float((sign * given.advantages_BR > 0)[mask].float().mean()))
+    assert metrics["ppo/approx_kl"] == pytest.approx(0.125, rel=1e-4)
     # a value 0.3 above its old one may have come 0.2 of the way; clipping hides the last 0.1 where the return is above
     error = (given.old_values_BR - given.returns_BR)[mask]
     clipped = (error - 0.1 * sign[mask]) ** 2 > error**2
     assert 0 < clipped.sum() < len(clipped)
-    assert figures["ppo/value_clip_share"] == pytest.approx(float(clipped.float().mean()))
+    assert metrics["ppo/value_clip_fraction"] == pytest.approx(float(clipped.float().mean()))
     P, entropies = given.tokens_BT.shape[1] - mask.shape[1], []
     for tokens, real, answer in zip(given.tokens_BT, given.mask_BT, mask, strict=True):
         first, length = int(real[:P].sum()), int(answer.sum())
         logits = make_llama(0)(tokens[real][None]).logits[0, first - 1 : first - 1 + length] / 0.7
         entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
-    assert figures["ppo/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+    assert metrics["ppo/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
 
 
 def test_later_epochs_have_left_it(updated):
-    _, _, figures = updated(epochs=3)
-    assert figures["ppo/approx_kl"] > 1e-3
-    assert figures["ppo/clip_share"] > 0
-    assert figures["ppo/grad_norm"] > 0 and figures["ppo/critic_grad_norm"] > 0
+    _, _, metrics = updated(epochs=3)
+    assert metrics["ppo/approx_kl"] > 1e-3
+    assert metrics["ppo/clip_fraction"] > 0
+    assert metrics["ppo/grad_norm"] > 0 and metrics["ppo/critic_grad_norm"] > 0
 
 
 def test_a_better_answer_becomes_likelier(updated, make_llama, iteration):
@@ -186,18 +192,18 @@ def test_a_better_answer_becomes_likelier(updated, make_llama, iteration):
 
 def test_importance_weighs_the_policy_and_not_the_critic(updated, iteration):
     doubled = dataclasses.replace(iteration.experience, importance_BR=2 * iteration.experience.importance_BR)
-    _, critic, figures = updated(doubled)
+    _, critic, metrics = updated(doubled)
     _, expected_critic, expected = updated()
-    assert figures["ppo/policy_loss"] == pytest.approx(2 * expected["ppo/policy_loss"], abs=1e-5)
+    assert metrics["ppo/policy_loss"] == pytest.approx(2 * expected["ppo/policy_loss"], abs=1e-5)
     assert_same_weights(critic, expected_critic)
 
 
 def test_a_learning_rate_of_zero_moves_nothing(updated, make_llama, make_scalar):
     still = OptimConfig(lr=0.0)
-    policy, critic, figures = updated(optim=still, critic_optim=still, epochs=3, minibatch_size=4)
+    policy, critic, metrics = updated(optim=still, critic_optim=still, epochs=3, minibatch_size=4)
     assert_same_weights(policy, PolicyModel(make_llama(0)))
     assert_same_weights(critic, make_scalar(2))
-    assert figures["ppo/approx_kl"] < 1e-10
+    assert metrics["ppo/approx_kl"] < 1e-10
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------
@@ -208,15 +214,15 @@ def test_a_learning_rate_of_zero_moves_nothing(updated, make_llama, make_scalar)
 )
 @pytest.mark.parametrize("packing", [False, True])
 def test_neither_the_size_of_forward_passes_nor_packing_changes_anything(updated, limit, packing):
-    policy, critic, figures = updated(**limit, packing=packing)
+    policy, critic, metrics = updated(**limit, packing=packing)
     expected_policy, expected_critic, expected = updated()
     assert_same_weights(policy, expected_policy, atol=1e-5)
     assert_same_weights(critic, expected_critic, atol=1e-5)
-    assert figures == {name: pytest.approx(value, abs=1e-5, rel=1e-5) for name, value in expected.items()}
+    assert metrics == {name: pytest.approx(value, abs=1e-5, rel=1e-5) for name, value in expected.items()}
 
 
 def test_the_order_of_rows_changes_nothing(updated, iteration):
-    shuffled = rows(iteration.experience, [3, 1, 7, 0, 6, 2, 5, 4])
+    shuffled = select(iteration.experience, [3, 1, 7, 0, 6, 2, 5, 4])
     assert_same_weights(updated(shuffled)[0], updated()[0], atol=1e-5)
 
 
@@ -225,11 +231,11 @@ def test_what_stands_in_masked_slots_reaches_no_weight(updated, iteration, value
     given = iteration.experience
     lines = ("old_logprobs_BR", "old_values_BR", "advantages_BR", "returns_BR", "importance_BR")
     filled = {name: torch.where(given.response_mask_BR, getattr(given, name), value) for name in lines}
-    policy, critic, figures = updated(dataclasses.replace(given, **filled))
+    policy, critic, metrics = updated(dataclasses.replace(given, **filled))
     expected_policy, expected_critic, expected = updated()
     assert_same_weights(policy, expected_policy)
     assert_same_weights(critic, expected_critic)
-    assert figures == expected
+    assert metrics == expected
 
 
 def test_tokens_in_padding_reach_no_weight(updated, iteration):
@@ -259,7 +265,7 @@ def test_minibatches_belong_to_seed_and_iteration():
 
 
 def test_answers_of_a_prompt_stay_together_and_prompts_are_shuffled():
-    epochs = [[row for index in drawn(answers_per_prompt=2)[start : start + 3] for row in index] for start in (0, 3, 6)]
+    epochs = [[row for index in drawn(group_size=2)[start : start + 3] for row in index] for start in (0, 3, 6)]
     for epoch in epochs:
         assert [row % 2 for row in epoch] == [0, 1] * 6
         assert [row // 2 for row in epoch[::2]] == [row // 2 for row in epoch[1::2]]

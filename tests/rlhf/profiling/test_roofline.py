@@ -46,9 +46,9 @@ def test_a_whole_models_arithmetic_is_what_torch_counts(llama):
 def test_the_size_of_a_llama_by_hand(llama):
     everything = sum(p.numel() for p in llama.parameters())
     expected = ModelSize(
-        trunk=TRUNK,
+        backbone=TRUNK,
         head=HIDDEN * VOCAB,
-        trunk_learns=TRUNK,
+        backbone_learns=TRUNK,
         head_learns=HIDDEN * VOCAB,
         all_learn=everything,
         attention=LAYERS * HIDDEN,
@@ -60,14 +60,14 @@ def test_the_size_of_a_llama_by_hand(llama):
 
 def test_a_scalar_model_has_no_lm_head(make_scalar):
     size = size_of(make_scalar(0))
-    assert (size.trunk, size.head) == (TRUNK + HIDDEN, 0)  # its own head is one more row, read at every token
+    assert (size.backbone, size.head) == (TRUNK + HIDDEN, 0)  # its own head is one more row, read at every token
 
 
 def test_of_an_adapter_alone_the_weights_have_a_gradient(llama):
     size = size_of(add_lora(llama, LoraConfig(rank=2), "causal", 0))
     of_layer = 4 * 2 * (HIDDEN + HIDDEN) + 3 * 2 * (HIDDEN + INNER)
-    assert size.trunk_learns == size.all_learn == LAYERS * of_layer
-    assert (size.trunk, size.head_learns) == (TRUNK + LAYERS * of_layer, 0)
+    assert size.backbone_learns == size.all_learn == LAYERS * of_layer
+    assert (size.backbone, size.head_learns) == (TRUNK + LAYERS * of_layer, 0)
 
 
 def test_a_shard_counts_with_its_whole_shape(llama):

@@ -47,10 +47,10 @@ def test_a_checkpoint_brings_back_state_and_engines(engines, tmp_path):
 
 
 def test_the_coefficient_of_the_kl_keeps_every_digit(engines, tmp_path):
-    beta = 0.1 / 3 * 1.0007
-    checkpoint.save(tmp_path, 2, engines, STATE | {"beta": beta})
+    kl_coef = 0.1 / 3 * 1.0007
+    checkpoint.save(tmp_path, 2, engines, STATE | {"beta": kl_coef})
     restored = checkpoint.restore(tmp_path, engines)
-    assert restored is not None and restored["beta"] == beta
+    assert restored is not None and restored["beta"] == kl_coef
 
 
 def test_nothing_to_restore_changes_nothing(engines, tmp_path):
@@ -83,7 +83,7 @@ def test_a_torn_checkpoint_is_passed_over_and_written_anew(engines, tmp_path):
     restored = checkpoint.restore(tmp_path, engines)
     assert restored is not None and restored["iteration"] == 1
     checkpoint.save(tmp_path, 2, engines, STATE)
-    assert [path.name for path in checkpoint.whole(tmp_path)] == ["iteration-000001", "iteration-000002"]
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["iteration-000001", "iteration-000002"]
 
 
 def test_it_is_torn_until_every_engine_is_written(engines, tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_it_is_torn_until_every_engine_is_written(engines, tmp_path, monkeypatch
     monkeypatch.setattr(engines["b"], "save", fail)
     with pytest.raises(OSError, match="disk is full"):
         checkpoint.save(tmp_path, 1, engines, STATE)
-    assert checkpoint.whole(tmp_path) == []
+    assert checkpoint.complete(tmp_path) == []
 
 
 def test_a_checkpoint_that_is_being_removed_is_no_longer_whole(engines, tmp_path, monkeypatch):
@@ -102,13 +102,13 @@ def test_a_checkpoint_that_is_being_removed_is_no_longer_whole(engines, tmp_path
         checkpoint.save(tmp_path, iteration, engines, STATE)
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
     checkpoint.save(tmp_path, 3, engines, STATE)
-    assert [path.name for path in checkpoint.whole(tmp_path)] == ["iteration-000002", "iteration-000003"]
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["iteration-000002", "iteration-000003"]
 
 
 def test_numbers_are_compared_and_not_names(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10"):
         (tmp_path / name).mkdir()
-        checkpoint.seal(tmp_path / name, {})
+        checkpoint.commit(tmp_path / name, {})
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
 
 

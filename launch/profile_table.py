@@ -1,4 +1,4 @@
-"""The ledger of a PPO stage: the perf/ figures of all its iterations as one account, for the report.
+"""The step profile of a PPO stage: the perf/ figures of all its iterations as one account, for the report.
 
 docs/metrics.md defines the figures; the stage takes them in rlhf/ppo/step_profiler.py.
 """
@@ -34,42 +34,42 @@ def account(series: Series) -> dict[str, Any]:
     return {"iterations": len(steps), "seconds": whole / len(steps), "machine": machine, "phases": phases}
 
 
-def rows(ledger: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def rows(profile: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A line per phase, and one for the whole iteration; under `COLUMNS`."""
-    lines = [_line(phase, figures) for phase, figures in ledger["phases"].items()]
-    return [*lines, ("iteration", f"{ledger['seconds']:.3g}", "100.0", *[""] * (len(COLUMNS) - 3))]
+    lines = [_line(phase, metrics) for phase, metrics in profile["phases"].items()]
+    return [*lines, ("iteration", f"{profile['seconds']:.3g}", "100.0", *[""] * (len(COLUMNS) - 3))]
 
 
 def _phase(values: Any, phase: str, whole: float, count: int) -> dict[str, Any]:
     seconds = values(f"seconds_{phase}")
     total = sum(seconds)
-    figures: dict[str, Any] = {"seconds": total / count, "share": total / whole}
+    metrics: dict[str, Any] = {"seconds": total / count, "share": total / whole}
     beside = values(f"overlapped_seconds_{phase}") or [0.0] * count
     if sum(beside):
-        figures["overlapped"] = sum(beside) / count
+        metrics["overlapped"] = sum(beside) / count
     worked = [inside + more for inside, more in zip(seconds, beside, strict=True)]
     if memory := values(f"memory_{phase}"):
-        figures["memory"] = max(memory)
+        metrics["memory"] = max(memory)
     tokens = {kind: sum(values(f"tokens_{phase}_{kind}")) for kind in KINDS}
     if sum(tokens.values()) and sum(worked):
-        figures["tokens"] = {kind: number / count for kind, number in tokens.items()}
-        figures["useful_share"] = tokens["useful"] / sum(tokens.values())
-        figures["tokens_per_second"] = (tokens["useful"] + tokens["prompt"]) / sum(worked)
-        for name in ("flop_utilisation", "limit_share"):
+        metrics["tokens"] = {kind: number / count for kind, number in tokens.items()}
+        metrics["token_efficiency"] = tokens["useful"] / sum(tokens.values())
+        metrics["tokens_per_second"] = (tokens["useful"] + tokens["prompt"]) / sum(worked)
+        for name in ("mfu", "roofline_fraction"):
             weighted = zip(values(f"{name}_{phase}"), worked, strict=True)
-            figures[name] = sum(share * taken for share, taken in weighted) / sum(worked)
-    return figures
+            metrics[name] = sum(share * taken for share, taken in weighted) / sum(worked)
+    return metrics
 
 
-def _line(phase: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
-    start = (phase, f"{figures['seconds']:.3g}", f"{100 * figures['share']:.1f}")
-    memory = f"{figures['memory'] / 1e9:.2f}" if "memory" in figures else ""
-    if "tokens" not in figures:
+def _line(phase: str, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    start = (phase, f"{metrics['seconds']:.3g}", f"{100 * metrics['share']:.1f}")
+    memory = f"{metrics['memory'] / 1e9:.2f}" if "memory" in metrics else ""
+    if "tokens" not in metrics:
         return (*start, *[""] * (len(COLUMNS) - 4), memory)
-    tokens = figures["tokens"]
+    tokens = metrics["tokens"]
     wasted = (tokens["padded"] + tokens["dropped"]) / sum(tokens.values())
-    shares = (f"{100 * share:.0f}" for share in (figures["useful_share"], wasted, figures["limit_share"]))
-    return (*start, f"{figures['tokens_per_second']:.0f}", *shares, memory)
+    shares = (f"{100 * share:.0f}" for share in (metrics["token_efficiency"], wasted, metrics["roofline_fraction"]))
+    return (*start, f"{metrics['tokens_per_second']:.0f}", *shares, memory)
 
 
 def _mean(values: Sequence[float]) -> float:
