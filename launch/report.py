@@ -150,7 +150,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             for stage, path in report["artifacts"].items()
         ],
     )
-    return [accuracy, answers, *_ledger(report["ppo"]), stages]
+    return [accuracy, answers, *_profile(report["ppo"]), stages]
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -212,7 +212,7 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ledger(ppo: Mapping[str, Any]) -> list[Table]:
+def _profile(ppo: Mapping[str, Any]) -> list[Table]:
     """Where the time and the tokens of PPO went; nothing where no iteration was recorded."""
     if not (account := ppo.get("profile")):
         return []

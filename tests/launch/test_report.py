@@ -340,7 +340,7 @@ def in_general(key: str) -> str:
     """reward.safety.by_rating.better.low -> reward.<name>.by_rating.<rating>."""
     key = re.sub(r"\.(value|low|high|n)$", "", key)
     key = re.sub(r"^(seconds|artifacts)\..*", r"\1.<stage>", key)
-    key = re.sub(r"profile_table\.phases\.\w+", "profile_table.phases.<phase>", key)
+    key = re.sub(r"profile\.phases\.\w+", "profile.phases.<phase>", key)
     key = re.sub(r"tokens\.\w+", "tokens.<kind>", key)
     key = re.sub(r"\breward\.(helpfulness|safety)", "reward.<name>", key)
     key = re.sub(r"held_out\.(base|sft|ppo)", "held_out.<policy>", key)
