@@ -2,6 +2,27 @@
 
 from __future__ import annotations
 
-from tests.mutants import in_algorithms, in_benchmarks, in_models_and_data, in_the_loop
+from tests.mutants import (
+    in_algorithms,
+    in_benchmarks,
+    in_chat_and_data,
+    in_distributed,
+    in_generation,
+    in_kernels,
+    in_models,
+    in_ppo,
+    in_runs_and_stages,
+)
 
-BUGS = [*in_algorithms.BUGS, *in_the_loop.BUGS, *in_models_and_data.BUGS, *in_benchmarks.BUGS]
+TABLES = (
+    in_algorithms,
+    in_kernels,
+    in_chat_and_data,
+    in_distributed,
+    in_models,
+    in_generation,
+    in_ppo,
+    in_runs_and_stages,
+    in_benchmarks,
+)
+BUGS = [bug for table in TABLES for bug in table.BUGS]

@@ -1,37 +1,33 @@
-"""Bugs in how speed is measured."""
+"""Bugs in how speed is measured: benchmarks."""
 
 from __future__ import annotations
 
-from tests.mutants.bug import bugs_in
+from tests.mutants.bug import Bug, bugs_in
 
-BARE = bugs_in(
-    "benchmarks/bare.py",
-    ["benchmarks/test_bare.py"],
-    ("sides that compute something else are compared", "    if worst > tolerance:", "    if False:"),
-    ("the first step is timed", "pairwise(marks)", "pairwise([0.0, *marks])"),
-    ("padding counts as tokens", "tokens = sum(stage.tokens(batch)", 'tokens = sum(batch["input_ids"].numel()'),
-)
-
-SCALING = bugs_in(
-    "benchmarks/scaling.py",
-    ["benchmarks/test_scaling.py"],
-    ("exponents are fitted the wrong way round", "for series in (sizes, values)", "for series in (values, sizes)"),
-    (
-        "growth is not fitted in logarithms",
-        "[math.log(value) for value in series]",
-        "[float(value) for value in series]",
+BUGS = [
+    *bugs_in(
+        "benchmarks/bare.py",
+        ["benchmarks/test_bare.py"],
+        Bug("sides that compute something else are compared", "check_losses", "_ > _", "False"),
+        Bug("the first step is timed", "turn", "pairwise(A)", "pairwise([0.0, *A])"),
+        Bug("padding counts as tokens", "compare", "_.tokens(A)", "A['input_ids'].numel()"),
     ),
-    (
-        "the growth by length is told for rows",
-        '"exponent_rows": exponent(FACTORS, by_rows)',
-        '"exponent_rows": exponent(FACTORS, by_length)',
+    *bugs_in(
+        "benchmarks/scaling.py",
+        ["benchmarks/test_scaling.py"],
+        Bug("exponents are fitted the wrong way round", "exponent", "(A, B)", "(B, A)"),
+        Bug("growth is not fitted in logarithms", "exponent", "math.log(A)", "float(A)"),
+        Bug(
+            "the growth by length is told for rows",
+            "summary",
+            "exponent(FACTORS, A)",
+            "exponent(FACTORS, B)",
+            given="A, B = _",
+        ),
     ),
-)
-
-SYNC = bugs_in(
-    "benchmarks/sync.py",
-    ["benchmarks/test_sync.py"],
-    ("ours and the naive sync are swapped", 'seconds["naive"] / seconds["ours"]', 'seconds["ours"] / seconds["naive"]'),
-)
-
-BUGS = [*BARE, *SCALING, *SYNC]
+    *bugs_in(
+        "benchmarks/sync.py",
+        ["benchmarks/test_sync.py"],
+        Bug("ours and the naive sync are swapped", "summary", "A / B", "B / A", nth=0),
+    ),
+]

@@ -3,10 +3,11 @@
     python -m tests.mutants.run             all
     python -m tests.mutants.run losses      those with `losses` in their name or file
 
-The libraries are imported once, here. Every bug then gets a process forked from this one and a copy of its package in
-which the one text is replaced; the copy comes first on the path, also on that of processes that a test starts. First
-all tests run without a bug. A bug is killed when a test fails; a program that cannot be imported or does not know one
-of its names is no bug, and a test that finds no end has not found the bug.
+First every bug is planted once without a run: a table that no longer fits the program, its tests or docs/correctness.md
+stops the runner with a line for each bug. The libraries are imported once, here. Every bug then gets a process forked
+from this one and a copy of its package in which the bug is planted; the copy comes first on the path, also on that of
+processes that a test starts. Before them all tests run without a bug. A bug is killed when a test fails; a program that
+cannot be imported or does not know one of its names is no bug, and a test that finds no end has not found the bug.
 
 Exit status 0 if all tests pass without a bug, every bug is killed and what is called harmless passes, else 1.
 """
@@ -37,10 +38,10 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.mutants.bug import Bug
+from tests.mutants.bug import ROOT, Bug
 from tests.mutants.bugs import BUGS
+from tests.mutants.check import misfits, wrong_on_the_page
 
-ROOT = Path(__file__).parents[2]
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LIBRARIES = ("torch", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "peft")
 NO_PROGRAM = {"ImportError", "ModuleNotFoundError", "NameError", "UnboundLocalError", "SyntaxError"}
@@ -63,24 +64,12 @@ class Outcome(NamedTuple):
 # --- planting -------------------------------------------------------------------------------------------------------
 
 
-def cannot_plant(bug: Bug) -> str | None:
-    """Why the table no longer fits the program."""
-    source = (ROOT / bug.file).read_text(encoding="utf-8")
-    if (count := source.count(bug.text)) != 1:
-        return f"{bug.file} has the text {count} times, not once: {bug.text!r}"
-    try:
-        compile(source.replace(bug.text, bug.planted), bug.file, "exec")
-    except SyntaxError as error:
-        return f"{bug.file}: {bug.name}: {error}"
-    return None
-
-
 def plant(bug: Bug, folder: Path) -> None:
     """A copy of the bug's package in `folder`, with the bug."""
     package = bug.file.split("/")[0]
     shutil.copytree(ROOT / package, folder / package)
     place = folder / bug.file
-    place.write_text(place.read_text(encoding="utf-8").replace(bug.text, bug.planted), encoding="utf-8")
+    place.write_text(bug.plant(place.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 # --- one process ----------------------------------------------------------------------------------------------------
@@ -215,8 +204,8 @@ def prepare() -> None:
 
 def main(bugs: Sequence[Bug], limit: float = LIMIT) -> int:
     console = Console(highlight=False, soft_wrap=True)
-    if misfits := [reason for bug in bugs if (reason := cannot_plant(bug))]:
-        console.print("\n".join(misfits), markup=False)
+    if complaints := misfits(bugs):
+        console.print("\n".join(complaints), markup=False)
         return 1
     started = time.perf_counter()
     prepare()
@@ -262,4 +251,6 @@ def chosen(words: Sequence[str]) -> list[Bug]:
 
 
 if __name__ == "__main__":
+    if wrong := wrong_on_the_page(BUGS, (ROOT / "docs/correctness.md").read_text(encoding="utf-8")):
+        sys.exit("\n".join(wrong))
     sys.exit(main(chosen(sys.argv[1:])))
