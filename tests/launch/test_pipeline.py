@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import pytest
 
 from launch import gang, pipeline
 from launch.settings import load
+from reward_data.load import SHIPPED
 from rlhf.config import RunConfig, stage_inputs
 from rlhf.errors import UserError
 from rlhf.runs import artifacts, provenance
@@ -61,6 +63,18 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gang, "Gang", FakeGang)
     monkeypatch.setattr(pipeline, "_report", lambda *_: None)
     return started
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rows(tmp_path_factory: pytest.TempPathFactory):
+    """The first rows of each shipped file, for a run takes no more, and reading all would be most of its time."""
+    folder = tmp_path_factory.mktemp("shipped")
+    for file in SHIPPED.iterdir():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / file.name).write_text("".join(lines[:150]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("reward_data.load"), "SHIPPED", folder)
+        yield
 
 
 def settings(runs_dir: Path, *overrides: str) -> RunConfig:

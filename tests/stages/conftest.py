@@ -18,6 +18,14 @@ SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 LORA = "{rank: 4, alpha: 8}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole stages are made here, once for all files: another process would make them again."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.integration)
+
+
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
     """settings(*overrides) → the small run, alone in one process, in a runs folder of its own."""

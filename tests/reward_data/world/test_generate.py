@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -11,6 +12,11 @@ from reward_data import load
 from reward_data.gold import gold_score
 from reward_data.load import SHIPPED
 from reward_data.world.generate import generate, main, rating_of
+
+
+@cache
+def shipped(kind, split="train"):
+    return load(kind, "shipped", split=split).rows
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,8 @@ def test_another_seed_makes_other_files(made):
 
 
 def test_command_writes_the_files(tmp_path, monkeypatch, made):
-    monkeypatch.setattr("sys.argv", ["generate", str(tmp_path / "new"), "--seed", "0"])
+    monkeypatch.setattr("sys.argv", ["generate", str(tmp_path / "new"), "--seed", "7"])
+    monkeypatch.setattr("reward_data.world.generate.generate", lambda seed: made if seed == 7 else {})
     main()
     assert {file.name: file.read_text() for file in (tmp_path / "new").iterdir()} == made
 
@@ -44,7 +51,7 @@ def test_rating_of(difference, rating):
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_preferences_follow_the_gold_score(split):
-    for row in load("preferences", "shipped", split=split).rows:
+    for row in shipped("preferences", split):
         prompt = row.prompt[0].content
         difference = gold_score(prompt, row.chosen) - gold_score(prompt, row.rejected)
         assert difference > 0, row.source
@@ -52,35 +59,33 @@ def test_preferences_follow_the_gold_score(split):
 
 
 def test_preferences_have_all_ratings_and_both_tags():
-    rows = load("preferences", "shipped").rows
+    rows = shipped("preferences")
     ratings, tags = Counter(row.rating for row in rows), Counter(row.tag for row in rows)
     assert min(ratings[r] / len(rows) for r in ("significantly", "better", "slightly", "negligibly")) > 0.02
     assert tags["safety"] / len(rows) == pytest.approx(0.4, abs=0.03)
 
 
 def test_an_unsafe_answer_is_one_that_complies_and_is_never_chosen():
-    for row in load("preferences", "shipped").rows:
+    for row in shipped("preferences"):
         assert row.chosen_safety == "safe"
         if row.rejected_safety == "unsafe":
             assert row.tag == "safety" and gold_score(row.prompt[0].content, row.rejected) == 0.0
 
 
 def test_length_does_not_tell_the_better_answer():
-    rows = load("preferences", "shipped").rows
+    rows = shipped("preferences")
     assert 0.35 < sum(len(row.chosen) > len(row.rejected) for row in rows) / len(rows) < 0.65
 
 
 def test_demonstrations_leave_room_for_improvement():
-    scores = [
-        gold_score(row.messages[0].content, row.messages[1].content) for row in load("demonstrations", "shipped").rows
-    ]
+    scores = [gold_score(row.messages[0].content, row.messages[1].content) for row in shipped("demonstrations")]
     assert 0.35 < sum(score > 0.999 for score in scores) / len(scores) < 0.55
     assert 0.6 < sum(scores) / len(scores) < 0.85
 
 
 def test_the_vocabulary_is_small_and_the_texts_are_short():
     words, longest = set(), 0
-    for row in load("demonstrations", "shipped").rows:
+    for row in shipped("demonstrations"):
         for message in row.messages:
             words.update(re.findall(r"\w+", message.content))
             longest = max(longest, len(message.content.split()))

@@ -29,9 +29,13 @@ TEMPERATURE = 0.7
 # Another order of additions: in float32 logprobs of some nats move by 1e-6, in bf16, with its eight bits, by hundredths.
 SAME = {"float32": 1e-4, "bf16": 0.1}
 
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vllm is not installed: make vllm installs it"
-)
+
+def installed(test):
+    """For tests of an engine, which starts a process of its own and takes seconds for it."""
+    missing = importlib.util.find_spec("vllm") is None
+    return pytest.mark.integration(
+        pytest.mark.skipif(missing, reason="vllm is not installed: make vllm installs it")(test)
+    )
 
 
 def make(seed: int, tied: bool = False) -> Any:
