@@ -12,8 +12,9 @@ BUGS = [
         Bug(
             "only the first block of keys is masked",
             "_blocks",
-            "for A in B:\n    C = D\n    E = F\n    G = H\n    _ = I\n    J",
-            "for A in B:\n    C = D\n    E = F\n    G = H\n    G[:, :E] = I\n    J",
+            "A[:, _] = B",
+            "A[:, :C] = B",
+            given="torch.zeros(C, ...)",
         ),
         Bug(
             "the mean of weights' gradients stays in",
@@ -74,7 +75,7 @@ BUGS = [
         Bug("labels are shifted by one", "logprobs_and_entropy_from_hidden", "A.flatten()", "A.flatten().roll(1)"),
         Bug("the weight gets the gradient of one chunk alone", "_Logprobs.backward", "_ == 0", "True"),
         Bug("the weight's gradient begins with what was there", "_Logprobs.backward", "_ == 0", "False"),
-        Bug("kept logits are read as those of every chunk", "_Logprobs.backward", "_ = None", ""),
+        Bug("kept logits are read as those of every chunk", "_Logprobs.backward", "_.last_CV = None", ""),
         Bug("two chunks have logits at once", "_Logprobs.backward", "del _, _", ""),
         Bug("the logits of all positions exist at once", "_Logprobs.forward", "range(0, A, _)", "range(0, A, 10**9)"),
     ),

@@ -44,8 +44,8 @@ BUGS = [
         Bug(
             "rows begin with the end of the row before",
             "hidden_states",
-            "if A:\n    ...\nelse:\n    B = C\n    D = E\n    F = G\n    H = I\n    J = K",
-            "if A:\n    ...\nelse:\n    B = C\n    D = E\n    F = G\n    H = I.roll(1)\n    J = K",
+            "A[D] = B[C]",
+            "A[D] = B[C].roll(1)",
         ),
         Bug("packed positions count padding", "hidden_states", "_ - A.long()", "torch.arange(A.shape[1]).expand_as(A)"),
         Bug("packed positions begin at 1", "hidden_states", "A - _", "A"),
@@ -71,8 +71,8 @@ BUGS = [
         Bug("dropout stays on", "load_config", "setattr(A, B, 0.0)", "setattr(A, B, C)", given="isinstance(C, float)"),
         Bug("pad is EOS", "_separate_pad_from_eos", "A not in (None, _)", "A is not None"),
         Bug("pad is taken from EOS and BOS", "_separate_pad_from_eos", "A = (_, _)", "A = ()"),
-        Bug("the embedding of EOS is padding to the model", "load_config", "_ = _ if _ else None", ""),
-        Bug("missing weights are made up", "load_complete", "if _:\n    raise A", "if False:\n    raise A"),
+        Bug("the embedding of EOS is padding to the model", "load_config", "_.pad_token_id = _", ""),
+        Bug("missing weights are made up", "load_complete", "if _: raise A", "if False: raise A"),
         Bug("given weights are not saved", "save_causal", "A if _ else _", "A"),
     ),
     *bugs_in(
@@ -90,7 +90,7 @@ BUGS = [
     *bugs_in(
         "rlhf/models/scalar.py",
         ["rlhf/models/test_scalar.py::test_a_new_critic_has_the_trunk_of_the_reward_model_and_no_value_yet"],
-        Bug("the critic keeps the offset of its reward model", "new_critic", "_ = 0.0", ""),
+        Bug("the critic keeps the offset of its reward model", "new_critic", "_.offset = 0.0", ""),
     ),
     *bugs_in(
         "rlhf/models/scalar.py",

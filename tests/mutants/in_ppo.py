@@ -186,9 +186,8 @@ BUGS = [
         Bug(
             "losses are means of means",
             "_learn",
-            "for A in B:\n    C = D\n    E.backward(F, _, last=G)",
-            "for A in B:\n    C = D\n    E.backward(F, float(C.response_mask_BR.sum()) * len(H), last=G)",
-            given="len(H)",
+            "A.backward(B(C, D, E, F), _, last=G == H)",
+            "A.backward(B(C, D, E, F), float(D.response_mask_BR.sum()) * H, last=G == H)",
         ),
         Bug(
             "the critic learns from the last pass alone",
