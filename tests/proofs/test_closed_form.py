@@ -57,14 +57,14 @@ def test_ppo_ends_at_the_closed_form(world, reached):
     assert furthest(world.errors(reached, BETA)) < SHORT
 
 
-@pytest.mark.parametrize("beta", [BETA / 2, 2 * BETA])
+@pytest.mark.parametrize("kl_coef", [BETA / 2, 2 * BETA])
 def test_the_optimum_of_another_beta_is_not_where_it_ends(world, reached, kl_coef):
     assert min(map(abs, world.errors(reached, kl_coef))) > SHORT
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("kl_coef", BETAS)
 def test_a_longer_way_ends_nearer_for_every_beta(world, kl_coef):
     reached = train(world, settings(kl_coef, ITERATIONS)).path[-1]
     assert furthest(world.errors(reached, kl_coef)) < LONG
