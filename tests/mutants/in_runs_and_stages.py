@@ -8,7 +8,7 @@ BUGS = [
     *bugs_in(
         "rlhf/runs/checkpoint.py",
         ["rlhf/runs/test_checkpoint.py"],
-        Bug("β is lost on resume", "save", "A | B", "{key: A[key] for key in A if key != 'kl_coef'} | B"),
+        Bug("β is lost on resume", "save", "A | B", "{key: A[key] for key in A if key != 'beta'} | B"),
         Bug("the oldest checkpoint is taken", "newest.choose", "A[_]", "A[0]"),
         Bug("engines are not loaded", "restore", "_.load(_)", ""),
     ),

@@ -47,7 +47,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_a_few_iterations_bring_most_of_the_reward_and_a_huge_beta_forbids_it(world):
     best = world.metrics(world.best(BETA))
     free = train(world, SHORT).path[-1]
-    held = train(world, SHORT.model_copy(update={"beta": 1000.0})).path[-1]
+    held = train(world, SHORT.model_copy(update={"kl_coef": 1000.0})).path[-1]
     assert free.reward > 0.5 * best.reward and free.kl > 10 * HELD
     assert held.kl < HELD
 
