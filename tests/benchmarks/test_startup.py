@@ -9,7 +9,7 @@ import pytest
 from benchmarks import startup
 
 
-@pytest.mark.integration
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_a_stage_is_launched_and_its_parts_fill_the_time(capsys):
     start = time.perf_counter()
