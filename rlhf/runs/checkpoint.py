@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.distributed import collectives
-from rlhf.runs.artifacts import write_json
 from rlhf.errors import UserError
+from rlhf.runs.artifacts import write_json
 
 KEPT = 2
 STATE = "state.json"
@@ -79,7 +79,9 @@ def newest(folder: Path) -> Path | None:
         return found[-1] if found else None
 
     chosen = collectives.rank_zero_only(choose, f"removing partial checkpoints from {folder}")
-    missing = [rank for rank, there in enumerate(collectives.gather_objects(not chosen or _sealed(chosen))) if not there]
+    missing = [
+        rank for rank, there in enumerate(collectives.gather_objects(not chosen or _sealed(chosen))) if not there
+    ]
     if missing:
         raise UserError(
             f"{chosen} is not there for rank {missing[0]}: runs_dir must be a folder that all nodes share", 5

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs import artifacts
-from rlhf.distributed import collectives
-from rlhf.runs.artifacts import Artifact, digest_of
 from rlhf.config import RunConfig
 from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts
+from rlhf.distributed import collectives
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import Artifact, digest_of
 from rlhf.runs.context import StageContext
 
 LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}

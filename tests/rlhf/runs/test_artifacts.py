@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.runs import artifacts
 from rlhf.errors import UserError
+from rlhf.runs import artifacts
 
 PARENTS = {"base": "aaa"}
 
@@ -190,8 +190,6 @@ def test_code_revision_is_the_commit_of_this_checkout():
 
 
 def test_import_is_light():
-    code = (
-        "import sys, rlhf.runs.artifacts, rlhf.runs.context; print([m for m in ('torch', 'mlflow', 'ray') if m in sys.modules])"
-    )
+    code = "import sys, rlhf.runs.artifacts, rlhf.runs.context; print([m for m in ('torch', 'mlflow', 'ray') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

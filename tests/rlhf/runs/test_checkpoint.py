@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.runs import checkpoint
 from rlhf.config import HardwareConfig, OptimConfig
 from rlhf.distributed.engine import LocalEngine
+from rlhf.runs import checkpoint
 
 STATE = {"iteration": 2, "beta": 0.0125, "best": -0.5, "best_iteration": 1, "since_best": 1}
 

@@ -1,0 +1,1 @@
+"""Runs: artifacts, where they come from, checkpoints, progress."""
