@@ -300,7 +300,7 @@ def alone(on_two_ranks):
 
 
 def after_update(given, hardware, rank, world, is_local):
-    """Weights and figures after one PPO update of two minibatches."""
+    """Weights and metrics after one PPO update of two minibatches."""
     from rlhf.ppo.update import update
 
     policy = open_engine(copy.deepcopy(given["policy"]), OPTIM, STEPS, hardware, is_local)
@@ -323,7 +323,7 @@ def test_two_ranks_under_zero_make_the_update_of_one_process(on_two_ranks, alone
     found = on_two_ranks[0][stage]
     for name in ("policy", "critic"):
         assert_same(found[name], alone[name], atol=1e-5, rtol=1e-5)
-    assert found["metrics"] == {name: pytest.approx(value, abs=1e-4) for name, value in alone["figures"].items()}
+    assert found["metrics"] == {name: pytest.approx(value, abs=1e-4) for name, value in alone["metrics"].items()}
 
 
 @pytest.mark.integration
