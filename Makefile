@@ -23,10 +23,10 @@ help:  ## show this list
 quickstart: $(STAMP)  ## train on the shipped data, from base model to closing report
 	$(BIN)/rlhf run quickstart
 
-# Tests that start processes of their own have the cores to themselves; the others share them.
+# Tests that start processes wait for them much of their time; none of the quick ones is timed beside them.
 test: lint  ## lint, type-check, run the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof"
-	$(BIN)/pytest -m "integration and not proof"
+	$(BIN)/pytest -n 2 --dist loadfile -m "integration and not proof"
 
 check: lint  ## lint, type-check, run the quick tests: for daily work
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof" tests/rlhf tests/reward_data tests/launch tests/test_*.py
