@@ -29,6 +29,7 @@ PAGES = {
         [
             *ROOT.glob("*.md"),
             *ROOT.glob("docs/**/*.md"),
+            *ROOT.glob("benchmarks/*.md"),
             *ROOT.glob("launch/clusters/*.md"),
             *ROOT.glob("reward_data/*.md"),
         ]
