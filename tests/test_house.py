@@ -81,7 +81,7 @@ def wrong_directions(name: str, text: str) -> list[str]:
     if here == "rlhf":  # rlhf/__init__.py
         height = 0
     if height is None:
-        return [f"{name}: {here} has no layer: give it one here and in docs/design.md"]
+        return [f"{name}: {here} has no layer: give it one in LAYERS"]
     complaints = []
     for line, target in imports(name, ast.parse(text)):
         there = room(target)
