@@ -20,6 +20,7 @@ from launch.cli import _parser
 from launch.settings import find_runfile, load
 from reward_data.converters import converter_for
 from reward_data.files import read_rows
+from reward_data.gold import gold_score
 from rlhf.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +245,24 @@ def test_rows_are_read_in_the_form_that_is_named(kind: Any, form: str, text: str
     loaded = reward_data.load(kind, file)
     assert converter_for("auto", next(iter(read_rows(file)))).__name__.endswith(f".{form}")
     assert loaded.rows and not loaded.refused
+
+
+# --- prompts that quickstart's models are asked -----------------------------------------------------------------------
+
+
+def asked(page: str) -> list[str]:
+    """Prompts of Python blocks, and of lines that a pipe hands to `rlhf chat`."""
+    code = "".join(block.text for block in blocks(page) if block.language in ("python", "sh"))
+    return re.findall(r'"role": "user", "content": "([^"]+)"', code) + re.findall(
+        r"printf '([^']+)\\n' \| rlhf chat", code
+    )
+
+
+def test_quickstarts_models_know_the_prompts_that_the_docs_ask_them() -> None:
+    prompts = [prompt for page in PAGES.values() for prompt in asked(page)]
+    assert len(prompts) >= 3
+    for prompt in prompts:
+        gold_score(prompt, "the answer is 4.")  # a prompt of another world is an error
 
 
 # --- the checks themselves --------------------------------------------------------------------------------------------
