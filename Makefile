@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing torch $(TORCH) $(if $(GPU),for the GPU,(no GPU found)) and the rest: some minutes, once."
 	$(PIP) install -c constraints.txt "torch$(PICK)$(TORCH)" hatchling
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev,serve]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(if $(GPU),,$(MAKE) --no-print-directory $(VENV)/.extensions)
 	@touch $@
 

@@ -52,32 +52,6 @@ def drawn(draw: Callable[P, Figure]) -> Callable[P, bytes]:
 
 
 @drawn
-def sft(series: Series) -> Figure:
-    """Training and held-out loss."""
-    figure, (axes,) = _figure(1, 1)
-    _curve(axes, series.get("sft/loss", ()), POLICIES["sft"], "training")
-    _marks(axes, series.get("sft/held_out_loss", ()), HELD_OUT, "held out")
-    _label(axes, "SFT loss", "step", "nats per answer token")
-    _add_legend(figure)
-    return figure
-
-
-@drawn
-def reward_training(series_of: Mapping[str, Series]) -> Figure:
-    """Loss, and accuracy in training and on held-out pairs, of each reward model."""
-    figure, (loss, accuracy) = _figure(1, 2)
-    for (name, series), colour in zip(series_of.items(), _colours(series_of), strict=True):
-        _curve(loss, series.get("reward/loss", ()), colour, name)
-        _curve(accuracy, series.get("reward/accuracy", ()), colour, name)
-        _marks(accuracy, series.get("reward/held_out_accuracy", ()), colour, f"{name}, held out")
-    _label(loss, "Ranking loss", "step", "nats per pair")
-    _label(accuracy, "Accuracy", "step", "share of pairs")
-    _chance(accuracy)
-    _add_legend(figure)
-    return figure
-
-
-@drawn
 def reward_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Held-out accuracy by rating and calibration of each reward model, with 95 % intervals."""
     figure, (by_rating, calibration) = _figure(1, 2)
@@ -100,31 +74,6 @@ def reward_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     _label(by_rating, "Held-out accuracy, 95 % intervals", "", "share of pairs")
     calibration.plot([0.5, 1], [0.5, 1], color=REFERENCE, linestyle="--", label="calibrated")
     _label(calibration, "Calibration", "predicted: σ(score gap)", "observed share")
-    _add_legend(figure)
-    return figure
-
-
-@drawn
-def ppo(series: Series, best_iteration: int) -> Figure:
-    """What PPO did per iteration (lines), and its held-out evaluations (dots)."""
-    panels = (
-        ("Reward", "ppo/reward", "eval/reward", "reward of the answer"),
-        ("KL to the SFT model", "ppo/kl", "eval/kl", "nats per answer"),
-        ("Length", "ppo/length", "eval/length", "tokens per answer"),
-        ("Answers that end themselves", "ppo/eos_rate", "eval/eos_rate", "share"),
-        ("Gold score", "", "eval/gold", "true quality, 0 to 1"),
-        ("Entropy", "ppo/entropy", "", "nats per token"),
-    )
-    panels = [panel for panel in panels if series.get(panel[1]) or series.get(panel[2])]
-    figure, all_axes = _figure(2, 3)
-    for axes, (title, line, dots, unit) in zip(all_axes, panels, strict=False):
-        _curve(axes, series.get(line, ()), POLICIES["ppo"], "training")
-        _marks(axes, series.get(dots, ()), HELD_OUT, "held out")
-        axes.axvline(best_iteration, color=REFERENCE, linestyle=":", zorder=0, label="kept")
-        _label(axes, title, "iteration", unit)
-        axes.locator_params(axis="x", integer=True)
-    for axes in all_axes[len(panels) :]:
-        axes.set_axis_off()
     _add_legend(figure)
     return figure
 
@@ -153,17 +102,6 @@ def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
 
     figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.0 * rows + 0.8), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _curve(axes: Axes, points: Points, colour: str, label: str) -> None:
-    if points:
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
-
-
-def _marks(axes: Axes, points: Points, colour: str, label: str) -> None:
-    if points:
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, "o", color=colour, markersize=5, markeredgecolor="white", label=label)
 
 
 def _with_errors(

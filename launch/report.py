@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 POLICIES = ("base", "sft", "ppo")
 SAMPLES = 10
 PLOTS = {
-    "sft": "SFT: training and held-out loss",
-    "reward_training": "Reward models: loss and accuracy per step",
     "reward_accuracy": "Reward models: held-out accuracy by rating, calibration",
-    "ppo": "PPO: reward, KL, length and endings per iteration",
     "held_out": "Base, SFT and PPO on held-out prompts",
 }
 
@@ -59,7 +56,7 @@ def build(folder: Path, config: RunConfig, extra: Mapping[str, Any]) -> dict[str
         **extra,
     }
     (folder / "plots").mkdir(exist_ok=True)
-    for name, draw in _drawings(folder, report).items():
+    for name, draw in _drawings(report).items():
         write_atomic(folder / "plots" / f"{name}.png", draw())
     write_atomic(folder / "report.md", markdown(report, metrics["ppo"].get("samples", [])))
     write_json(folder / "report.json", report)
@@ -178,15 +175,10 @@ def _nested(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _drawings(folder: Path, report: Mapping[str, Any]) -> dict[str, Callable[[], bytes]]:
+def _drawings(report: Mapping[str, Any]) -> dict[str, Callable[[], bytes]]:
     policies = {policy: dict(flat(report["ppo"]["held_out"][policy])) for policy in POLICIES}
     return {
-        "sft": lambda: plots.sft(read_metrics(folder / "sft")),
-        "reward_training": lambda: plots.reward_training(
-            {name: read_metrics(folder / "reward" / name) for name in report["reward"]}
-        ),
         "reward_accuracy": lambda: plots.reward_accuracy(report["reward"]),
-        "ppo": lambda: plots.ppo(read_metrics(folder / "ppo"), report["ppo"]["best_iteration"]),
         "held_out": lambda: plots.held_out(policies),
     }
 

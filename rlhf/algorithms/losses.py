@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.algorithms.kl import approx_kl
-from rlhf.algorithms.masked import keep, masked_max_abs, masked_sum
+from rlhf.algorithms.masked import keep, masked_sum
 
 LARGEST_LOG_RATIO = 20.0
 """exp of more would end as inf, and 0 · inf as a NaN in the gradient of clipped tokens."""
@@ -23,7 +23,6 @@ class PolicyLoss:
     count: Tensor
     clipped_sum: Tensor  # tokens where the clipped term is the larger one
     approx_kl_sum: Tensor
-    ratio_max: Tensor  # 0 for an empty mask
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ def policy_loss(
         count=_count(mask_BR),
         clipped_sum=masked_sum(clipped_BR > unclipped_BR, mask_BR),
         approx_kl_sum=masked_sum(approx_kl(new_BR.detach(), old_BR), mask_BR),
-        ratio_max=masked_max_abs(ratio_BR, mask_BR),
     )
 
 
@@ -92,12 +90,6 @@ def value_loss(
         count=_count(mask_BR),
         clipped_sum=masked_sum(clipped_BR > unclipped_BR, mask_BR),
     )
-
-
-def ranking_loss(chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, count) over pairs of -log σ(r_chosen - r_rejected - margin). Llama 2 (arXiv 2307.09288), §3.2.2, eq. 2."""
-    gap_B = chosen_B.float() - rejected_B.float() - margin_B.float()
-    return -F.logsigmoid(gap_B).sum(), _count(torch.ones_like(gap_B))
 
 
 def safety_loss(scores_B: Tensor, is_safe_B: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:

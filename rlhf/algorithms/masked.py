@@ -22,12 +22,6 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return keep(x, mask).sum()
 
 
-def masked_max_abs(x: Tensor, mask: Tensor) -> Tensor:
-    """Largest |x| among the real entries, a scalar without gradient; 0 for an empty mask."""
-    real = keep(x.detach(), mask).abs().flatten()
-    return torch.cat([real, real.new_zeros(1)]).max()
-
-
 def masked_mean_and_var(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (divided by n, not n - 1) of the real entries; (0, 0) for an empty mask.
 

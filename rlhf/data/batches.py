@@ -16,15 +16,6 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class PreferenceBatch:
-    chosen_BT: Tensor  # int64, right-padded
-    chosen_mask_BT: Tensor  # bool
-    rejected_BT: Tensor  # int64, right-padded
-    rejected_mask_BT: Tensor  # bool
-    margin_B: Tensor  # float32
-
-
-@dataclass(frozen=True)
 class PromptBatch:
     tokens_BP: Tensor  # int64, left-padded
     mask_BP: Tensor  # bool

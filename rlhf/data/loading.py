@@ -22,7 +22,7 @@ from reward_data.files import is_hub_name
 from rlhf import chat
 from rlhf.config import DataConfig, RewardModelConfig, RoleConfig, RunConfig, SourceConfig
 from rlhf.data import batches
-from rlhf.data.batches import PreferenceBatch, PromptBatch
+from rlhf.data.batches import PromptBatch
 from rlhf.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -363,15 +363,6 @@ def next_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iter
     answer_B = torch.arange(size * answers)
     repeated = batches.select(once, answer_B // answers)
     return replace(repeated, ids_B=repeated.ids_B * answers + answer_B % answers)
-
-
-def preference_batch(tokenizer: Any, rows: Sequence[Preference], margin: str, max_length: int) -> PreferenceBatch:
-    """Pairs, right-padded; those over `max_length` are left out."""
-    pairs = encode_preferences(tokenizer, rows, margin, max_length)
-    chosen_BT, chosen_mask_BT = pad([pair["chosen_ids"] for pair in pairs], tokenizer.pad_token_id)
-    rejected_BT, rejected_mask_BT = pad([pair["rejected_ids"] for pair in pairs], tokenizer.pad_token_id)
-    margin_B = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float32)
-    return PreferenceBatch(chosen_BT, chosen_mask_BT, rejected_BT, rejected_mask_BT, margin_B)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,20 @@
-"""95 % intervals for shares and means, and what two of them say about a difference."""
+"""95 % intervals of proportions, means and paired differences."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
-Z = 1.959963984540054  # 97.5 % point of the normal distribution
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its 95 % interval, and the number of observations behind it."""
+    """A value, its 95 % interval, and the number of observations behind it."""
 
     value: float
     low: float
@@ -25,16 +26,16 @@ class Estimate:
 
 
 def wilson(successes: float, n: int) -> Estimate:
-    """Share of successes with Wilson's score interval (Wilson 1927). Half a success is a tie.
+    """Proportion of successes with Wilson's score interval. A tie is half a success; the interval of a half lies midway
+    between those of the whole numbers next to it.
 
     Raises ValueError for n = 0.
     """
     if n <= 0:
-        raise ValueError("a share of nothing has no value")
-    share = successes / n
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return _estimate(share, centre - half, centre + half, n, within=(0.0, 1.0))
+        raise ValueError("a proportion of nothing has no value")
+    whole = (math.floor(successes), math.ceil(successes))
+    low, high = np.mean([binomtest(k, n).proportion_ci(method="wilson") for k in whole], axis=0)
+    return _estimate(successes / n, low, high, n, within=(0.0, 1.0))
 
 
 def bootstrap_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Estimate:
@@ -64,7 +65,7 @@ def proportion(outcomes: Sequence[float], clusters: Sequence[Hashable], seed: in
     Where the bootstrap finds no width (outcomes all equal), Wilson's interval for as many observations as clusters.
     """
     if not outcomes:
-        raise ValueError("a share of nothing has no value")
+        raise ValueError("a proportion of nothing has no value")
     groups = len(set(clusters))
     if groups < len(outcomes):
         clustered = bootstrap_mean(outcomes, clusters, seed)
@@ -81,11 +82,6 @@ def paired_difference(
     if len(a) != len(b):
         raise ValueError(f"pairs need as many values on each side, not {len(a)} and {len(b)}")
     return bootstrap_mean(np.subtract(a, b).tolist(), clusters, seed)
-
-
-def overlap(a: Estimate, b: Estimate) -> bool:
-    """Whether the two intervals share a point."""
-    return a.low <= b.high and b.low <= a.high
 
 
 def _per_cluster(values: np.ndarray, clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:

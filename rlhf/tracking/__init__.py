@@ -8,7 +8,7 @@ client.py   the only file that speaks MLflow
 
 from rlhf.tracking.base import NullTracker, Tracker, mark_failed, open_parent, open_tracker, read_metrics
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
-from rlhf.tracking.mlflow_sync import NOTHING, fill_in, prepare_store
+from rlhf.tracking.mlflow_sync import NOTHING, fill_in
 
 __all__ = [
     "NOTHING",
@@ -19,7 +19,6 @@ __all__ = [
     "mark_failed",
     "open_parent",
     "open_tracker",
-    "prepare_store",
     "public_uri",
     "read_metrics",
 ]

@@ -96,17 +96,6 @@ def fill_in(folder: Path, settings: TrackingConfig) -> bool:
     return True
 
 
-def prepare_store(settings: TrackingConfig) -> bool:
-    """Make the database and the experiment if they are not there (6 s for a new SQLite file). False if that failed."""
-    try:
-        if settings.uri is not None:
-            Client(settings).experiment_id()
-    except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the run goes on
-        log.warning("MLflow at %s cannot be used: %s", public_uri(settings.uri or ""), _first_line(error))
-        return False
-    return True
-
-
 class SyncThread(threading.Thread):
     """Ships every few seconds, and more and more seldom while MLflow is down."""
 

@@ -129,7 +129,7 @@ def test_the_report_has_every_figure(finished: Any) -> None:
 
 def test_the_report_has_text_and_plots(finished: Any) -> None:
     assert "helpfulness" in (finished.folder / "report.md").read_text()
-    assert {path.stem for path in (finished.folder / "plots").glob("*.png")} >= {"sft", "ppo", "reward_training"}
+    assert {path.stem for path in (finished.folder / "plots").glob("*.png")} == {"reward_accuracy", "held_out"}
 
 
 # --- MLflow ---------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_a_stage_that_is_not_complete_is_named(tmp_path):
 
 def test_every_plot_of_the_markdown_is_a_png(folder, built):
     names = re.findall(r"\]\((plots/.*?)\)", (folder / "report.md").read_text())
-    assert len(names) == 5
+    assert len(names) == 2
     assert {(folder / name).read_bytes()[:8] for name in names} == {b"\x89PNG\r\n\x1a\n"}
     assert {path.name for path in (folder / "plots").iterdir()} == {Path(name).name for name in names}
 

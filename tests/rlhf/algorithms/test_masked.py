@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.algorithms.masked import keep, masked_max_abs, masked_mean_and_var, masked_sum, whiten
+from rlhf.algorithms.masked import keep, masked_mean_and_var, masked_sum, whiten
 
 X = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -114,12 +114,3 @@ def test_the_sum_of_nothing_is_attached_to_the_graph():
 
 def test_keep_gives_float32():
     assert keep(X.bfloat16(), MASK).dtype == torch.float32
-
-
-def test_largest_absolute_value_by_hand(poison):
-    x = torch.tensor([1.0, -3.0, poison])
-    assert masked_max_abs(x, torch.tensor([True, True, False])) == 3.0
-
-
-def test_largest_absolute_value_of_nothing_is_0():
-    assert masked_max_abs(torch.empty(2, 0), torch.empty(2, 0)) == 0.0

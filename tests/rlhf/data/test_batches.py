@@ -7,18 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.data import pad
-from rlhf.data.batches import Experience, PreferenceBatch, first_with_prompt, select, trim
+from rlhf.data.batches import Experience, PromptBatch, first_with_prompt, select, trim
 from rlhf.models.policy import PolicyModel
 
 
 def test_rows_are_taken_from_every_field():
     number_BT = torch.arange(6).view(3, 2)
-    batch = PreferenceBatch(number_BT, number_BT > 2, number_BT + 1, number_BT > 4, torch.arange(3.0))
+    batch = PromptBatch(number_BT, number_BT > 2, torch.tensor([True, False, True]), torch.arange(3))
     for index in ([2, 0], torch.tensor([2, 0])):
         picked = select(batch, index)
         for name, value in vars(batch).items():
             assert getattr(picked, name).tolist() == [value[2].tolist(), value[0].tolist()]
-    assert select(batch, slice(1, None)).margin_B.tolist() == [1.0, 2.0]
+    assert select(batch, slice(1, None)).ids_B.tolist() == [1, 2]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=5))

@@ -2,7 +2,6 @@ import json
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +21,6 @@ from rlhf.data import (
     load_prompts,
     mix_preferences,
     pad,
-    preference_batch,
     prompt_batch,
     short_prompts,
     split_held_out,
@@ -393,22 +391,6 @@ def test_prompts_are_padded_on_the_left(tokenizer):
 def test_prompt_that_is_too_long_for_a_batch_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"p:1: the prompt has \d+ tokens, over 5"):
         prompt_batch(tokenizer, [Prompt(asked("hello"), "helpful", "p:1")], [0], 5)
-
-
-def test_pairs_are_padded_on_the_right(tokenizer):
-    rows = [preference("a", "yes", "no, no, no", rating="better"), preference("b", "yes, yes, yes", "no")]
-    batch = preference_batch(tokenizer, rows, "large", 100)
-    pad_id = tokenizer.pad_token_id
-    for side, tokens, mask in (
-        ("chosen", batch.chosen_BT, batch.chosen_mask_BT),
-        ("rejected", batch.rejected_BT, batch.rejected_mask_BT),
-    ):
-        for row, ids, real in zip(rows, tokens.tolist(), mask.tolist(), strict=True):
-            expected = encode_answer(tokenizer, row.prompt, getattr(row, side))
-            assert ids == expected + [pad_id] * (len(ids) - len(expected))
-            assert real == [True] * len(expected) + [False] * (len(ids) - len(expected))
-    assert batch.margin_B.tolist() == [2.0, 2.0]
-    assert batch.margin_B.dtype == torch.float32
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1), min_size=1), st.booleans())

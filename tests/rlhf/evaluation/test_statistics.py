@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, overlap, paired_difference, proportion, wilson
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, proportion, wilson
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,6 @@ def test_paired_difference_refuses_unequal_sides():
 def test_values_without_their_clusters_are_refused():
     with pytest.raises(ValueError, match="2 values, but 1 clusters"):
         bootstrap_mean([1.0, 2.0], clusters=["a"])
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(3.0, 4.0, False), (2.0, 3.0, True), (0.5, 1.5, True), (1.2, 1.8, True)]
-)
-def test_overlap(low, high, expected):
-    a, b = Estimate(1.5, 1.0, 2.0, 10), Estimate((low + high) / 2, low, high, 10)
-    assert overlap(a, b) is overlap(b, a) is expected
 
 
 def test_an_estimate_as_a_dict():

@@ -88,11 +88,6 @@ def test_files_of_a_sqlite_store_lie_beside_it(store, store_client):
     assert location == (Path(store.uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
 
 
-def test_prepare_store_makes_the_experiment(store, store_client):
-    assert tracking.prepare_store(store.model_copy(update={"experiment": "prepared"}))
-    assert store_client.get_experiment_by_name("prepared") is not None
-
-
 def test_metrics_arrive_with_their_steps(tmp_path, store, store_client):
     tracker = open_tracker(tmp_path, store, "stage", None, is_writer=True)
     for step in range(130):  # more than one call to MLflow
