@@ -1,5 +1,15 @@
-"""The true quality of an answer in the shipped world."""
+"""The true quality of an answer in the shipped world, as a reward function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 from reward_data.world.quality import gold_score
 
-__all__ = ["gold_score"]
+__all__ = ["gold", "gold_score"]
+
+
+def gold(prompts: Sequence[str], responses: Sequence[str], finished: Sequence[bool]) -> list[float]:
+    """The gold score of each response; 0 for one that was cut off."""
+    rows = zip(prompts, responses, finished, strict=True)
+    return [gold_score(prompt, response) if whole else 0.0 for prompt, response, whole in rows]

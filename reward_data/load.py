@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from reward_data import files, folders, meaning
 from reward_data.converters import converter_for, form_of
@@ -169,7 +169,8 @@ def _converted(kind: Kind, converter: ModuleType, row: Row, tag: Tag, judge: mea
                 judge.refuse_unwanted(member)
     for record in made:
         meaning.refuse_transcripts(record)
-    return [_whole(_as_kind(kind, record)) for record in made]
+    records = [_whole(_as_kind(kind, record)) for record in made]
+    return [_with_columns(record, row.value) for record in records]
 
 
 def _why_nothing(tables: list[Table], format: str, refused: list[BadRow]) -> str:
@@ -201,6 +202,25 @@ def _as_kind(kind: Kind, record: Record) -> Record:
         )
         raise BadRow(reason, "no_answer", record.source)
     return record
+
+
+def _with_columns(record: Record, value: Any) -> Record:
+    """A prompt with whatever else its row holds (a reference answer, a unit test), for rewards that ask for it."""
+    if not isinstance(record, Prompt) or not isinstance(value, dict):
+        return record
+    others = {str(key): _as_json(entry) for key, entry in value.items() if key not in ("prompt", "messages", "tag")}
+    return replace(record, columns={key: entry for key, entry in others.items() if entry is not None})
+
+
+def _as_json(entry: Any) -> Any:
+    """The entry as JSON can hold it: dates and numbers of other kinds as text, bytes not at all."""
+    if isinstance(entry, dict):
+        return {str(key): _as_json(inner) for key, inner in entry.items()}
+    if isinstance(entry, list | tuple):
+        return [_as_json(inner) for inner in entry]
+    if isinstance(entry, bytes | bytearray | memoryview):
+        return None
+    return entry if isinstance(entry, str | int | float | bool | None) else str(entry)
 
 
 def _whole(record: Record) -> Record:

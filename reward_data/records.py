@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 Rating = Literal["significantly", "better", "slightly", "negligibly", "unrated"]
@@ -45,6 +45,7 @@ class Prompt:
     messages: tuple[Message, ...]  # ends with the user
     tag: Tag
     source: str  # "file:line"
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)  # whatever else its row holds
 
 
 Record = Demonstration | Preference | Prompt

@@ -21,6 +21,19 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 Tag = Literal["helpful", "safety"]
 
+
+def _absolute_file(code: str) -> str:
+    """`my/file.py:name` with the whole path: workers have other working directories."""
+    file, _, name = code.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}:{name}" if file.endswith(".py") else code
+
+
+Code = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$"), AfterValidator(_absolute_file)]
+"""`module:name`, or `path/to/file.py:name`."""
+ESTIMATORS = ("gae", "grpo", "dr_grpo", "rloo", "reinforce++")
+"""Of `rlhf.algorithms.advantages.ADVANTAGES`, which needs torch."""
+GROUPED = ("grpo", "dr_grpo", "rloo")
+
 CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 SECRET_KEY = re.compile(r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key)=)[^&#\s'\"]*", re.IGNORECASE)
 
@@ -182,9 +195,27 @@ class SamplingConfig(Settings):
     temperature: Positive = 1.0  # [O]
     max_new_tokens: Count = 512  # [O]
     batch_size: Count = 64  # rows sampled together on one worker
-    ahead: bool = False
+    one_step_off_policy: bool = False
     """Samples the answers of the next iteration during the update, so by a policy that is one update older; the
     importance weight makes up for that."""
+
+
+class RewardSource(Settings):
+    """One reward of PPO: a reward model of this run (`model`) or a Python function (`function`)."""
+
+    model: Name | None = None
+    """A name in `reward.models`."""
+    function: Code | None = None
+    """It is called with `prompts` and `responses` (texts), and with the columns of the rows that it names."""
+    weight: float = 1.0
+    timeout_s: Positive = 60.0
+    """For one call of a function with all responses of a worker; scores that come later have failed."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardSource:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("name either a model or a function")
+        return self
 
 
 class KLTargetConfig(Settings):
@@ -207,13 +238,19 @@ class AlarmConfig(Settings):
     """Of the first iteration's entropy. A policy that hardly chooses explores nothing [O]."""
     rollout_logprob_diff_max: Positive = 1.0
     """Nats at one token between sampler and trainer: well past log 2, where tis_cap begins to cut [O]. With
-    `ppo.sampling.ahead` they differ by an update at every token, so there it is the mean that must not reach it."""
+    `ppo.sampling.one_step_off_policy` they differ by an update at every token, so there it is the mean that must not reach it."""
+    reward_failed_fraction_max: Fraction = 0.1
+    """Scores that a reward could not give. Those that fail may be of a kind, so what is left is biased [O]."""
 
 
 class PPOConfig(Settings):
     helpfulness_model: str = "helpfulness"
     safety_model: str = "safety"
     """Names in `reward.models`; the same name twice uses one reward model alone."""
+    rewards: dict[Name, RewardSource] = {}
+    """Rewards whose weighted sum is maximised, in place of Llama 2's rule over the two models above."""
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] | Code = "gae"
+    """An estimator of `rlhf.algorithms.advantages`, or `module:name` of one's own; gae alone trains a critic."""
     iterations: Count = 200  # [P] 200–400
     batch_size: Count = 512  # answers per iteration over all workers [P]
     group_size: Count = 1  # [O]
@@ -225,8 +262,6 @@ class PPOConfig(Settings):
     """Tokens at once on a worker, padding inside, in place of `micro_batch_size`; a longer row goes alone."""
     packing: bool = False
     """Models read the rows of a forward pass one behind the other, without padding; none sees another."""
-    scoring_chunks: Count = 1
-    """Parts in which a worker's answers are scored; with 2 or more each as soon as it is there, beside the sampling."""
     max_prompt_length: Count = 2048
     sampling: SamplingConfig = SamplingConfig()
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005
@@ -237,7 +272,8 @@ class PPOConfig(Settings):
     value_clip_range: Positive = 0.2  # [O]
     tis_cap: Annotated[float, Field(ge=1.0)] = 2.0
     safety_threshold: Fraction = 0.15  # [P] on the sigmoid scale
-    whiten_rewards: bool = True  # [P]
+    whiten_rewards: bool | None = None  # [P] for gae
+    """None: as the estimator is published; gae divides the scores by their deviation, the others do not."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
     """Subtracted from the score of an answer that did not end itself, after whitening."""
     optim: OptimConfig = OptimConfig(lr=1e-6)  # [P]
@@ -249,6 +285,13 @@ class PPOConfig(Settings):
     checkpoint_every: Count = 20  # iterations
     logged_samples: Count = 8
     alarms: AlarmConfig = AlarmConfig()
+
+    @property
+    def reward_models(self) -> dict[str, str]:
+        """Setting → the reward model of the run that it names."""
+        if self.rewards:
+            return {f"rewards.{key}.model": source.model for key, source in self.rewards.items() if source.model}
+        return {"helpfulness_model": self.helpfulness_model, "safety_model": self.safety_model}
 
 
 class TrackingConfig(Settings):
@@ -287,10 +330,11 @@ class RunConfig(Settings):
         return self
 
     def _unknown_reward_models(self) -> Iterator[str]:
-        for key in ("helpfulness_model", "safety_model"):
-            name = getattr(self.ppo, key)
+        for key, name in self.ppo.reward_models.items():
             if name not in self.reward.models:
                 yield f"ppo.{key} is {name!r}, but reward.models has {', '.join(self.reward.models)}"
+        if self.ppo.rewards and not any(source.weight for source in self.ppo.rewards.values()):
+            yield "ppo.rewards gives every reward the weight 0, so there is nothing to maximise"
 
     def _adapters_for_vllm(self) -> Iterator[str]:
         if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:
@@ -312,6 +356,11 @@ class RunConfig(Settings):
             yield (
                 f"ppo.group_size is {self.ppo.group_size}, which does not divide the {share} rows that a "
                 "worker has of a minibatch (ppo.minibatch_size, hardware.workers)"
+            )
+        if self.ppo.group_size < 2 and self.ppo.advantage in GROUPED:
+            yield (
+                f"ppo.group_size is {self.ppo.group_size}, but {self.ppo.advantage} (ppo.advantage) compares responses to "
+                "one prompt; it needs at least 2, and 4 to 16 are usual"
             )
         if self.ppo.batch_size % self.ppo.minibatch_size:
             yield f"ppo.batch_size is {self.ppo.batch_size}, not a multiple of minibatch_size {self.ppo.minibatch_size}"
@@ -361,5 +410,4 @@ def stage_inputs(config: RunConfig, stage: str) -> list[str]:
         return []
     if stage.startswith("reward/"):
         return ["sft"]
-    rewards = dict.fromkeys([config.ppo.helpfulness_model, config.ppo.safety_model])
-    return ["sft", *(f"reward/{name}" for name in rewards)]
+    return ["sft", *(f"reward/{name}" for name in dict.fromkeys(config.ppo.reward_models.values()))]

@@ -1,11 +1,47 @@
-"""Generalised advantage estimation."""
+"""Estimators of the advantage, and what each asks of the rest of PPO: the registry that `ppo.advantage` names."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.masked import keep
+from rlhf.algorithms.masked import keep, masked_mean_and_var, whiten
+
+GRPO_EPS = 1e-4
+"""Added to the deviation of a group, as TRL and DeepSeekMath's code do."""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What an estimator is given, of all rows of an iteration."""
+
+    rewards_BR: Tensor  # float32, 0 in masked slots; the score stands at the last token of a response
+    values_BR: Tensor  # float32, of the critic; 0 where there is none
+    mask_BR: Tensor  # bool, tokens of responses
+    group_B: Tensor  # int64, equal for responses to one prompt
+    counted_B: Tensor  # bool, False for rows whose score failed: they are part of no statistic
+
+
+@dataclass(frozen=True)
+class Estimator:
+    advantages: Callable[[Signals, float, float], Tensor]
+    """(signals, gamma, gae_lambda) → advantages_BR, float32, 0 in masked slots."""
+    critic: bool = False
+    """Whether a critic is trained. Its targets are advantages_BR + values_BR, before whitening."""
+    min_group_size: int = 1
+    kl: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty stands: -β·k1 in the reward of each token, or +β·k3 in the loss."""
+    loss_mean: Literal["token", "response", "constant"] = "token"
+    """The policy loss is divided by all tokens; by the tokens of a response, then by responses; or by max_new_tokens
+    and responses."""
+    whiten_rewards: bool = False
+    """Scores are divided by their deviation over the batch, unless `ppo.whiten_rewards` says otherwise."""
+    whiten_advantages: bool = False
+    """Advantages are whitened over all tokens of the batch."""
 
 
 def gae(
@@ -29,3 +65,78 @@ def gae(
         advantages_BR[:, t] = next_advantage_B
     advantages_BR = keep(advantages_BR, mask_BR)
     return advantages_BR, advantages_BR + values_BR
+
+
+def _gae(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
+    return gae(signals.rewards_BR, signals.values_BR, signals.mask_BR, gamma, gae_lambda)[0]
+
+
+def grpo(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
+    """(R - mean of the group) / (deviation of the group + 1e-4), the same at every token of a response.
+
+    The deviation is the unbiased one. Shao et al. 2024 (arXiv 2402.03300), §4.1.2. A row alone in its group gets 0.
+    """
+    del gamma, gae_lambda
+    score_B, count_B = signals.rewards_BR.sum(1), _group_sum(torch.ones_like(signals.counted_B), signals)
+    centred_B = score_B - _group_sum(score_B, signals) / count_B.clamp(min=1)
+    std_B = (_group_sum(centred_B**2, signals) / (count_B - 1).clamp(min=1)).sqrt()
+    return _at_every_token(centred_B / (std_B + GRPO_EPS), count_B, signals)
+
+
+def dr_grpo(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
+    """R - mean of the group, the same at every token of a response. Liu et al. 2025 (arXiv 2503.20783), §3.2."""
+    del gamma, gae_lambda
+    score_B, count_B = signals.rewards_BR.sum(1), _group_sum(torch.ones_like(signals.counted_B), signals)
+    return _at_every_token(score_B - _group_sum(score_B, signals) / count_B.clamp(min=1), count_B, signals)
+
+
+def rloo(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
+    """R - mean of the *other* responses of the group, the same at every token. Ahmadian et al. 2024 (arXiv 2402.14740), eq. 6.
+
+    R is the sum of the rewards of all tokens, the KL penalty inside.
+    """
+    del gamma, gae_lambda
+    score_B, count_B = signals.rewards_BR.sum(1), _group_sum(torch.ones_like(signals.counted_B), signals)
+    others_B = (_group_sum(score_B, signals) - score_B) / (count_B - 1).clamp(min=1)
+    return _at_every_token(score_B - others_B, count_B, signals)
+
+
+def reinforce_plus_plus(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
+    """The discounted sum of the rewards from each token on. Hu 2025 (arXiv 2501.03262), eq. 6; whitened over the batch."""
+    del gae_lambda
+    return gae(signals.rewards_BR, torch.zeros_like(signals.values_BR), signals.mask_BR, gamma, 1.0)[0]
+
+
+ADVANTAGES = {
+    "gae": Estimator(_gae, critic=True, whiten_rewards=True, whiten_advantages=True),
+    "grpo": Estimator(grpo, min_group_size=2, kl="loss", loss_mean="response"),
+    "dr_grpo": Estimator(dr_grpo, min_group_size=2, kl="loss", loss_mean="constant"),
+    "rloo": Estimator(rloo, min_group_size=2),
+    "reinforce++": Estimator(reinforce_plus_plus, whiten_advantages=True),
+}
+
+
+def estimate(estimator: Estimator, signals: Signals, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """(advantages_BR, returns_BR): what `estimator` gives, whitened where it asks for that, and the critic's targets.
+
+    Rows that do not count have no advantage.
+    """
+    mask_BR = signals.mask_BR & signals.counted_B[:, None]
+    advantages_BR = keep(estimator.advantages(signals, gamma, gae_lambda), mask_BR)
+    returns_BR = advantages_BR + keep(signals.values_BR, mask_BR)
+    if estimator.whiten_advantages:
+        mean, var = masked_mean_and_var(advantages_BR, mask_BR)
+        advantages_BR = whiten(advantages_BR, mean, var, mask_BR, shift_mean=True)
+    return advantages_BR, returns_BR
+
+
+def _group_sum(x_B: Tensor, signals: Signals) -> Tensor:
+    """sum_B: of the counted rows of each row's group."""
+    sums_G = torch.zeros(int(signals.group_B.max()) + 1, device=x_B.device)
+    return sums_G.index_add(0, signals.group_B, keep(x_B, signals.counted_B))[signals.group_B]
+
+
+def _at_every_token(advantage_B: Tensor, count_B: Tensor, signals: Signals) -> Tensor:
+    """advantages_BR. A group with one counted row says nothing about it."""
+    comparable_B = signals.counted_B & (count_B > 1)
+    return keep(advantage_B[:, None].expand_as(signals.rewards_BR), signals.mask_BR & comparable_B[:, None])

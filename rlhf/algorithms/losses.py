@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.algorithms.kl import approx_kl
+from rlhf.algorithms.kl import approx_kl, k3
 from rlhf.algorithms.masked import keep, masked_sum
 
 LARGEST_LOG_RATIO = 20.0
@@ -40,26 +40,36 @@ def policy_loss(
     advantages_BR: Tensor,
     mask_BR: Tensor,
     clip_range: float,
-    importance_BR: Tensor,
+    weight_BR: Tensor,
 ) -> PolicyLoss:
     """PPO's clipped objective, summed over real tokens:
 
         w_t · max(-A_t ρ_t, -A_t clip(ρ_t, 1 - clip_range, 1 + clip_range))        ρ_t = exp(log π_new - log π_old)
 
     Schulman et al. 2017 (arXiv 1707.06347), eq. 7, per token; w is `importance_weight`, which makes up for a sampler
-    that is not quite the old policy.
+    that is not quite the old policy, times the token's part of the mean.
     """
     new_BR, old_BR = keep(new_logprobs_BR, mask_BR), keep(old_logprobs_BR.detach(), mask_BR)
-    advantages_BR, importance_BR = keep(advantages_BR.detach(), mask_BR), keep(importance_BR.detach(), mask_BR)
+    advantages_BR, weight_BR = keep(advantages_BR.detach(), mask_BR), keep(weight_BR.detach(), mask_BR)
     ratio_BR = (new_BR - old_BR).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
     unclipped_BR = -advantages_BR * ratio_BR
     clipped_BR = -advantages_BR * ratio_BR.clamp(1 - clip_range, 1 + clip_range)
     return PolicyLoss(
-        sum=masked_sum(importance_BR * torch.maximum(unclipped_BR, clipped_BR), mask_BR),
+        sum=masked_sum(weight_BR * torch.maximum(unclipped_BR, clipped_BR), mask_BR),
         count=_count(mask_BR),
         clipped_sum=masked_sum(clipped_BR > unclipped_BR, mask_BR),
         approx_kl_sum=masked_sum(approx_kl(new_BR.detach(), old_BR), mask_BR),
     )
+
+
+def kl_loss(new_logprobs_BR: Tensor, ref_logprobs_BR: Tensor, mask_BR: Tensor, weight_BR: Tensor) -> Tensor:
+    """Sum over real tokens of weight · k3 to the reference: the KL penalty of GRPO, as a loss.
+
+    Shao et al. 2024 (arXiv 2402.03300), eq. 4. Its gradient is that of KL(π_ref‖π).
+    """
+    new_BR, ref_BR = keep(new_logprobs_BR, mask_BR), keep(ref_logprobs_BR.detach(), mask_BR)
+    ref_BR = torch.minimum(ref_BR, new_BR + LARGEST_LOG_RATIO)
+    return masked_sum(keep(weight_BR, mask_BR) * k3(new_BR, ref_BR), mask_BR)
 
 
 def importance_weight(train_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float, mask: Tensor) -> Tensor:

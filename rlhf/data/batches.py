@@ -36,14 +36,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the models say of a rollout, without gradient."""
+    """What models and rewards say of a rollout, without gradient."""
 
     logprobs_BR: Tensor  # float32, policy, by the training engine
     ref_logprobs_BR: Tensor  # float32
-    values_BR: Tensor  # float32, critic, read at positions P-1 … T-2
-    helpful_B: Tensor  # float32, centred on SFT answers
-    safety_B: Tensor  # float32, centred on SFT answers
-    safety_logit_B: Tensor  # float32, raw logit of the safety model
+    values_BR: Tensor  # float32, critic, read at positions P-1 … T-2; 0 where there is none
+    rewards_BN: Tensor  # float32, of each reward in its order; 0 where it failed
+    failed_BN: Tensor  # bool
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,15 @@ class Experience:
     tokens_BT: Tensor  # int64
     mask_BT: Tensor  # bool
     response_mask_BR: Tensor  # bool
+    counted_B: Tensor  # bool, False for rows whose score failed
     old_logprobs_BR: Tensor  # float32
+    ref_logprobs_BR: Tensor  # float32
     old_values_BR: Tensor  # float32
-    advantages_BR: Tensor  # float32, whitened
+    advantages_BR: Tensor  # float32
     returns_BR: Tensor  # float32
     importance_BR: Tensor  # float32, detached min(π_train/π_sampler, C)
+    weight_BR: Tensor  # float32, of each token in the policy loss; 0 in rows that do not count
+    denominator_B: Tensor  # float32, each row's part of what the policy loss is divided by
 
 
 def select(batch: Batch, index) -> Batch:

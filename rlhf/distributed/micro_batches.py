@@ -1,4 +1,4 @@
-"""Forward passes: which rows a rank reads together, so that none is too large and every rank makes equally many."""
+"""Micro-batches: which rows a rank reads together, so that none is too large and every rank has equally many."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def micro_batches_of_minibatch(
     lengths_M3 = _lengths(experience, config)[index]
     order_NW = _dealt(_order(lengths_M3, config), world, config)
     return list(index[order_NW[:, rank]].split(_pass_sizes(lengths_M3[order_NW], config)))
+
+
+def in_row_order(parts: list[Tensor], micro_batches: list[Tensor]) -> Tensor:
+    """What was computed one micro-batch after the other, as rows of the batch whose numbers they name."""
+    return torch.cat(parts)[torch.cat(micro_batches).argsort().to(parts[0].device)]
 
 
 def tokens_of_shards(rollout: Rollout, world: int, config: PPOConfig) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from reward_data import Prompt, normalised_prompt
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, proportion
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,15 @@ class Answers:
     texts: list[str]
     lengths: list[int]  # tokens, EOS inside
     finished: list[bool]
-    scores: dict[str, list[float]]  # reward.<name>, and gold where there is one
+    scores: Mapping[str, Sequence[float | None]]  # reward.<name>, and gold where there is one; None where it failed
     kl: list[float]  # nats per answer against the reference, k1
-    flagged: list[bool]  # the safety model calls the answer unsafe
+    flagged: list[bool] | None  # the safety model calls the answer unsafe; None without such a model
 
 
 def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
     """Estimates over n ≥ 1 answers, one to each of `prompts`, clustered by prompt where prompts repeat:
 
-    each name in `scores`   mean score
+    each name in `scores`   mean score of the answers whose score did not fail; none where all failed
     kl                      mean nats per answer against the reference
     length                  mean number of tokens
     eos_rate               share of answers that ended themselves
@@ -34,13 +34,15 @@ def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Esti
                             themselves. Answers of fewer than two words are left out; without others, so is the figure
     """
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
-    report = {name: bootstrap_mean(values, clusters) for name, values in answers.scores.items()}
+    report = _mean_of_known(answers.scores, clusters)
     report["kl"] = bootstrap_mean(answers.kl, clusters)
     report["length"] = bootstrap_mean(answers.lengths, clusters)
     report["eos_rate"] = proportion([float(done) for done in answers.finished], clusters)
-    for tag in sorted({prompt.tag for prompt in prompts}):
-        rows = [i for i, prompt in enumerate(prompts) if prompt.tag == tag]
-        report[f"flagged.{tag}"] = proportion([float(answers.flagged[i]) for i in rows], [clusters[i] for i in rows])
+    if answers.flagged is not None:
+        for tag in sorted({prompt.tag for prompt in prompts}):
+            of_tag = [i for i, prompt in enumerate(prompts) if prompt.tag == tag]
+            flagged = [float(answers.flagged[i]) for i in of_tag]
+            report[f"flagged.{tag}"] = proportion(flagged, [clusters[i] for i in of_tag])
     variety = [
         (found, own) for text, own in zip(answers.texts, clusters, strict=True) if (found := distinct_bigrams(text))
     ]
@@ -52,7 +54,21 @@ def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Esti
 def gain(after: Answers, before: Answers, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
     """By how much each score rose, prompt by prompt: what prompts have in common cancels."""
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
-    return {name: paired_difference(scores, before.scores[name], clusters) for name, scores in after.scores.items()}
+    differences = {
+        name: [None if a is None or b is None else a - b for a, b in zip(scores, before.scores[name], strict=True)]
+        for name, scores in after.scores.items()
+    }
+    return _mean_of_known(differences, clusters)
+
+
+def _mean_of_known(scores: Mapping[str, Sequence[float | None]], clusters: Sequence[str]) -> dict[str, Estimate]:
+    """The mean of each series over the values that did not fail."""
+    report = {}
+    for name, values in scores.items():
+        known = [(value, own) for value, own in zip(values, clusters, strict=True) if value is not None]
+        if known:
+            report[name] = bootstrap_mean([value for value, _ in known], [own for _, own in known])
+    return report
 
 
 def distinct_bigrams(answer: str) -> float | None:

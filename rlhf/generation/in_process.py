@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import SamplingConfig
-from rlhf.data.batches import PromptBatch, Rollout, first_with_prompt, select
+from rlhf.data.batches import PromptBatch, Rollout, first_with_prompt
 from rlhf.errors import UserError
 from rlhf.generation.counter_rng import keyed_uniform, pick_token
 from rlhf.generation.decoder import CausalDecoder, Decoder
@@ -32,7 +32,7 @@ ADMIT_SHARE = 0.125
 # Prompt tokens read in one forward pass, padding inside: enough for the full rate of a matrix product.
 PREFILL_TOKENS = 2048
 # Of the memory that is free, for keys and values: the rest is for the passes, and for pieces too small to use. Beside
-# scoring or an update it is shared with what these need.
+# an update it is shared with what these need.
 CACHE_SHARE, CACHE_SHARE_BESIDE = 0.8, 0.4
 
 
@@ -96,26 +96,24 @@ class InProcessSampler:
         settings: SamplingConfig,
         seed: int,
         iteration: int,
-        on_rows: Callable[[Tensor, Rollout], None] | None = None,
+        go_on: Callable[[], None] | None = None,
     ) -> Rollout:
         """Answers for every prompt, `settings.batch_size` rows at a time, or as many as memory holds keys and values of;
         the others wait. R is `settings.max_new_tokens`. UserError (5) where there is no memory for one row.
 
-        The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `on_rows` is given the
-        numbers of the rows that have just ended, and these rows: each row once, and often none. What it raises ends the
-        sampling.
+        The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `go_on`: see `Sampler`.
         """
-        alone = on_rows is None  # else rows are scored beside their sampling, or sampled beside an update
+        alone = go_on is None  # else an update runs at the same time
         decoder = decoder_of(self.model, alone)
         longest = int(prompts.mask_BP.sum(1).max()) if len(prompts.ids_B) else 0
         slots = self.rows_at_once(longest, settings, alone)
         run = _Run(decoder, self.eos_id, self.pad_id, prompts, settings, (seed, iteration), slots)
         while run.unfinished:
-            ended_N = run.admit() if run.has_room else run.step()
-            if on_rows is not None:
-                on_rows(ended_N, run.rollout(ended_N))
+            if go_on is not None:
+                go_on()
+            run.admit() if run.has_room else run.step()
         self.positions = (run.prompt_positions, run.step_positions)
-        return run.rollout(slice(None))
+        return rollout_of(prompts, run.tokens_BR, run.logprobs_BR, run.length_B, self.eos_id)
 
     def rows_at_once(self, prompt_length: int, settings: SamplingConfig, alone: bool = True) -> int:
         """Rows of up to so long a prompt that are sampled together. UserError (5) where there is no room for one.
@@ -188,9 +186,8 @@ class _Run:
         free = self.cache.slots - self.cache.rows
         return free >= min(len(self.waiting), max(1, round(ADMIT_SHARE * self.cache.slots))) > 0
 
-    def admit(self) -> Tensor:
-        """The next prompts take free slots, each distinct one read once; every row draws its first token. Returns the rows
-        that have ended."""
+    def admit(self) -> None:
+        """The next prompts take free slots, each distinct one read once; every row draws its first token."""
         width = int(self.prompt_length_B[self.waiting[0]])
         count = self._newcomers(max(1, PREFILL_TOKENS // width))
         index_G, self.waiting = self.waiting[:count], self.waiting[count:]
@@ -204,7 +201,7 @@ class _Run:
         token_G = self._draw(logits_DV[source_G], index_G)
         self.prompt_positions += int(mask_DW.sum()) if self.decoder.packs else mask_DW.numel()
         self.index_S, self.token_S = torch.cat([self.index_S, index_G]), torch.cat([self.token_S, token_G])
-        return self._release()
+        self._release()
 
     def _newcomers(self, prompts: int) -> int:
         """How many waiting rows enter: of at most so many prompts, and all rows of a prompt, unless it is the first."""
@@ -214,16 +211,11 @@ class _Run:
             prompts = min(prompts, max(int(number_W[free]) - 1, 1))
         return min(int((number_W <= prompts).sum()), free)
 
-    def step(self) -> Tensor:
-        """One more token for every row. Returns the rows that have ended."""
+    def step(self) -> None:
+        """One more token for every row."""
         self.step_positions += len(self.token_S)
         self.token_S = self._draw(self.decoder.step(self.token_S, self.cache), self.index_S)
-        return self._release()
-
-    def rollout(self, index: Tensor | slice) -> Rollout:
-        """The rows `index` as far as they are sampled."""
-        tokens_BR, logprobs_BR, length_B = (x[index] for x in (self.tokens_BR, self.logprobs_BR, self.length_B))
-        return rollout_of(select(self.prompts, index), tokens_BR, logprobs_BR, length_B, self.eos_id)
+        self._release()
 
     def _draw(self, logits_GV: Tensor, index_G: Tensor) -> Tensor:
         """The next token of each row, written down with its logprob."""
@@ -235,14 +227,12 @@ class _Run:
         self.length_B[index_G] = t_G + 1
         return token_G
 
-    def _release(self) -> Tensor:
-        """Rows that have ended, or are as long as they may be, leave their slots; returns which."""
+    def _release(self) -> None:
+        """Rows that have ended, or are as long as they may be, leave their slots."""
         alive_S = (self.token_S != self.eos_id) & (self.length_B[self.index_S] < self.R)
-        ended_N = self.index_S[~alive_S]
         if not alive_S.all():
             from_S = self.cache.keep(alive_S)
             self.index_S, self.token_S = self.index_S[from_S], self.token_S[from_S]
-        return ended_N
 
 
 def _is_as_before(prompt_N: Tensor) -> Tensor:

@@ -32,12 +32,12 @@ class Sampler(Protocol):
         settings: SamplingConfig,
         seed: int,
         iteration: int,
-        on_rows: Callable[[Tensor, Rollout], None] | None = None,
+        go_on: Callable[[], None] | None = None,
     ) -> Rollout:
         """Answers for every prompt, of up to R = `settings.max_new_tokens` tokens, EOS inside.
 
-        Random numbers depend on (seed, iteration, prompt id) and the position alone. `on_rows` is given the
-        numbers of the rows that have just ended, and these rows: each row once. What it raises ends the sampling.
+        Random numbers depend on (seed, iteration, prompt id) and the position alone. `go_on` is given where something
+        else uses the device at the same time; it is called now and then, and what it raises ends the sampling.
         """
         ...
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf.config import SamplingConfig
-from rlhf.data.batches import PromptBatch, Rollout, select
+from rlhf.data.batches import PromptBatch, Rollout
 from rlhf.distributed import collectives
 from rlhf.generation.counter_rng import keyed_seed
 from rlhf.generation.sampler import rollout_of
@@ -100,33 +100,29 @@ class VLLMSampler:
         settings: SamplingConfig,
         seed: int,
         iteration: int,
-        on_rows: Callable[[Tensor, Rollout], None] | None = None,
+        go_on: Callable[[], None] | None = None,
     ) -> Rollout:
         """Answers for every prompt. R is `settings.max_new_tokens`; rows at once are those of the engine.
 
-        The generator of a row starts from (seed, iteration, prompt id). `on_rows` is as in `Sampler`.
+        The generator of a row starts from (seed, iteration, prompt id). `go_on`: see `Sampler`.
         """
         B, R, device = len(prompts.ids_B), settings.max_new_tokens, prompts.tokens_BP.device
         tokens_BR = torch.full((B, R), self.pad_id, dtype=torch.int64)
         logprobs_BR = torch.zeros((B, R), dtype=torch.float32)
         length_B = torch.zeros(B, dtype=torch.int64)
 
-        def rollout(index: Tensor | slice) -> Rollout:
-            tokens_NR, logprobs_NR, length_N = (x[index].to(device) for x in (tokens_BR, logprobs_BR, length_B))
-            return rollout_of(select(prompts, index), tokens_NR, logprobs_NR, length_N, self.eos_id)
-
         self._wake("weights", "kv_cache")
         try:
             for row, tokens, logprobs in self._answers(prompts, settings, seed, iteration):
                 length_B[row] = n = len(tokens)
                 tokens_BR[row, :n], logprobs_BR[row, :n] = torch.tensor(tokens), torch.tensor(logprobs)
-                if on_rows is not None:
-                    on_rows(torch.tensor([row]), rollout(torch.tensor([row])))
-        finally:  # without it, what `on_rows` raises would leave the other rows to the next call
+                if go_on is not None:
+                    go_on()
+        finally:  # without it, what `go_on` raises would leave the other rows to the next call
             self.llm.llm_engine.abort_request([str(row) for row in (length_B == 0).nonzero()[:, 0].tolist()])
             self._sleep()
         self.positions = (int(prompts.mask_BP.sum()), int((length_B - 1).sum()))
-        return rollout(slice(None))
+        return rollout_of(prompts, tokens_BR.to(device), logprobs_BR.to(device), length_B.to(device), self.eos_id)
 
     def _answers(
         self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int

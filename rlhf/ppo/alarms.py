@@ -20,7 +20,7 @@ class Alarm:
 def sounding(metrics: Mapping[str, float], first_entropy: float, limits: AlarmConfig) -> Iterator[Alarm]:
     """The alarms of one iteration; `first_entropy` is the entropy of the first. A figure at its limit is silent."""
     kl, eos = metrics["ppo/kl"], metrics["ppo/eos_rate"]
-    entropy = metrics["ppo/entropy"]
+    entropy, failed = metrics["ppo/entropy"], metrics["ppo/reward_failed_fraction"]
     # Answers of an older policy differ at every token, and a few of them by much: the mean alone tells a wrong sampler.
     which = "mean" if metrics["ppo/staleness"] else "max"
     gap = metrics[f"ppo/rollout_logprob_diff_{which}"]
@@ -48,6 +48,13 @@ def sounding(metrics: Mapping[str, float], first_entropy: float, limits: AlarmCo
             f"sampler and trainer differ by {gap:.3g} nats {'a token' if which == 'mean' else 'at a token'}, over "
             f"{limits.rollout_logprob_diff_max:g} (ppo.alarms.rollout_logprob_diff_max): answers come from another policy than the one "
             f"that learns; look at hardware.precision and at ppo/rollout_logprob_diff_{which} of earlier iterations",
+        )
+
+    if failed > limits.reward_failed_fraction_max:
+        yield Alarm(
+            "reward_failed_fraction",
+            f"{failed:.1%} of the scores failed, over {limits.reward_failed_fraction_max:.1%} "
+            "(ppo.alarms.reward_failed_fraction_max): these responses are left out of the update; the stage's log says why",
         )
 
 

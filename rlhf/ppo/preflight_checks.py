@@ -1,6 +1,6 @@
-"""Figures that PPO stands on, taken before its first step. Each has a limit; past it the run stops on every rank.
+"""What PPO stands on, measured before its first step. Each result has a limit; past it the run stops on every rank.
 
-Every function here but `broken_ends` and `agree` makes forward passes or gathers shards: all ranks must call it.
+Every function here but `broken_ends`, `rewards_work` and `agree` makes forward passes or gathers shards: all ranks must call it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ from torch import Tensor, nn
 from reward_data import Message
 from rlhf.chat import encode_answer
 from rlhf.config import PPOConfig
-from rlhf.data.batches import Rollout, Scores, select, trim
+from rlhf.data import next_prompts
+from rlhf.data.batches import Rollout, Scores, select, to, trim
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, full_parameters
 from rlhf.distributed.micro_batches import micro_batches_of_shards
 from rlhf.errors import UserError
+from rlhf.generation import InProcessSampler, Sampler
 from rlhf.models import load_scalar
-from rlhf.ppo.scoring import reward_of
+from rlhf.ppo.models import Models
+from rlhf.ppo.rollout_source import records_of
+from rlhf.ppo.scoring import score_responses
+from rlhf.ppo.setup import Setup
 from rlhf.ppo.update import recompute_logprobs
+from rlhf.rewards import FunctionReward, RewardSet
+from rlhf.rewards.model import score
 
 SAME_LOGPROBS = {"float32": 1e-6, "bf16": 5e-2}
 """Equal passes over equal rows are equal bit by bit; a backend may still choose another kernel for one of them, and
@@ -40,11 +47,63 @@ without the trainer's weights is off by whole nats."""
 
 FIXED_TEXT = ("What is 2 + 2?", "2 + 2 is 4.")
 PADDING = 5
+MOST_FAILED = 0.5
+"""Of a reward's scores. A reward that fails more often than it works would train on a biased part of the responses."""
 ROWS, NEW_TOKENS = 16, 64  # of the small rollout, on each rank
 
 
+def run(setup: Setup, fresh: bool) -> dict[str, str]:
+    """Checks everything on a small rollout; returns tags that tell what was found. UserError (6) where a check fails.
+
+    `fresh`: no step was made, so the policy must still be the reference.
+    """
+    config, models, ppo = setup.config, setup.models, setup.config.ppo
+    precision, tokenizer = config.hardware.precision, models.tokenizer
+    _check_memory(models.sampler, ppo)
+    batch = next_prompts(tokenizer, setup.prompts, config, 1)
+    mine = select(batch, collectives.shard(ppo.batch_size, collectives.rank(), collectives.world_size()))
+    few = select(mine, slice(ROWS))
+    short = {"max_new_tokens": min(NEW_TOKENS, ppo.sampling.max_new_tokens)}
+    rollout = models.sampler.sample(
+        to(few, setup.context.device), ppo.sampling.model_copy(update=short), config.seed, 0
+    )
+    rows = records_of(few, setup.prompts, ppo.group_size)
+    scores = score_responses(rollout, rows, models, setup.rewards, ppo)
+    results = [
+        first_ratio(models.policy, rollout, scores, ppo, precision),
+        broken_ends(rollout, tokenizer.eos_token_id, tokenizer.pad_token_id),
+        _sampler_check(models, rollout, scores, precision),
+        *rewards_work(setup.rewards, scores),
+    ]
+    if fresh:
+        results.append(same_as_reference(scores, rollout, precision))
+    for name, engine in models.reward_models.items():
+        folder = setup.context.inputs[f"reward/{name}"].path
+        results.append(fixed_score(name, engine, folder, tokenizer, precision))
+    return agree(results)
+
+
+def _check_memory(sampler: Sampler, ppo: PPOConfig) -> None:
+    """UserError (5), on every rank, where one of them has no memory to sample the longest row that may come."""
+    refusal = None
+    if isinstance(sampler, InProcessSampler):
+        try:
+            sampler.rows_at_once(ppo.max_prompt_length, ppo.sampling)
+        except UserError as error:
+            refusal = error
+    if refused := [error for error in collectives.gather_objects(refusal) if error is not None]:
+        raise refused[0]
+
+
+def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: str) -> CheckResult:
+    """Weights can be compared where the sampler keeps them as they are; vLLM lays them out anew."""
+    if isinstance(models.sampler, InProcessSampler):
+        return synced(models.policy, models.sampler.model)
+    return sampler_agrees(rollout, scores, precision)
+
+
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     name: str
     figure: float  # how far off on this rank; NaN is as far as can be
     limit: float
@@ -52,9 +111,9 @@ class Finding:
     look_at: str
 
 
-def agree(findings: Sequence[Finding]) -> dict[str, str]:
+def agree(results: Sequence[CheckResult]) -> dict[str, str]:
     """Tags that tell what was found, the worst of all ranks. UserError (6), on every rank, where one is past its limit."""
-    everywhere = zip(*collectives.gather_objects(list(findings)), strict=True)
+    everywhere = zip(*collectives.gather_objects(list(results)), strict=True)
     worst = [max(same, key=lambda f: _distance(f.figure)) for same in everywhere]
     failed = [f for f in worst if not f.figure <= f.limit]
     if failed:
@@ -68,7 +127,7 @@ def _distance(figure: float) -> float:
 
 
 @torch.no_grad()
-def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig, precision: str) -> Finding:
+def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig, precision: str) -> CheckResult:
     """The ratio π/π_old of the first minibatch, read as the update reads it, must be 1."""
     far = []
     for index in micro_batches_of_shards(rollout, ppo):
@@ -77,7 +136,7 @@ def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig
         logprobs_BR, _ = recompute_logprobs(policy, part, ppo)
         ratio_BR = (logprobs_BR.cpu() - scores.logprobs_BR[index.cpu(), : mask_BR.shape[1]]).exp()
         far.append(float((ratio_BR[mask_BR.cpu()] - 1).abs().max()))
-    return Finding(
+    return CheckResult(
         "first_ratio",
         max(far, key=_distance),
         SAME_LOGPROBS[precision],
@@ -87,10 +146,10 @@ def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig
     )
 
 
-def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> Finding:
+def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> CheckResult:
     """Before its first step the policy is the reference, so their KL is 0 token by token."""
     gap_BR = (scores.logprobs_BR - scores.ref_logprobs_BR)[rollout.response_mask_BR.cpu()]
-    return Finding(
+    return CheckResult(
         "policy_is_reference",
         float(gap_BR.abs().max()),
         SAME_LOGPROBS[precision],
@@ -100,7 +159,7 @@ def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> Findi
     )
 
 
-def broken_ends(rollout: Rollout, eos_id: int, pad_id: int) -> Finding:
+def broken_ends(rollout: Rollout, eos_id: int, pad_id: int) -> CheckResult:
     """EOS is the last real token of every finished answer, and of no other; masks come from lengths."""
     mask_BR = rollout.response_mask_BR
     R = mask_BR.shape[1]
@@ -112,7 +171,7 @@ def broken_ends(rollout: Rollout, eos_id: int, pad_id: int) -> Finding:
     right_end_B = torch.where(rollout.finished_B, (last_B == eos_id) & (eos_inside_B == 1), eos_inside_B == 0)
     wrong_B = ~(contiguous_B & seen_by_models_B & right_end_B & (length_B > 0))
     same = eos_id == pad_id
-    return Finding(
+    return CheckResult(
         "eos_in_mask",
         float(len(wrong_B) if same else wrong_B.sum()),
         0,
@@ -123,7 +182,23 @@ def broken_ends(rollout: Rollout, eos_id: int, pad_id: int) -> Finding:
     )
 
 
-def synced(policy: Engine, sampler: nn.Module) -> Finding:
+def rewards_work(rewards: RewardSet, scores: Scores) -> list[CheckResult]:
+    """Rewards that can fail must score most of the small rollout."""
+    columns = zip(rewards.rewards.items(), scores.failed_BN.float().mean(0).tolist(), strict=True)
+    return [
+        CheckResult(
+            f"reward.{name}",
+            failed,
+            MOST_FAILED,
+            "the fraction of responses without a score",
+            f"The last failure: {reward.last_failure}.",
+        )
+        for (name, reward), failed in columns
+        if isinstance(reward, FunctionReward)
+    ]
+
+
+def synced(policy: Engine, sampler: nn.Module) -> CheckResult:
     """The sampler must hold the trainer's weights, cast to its precision. Shards are gathered in buckets."""
     own = dict(sampler.named_parameters())
     wrong = set(own)
@@ -133,7 +208,7 @@ def synced(policy: Engine, sampler: nn.Module) -> Finding:
             wrong.remove(name)
         else:
             wrong.add(name)
-    return Finding(
+    return CheckResult(
         "sampler_weights",
         len(wrong),
         0,
@@ -143,10 +218,10 @@ def synced(policy: Engine, sampler: nn.Module) -> Finding:
     )
 
 
-def sampler_agrees(rollout: Rollout, scores: Scores, precision: str) -> Finding:
+def sampler_agrees(rollout: Rollout, scores: Scores, precision: str) -> CheckResult:
     """A sampler that keeps its weights in a layout of its own must give the trainer's logprobs to what it sampled."""
     gap_BR = rollout.behaviour_logprobs_BR.cpu() - scores.logprobs_BR.cpu()
-    return Finding(
+    return CheckResult(
         "sampler_logprobs",
         float(gap_BR[rollout.response_mask_BR.cpu()].abs().max()),
         SAMPLER_GAP[precision],
@@ -167,7 +242,7 @@ def checksum(tensor: Tensor, piece: int = 1 << 22) -> int:
     return int(total)
 
 
-def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precision: str) -> Finding:
+def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precision: str) -> CheckResult:
     """One fixed text must get one score from the (sharded) reward model, padded or not, and from `rlhf score`.
 
     The latter is `ScalarModel.score` of the whole model in `folder`, which the first rank loads on its CPU and lets go.
@@ -176,7 +251,7 @@ def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precisi
     of_folder = collectives.rank_zero_only(lambda: _score_of_folder(folder, tokenizer, precision), f"loading {folder}")
     scores["by rlhf score"] = of_folder
     gaps = [abs(score - scores["unpadded"]) for score in scores.values()]
-    return Finding(
+    return CheckResult(
         f"score.{name}",
         max(gaps, key=_distance),
         SAME_SCORES[precision],
@@ -193,7 +268,7 @@ def fixed_text_scores(engine: Engine, tokenizer: Any) -> dict[str, float]:
     scores = {}
     for how, side in {"unpadded": (0, 0), "padded left": (PADDING, 0), "padded right": (0, PADDING)}.items():
         tokens_BT, mask_BT = F.pad(tokens_1T, side, value=tokenizer.pad_token_id), F.pad(mask_1T, side)
-        scores[how] = float(reward_of(engine, tokens_BT.to(engine.device), mask_BT.to(engine.device)))
+        scores[how] = float(score(engine, tokens_BT.to(engine.device), mask_BT.to(engine.device)))
     return scores
 
 

@@ -1,24 +1,27 @@
-"""Two things at once, the second in a thread: scoring beside sampling, and sampling beside the update.
+"""Where rollouts come from: sampled when they are asked for or, one step off-policy, in the background of the update.
 
-Either side may fail while the other works. Then the stage ends with that error, and neither waits for the other.
+Only this file knows of threads. Either side may fail while the other works. Then the stage ends with that error, and
+neither waits for the other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import torch
-from torch import Tensor
 
-from rlhf.data.batches import Rollout, Scores, cat, select, to
+from reward_data import Prompt
+from rlhf.config import RunConfig
+from rlhf.data import next_prompts
+from rlhf.data.batches import PromptBatch, Rollout, select, to
 from rlhf.distributed import collectives
+from rlhf.generation import Sampler
 from rlhf.ppo.step_profiler import PhaseTimer
 
 Result = TypeVar("Result")
@@ -31,7 +34,7 @@ class Unwanted(Exception):
     """Ends a thread of whose result nobody has any more use."""
 
 
-class Beside(Generic[Result]):
+class BackgroundTask(Generic[Result]):
     """`work` in a thread of its own, which starts at once; on CUDA on a stream of its own.
 
     `work` is given a function to call now and then: it raises once the `with` block around has failed.
@@ -45,7 +48,7 @@ class Beside(Generic[Result]):
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
         self.seconds = 0.0  # of the work, when it has ended
-        self._thread = threading.Thread(target=self._run, name="beside", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -84,85 +87,23 @@ class Beside(Generic[Result]):
             raise Unwanted
 
 
-class ScoringBeside:
-    """Scores of this rank's rows, `size` rows at a time, beside their sampling.
-
-    A chunk is the next `size` rows that end here. All reading is done by one thread in the order of the chunks, and every
-    rank has equally many of them, so what ranks say to each other within `read` comes in the same order everywhere.
-    Sampling must say nothing to other ranks meanwhile. Which rows make a chunk does not depend on time.
-    """
-
-    def __init__(self, read: Callable[[Rollout], Scores], size: int, device: torch.device) -> None:
-        self._read, self._size = read, size
-        self._ended: list[Tensor] = []  # numbers of rows as they ended
-        self._waiting: list[Rollout] = []  # for a chunk to be full
-        self._chunks: queue.SimpleQueue[Rollout | None] = queue.SimpleQueue()
-        self._spans: list[tuple[float, float]] = []  # when each chunk was read
-        self._beside = Beside(self._read_all, device)
-
-    def take(self, index_N: Tensor, ended: Rollout) -> None:
-        """Rows that have ended, none perhaps; raises what scoring has raised."""
-        self._beside.check()
-        if not len(index_N):
-            return
-        self._ended.append(index_N.to(CPU))
-        self._waiting.append(to(ended, CPU))  # to the host, so the two streams share no memory
-        count = sum(len(part.finished_B) for part in self._waiting)
-        self._hand_over(count - count % self._size)
-
-    def finish(self) -> tuple[Scores, list[Tensor], float]:
-        """The scores in the order of the batch, the rows of each chunk, and the seconds of reading until this call."""
-        now = time.perf_counter()
-        self._hand_over(self._size)  # the last chunk may be smaller
-        self._chunks.put(None)
-        scores, order_B = cat(self._beside.result()), torch.cat(self._ended)
-        seconds = sum(max(min(end, now) - start, 0.0) for start, end in self._spans)
-        return select(scores, order_B.argsort()), list(order_B.split(self._size)), seconds
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._chunks.put(None)
-        self._beside.__exit__(*error)
-
-    def _hand_over(self, count: int) -> None:
-        """The first `count` of the rows that wait."""
-        if count and self._waiting:
-            waiting = cat(self._waiting)
-            for start in range(0, count, self._size):
-                self._chunks.put(select(waiting, slice(start, start + self._size)))
-            self._waiting = [rest] if len((rest := select(waiting, slice(count, None))).finished_B) else []
-
-    def _read_all(self, go_on: Callable[[], None]) -> list[Scores]:
-        read: list[Scores] = []
-        while (chunk := self._chunks.get()) is not None:
-            go_on()
-            start = time.perf_counter()
-            read.append(self._read(chunk))
-            self._spans.append((start, time.perf_counter()))
-        return read
-
-
 @dataclass
-class Ahead:
-    """This rank's answers that were sampled before their iteration began, by the policy of one update earlier.
+class Prefetched:
+    """This rank's rollout that was sampled before its iteration began, by the policy of one update earlier.
 
-    A part of every checkpoint: when they are used, the weights that gave them are gone.
+    A part of every checkpoint: when it is used, the weights that gave it are gone.
     """
 
     rollout: Rollout | None = None  # on the CPU
-    positions: tuple[int, int] = (0, 0)  # what the sampler told of these answers
+    positions: tuple[int, int] = (0, 0)  # what the sampler told of it
 
-    def keep(self, rollout: Rollout, sampler: Any) -> None:
-        self.rollout, self.positions = to(rollout, CPU), sampler.positions
+    def keep(self, rollout: Rollout, positions: tuple[int, int]) -> None:
+        self.rollout, self.positions = to(rollout, CPU), positions
 
-    def take(self, sampler: Any) -> Rollout | None:
-        """What was sampled ahead, once; the sampler tells again what it told of it."""
+    def take(self) -> tuple[Rollout, tuple[int, int]] | None:
+        """What was kept, once."""
         taken, self.rollout = self.rollout, None
-        if taken is not None:
-            sampler.positions = self.positions
-        return taken
+        return None if taken is None else (taken, self.positions)
 
     def save(self, folder: Path) -> None:
         if self.rollout is not None:
@@ -170,7 +111,7 @@ class Ahead:
             torch.save({"rollout": vars(self.rollout), "positions": self.positions}, self._file(folder))
 
     def load(self, folder: Path) -> None:
-        """What was saved there; nothing where nothing was sampled ahead, on no rank then. All ranks must call it."""
+        """What was saved there; nothing where nothing was kept, on no rank then. All ranks must call it."""
         if collectives.broadcast_result(lambda: self._file(folder).exists()):
             kept = torch.load(self._file(folder))
             self.rollout, self.positions = Rollout(**kept["rollout"]), kept["positions"]
@@ -180,51 +121,67 @@ class Ahead:
         return folder / f"rank-{collectives.rank()}.pt"
 
 
-def answer_and_read(
-    sample: Callable[..., Rollout],
-    read: Callable[[Rollout], Scores],
-    ahead: Ahead,
-    sampler: Any,
-    count: int,
-    chunks: int,
-    timer: PhaseTimer,
-) -> tuple[Rollout, Scores, list[Tensor]]:
-    """The answers to this rank's `count` prompts, their scores, and which rows were scored together.
+@dataclass(frozen=True)
+class Sampled:
+    """One iteration's prompts and this rank's responses to its shard of them."""
 
-    What was sampled ahead is taken as it is; else `sample` is called, and with more than one chunk is given `on_rows`.
-    """
-    rollout = ahead.take(sampler)
-    if rollout is None and chunks > 1:
-        with ScoringBeside(read, -(-count // chunks), timer.device) as scoring:
+    batch: PromptBatch  # of all ranks
+    prompts: list[Prompt]  # the records of this rank's rows
+    rollout: Rollout  # this rank's rows
+    staleness: int  # updates between the policy that sampled and the one that is trained
+
+
+def records_of(batch: PromptBatch, prompts: Sequence[Prompt], group_size: int) -> list[Prompt]:
+    """The records whose prompts stand in the rows of a batch of `next_prompts`."""
+    return [prompts[key // group_size % len(prompts)] for key in batch.ids_B.tolist()]
+
+
+class RolloutSource:
+    """Rollouts, one per iteration. The sampler holds the policy of the last sync."""
+
+    def __init__(
+        self, config: RunConfig, sampler: Sampler, tokenizer: Any, prompts: Sequence[Prompt], timer: PhaseTimer
+    ) -> None:
+        self._config, self._sampler, self._tokenizer, self._prompts = config, sampler, tokenizer, prompts
+        self._timer = timer
+        self.prefetched = Prefetched()  # a part of every checkpoint
+        self._shard = collectives.shard(config.ppo.batch_size, collectives.rank(), collectives.world_size())
+
+    def next(self, iteration: int) -> Sampled:
+        """The iteration's prompts and this rank's responses, sampled now unless they were prefetched."""
+        with self._timer("sampling"):
+            batch = self._prompts_of(iteration)
+            kept = self.prefetched.take()
+            if kept is not None:
+                rollout, self._sampler.positions = kept  # the sampler tells again what it told of it
+            else:
+                rollout = self._sample(batch, iteration)
+        rows = records_of(select(batch, self._shard), self._prompts, self._config.ppo.group_size)
+        return Sampled(batch, rows, rollout, staleness=int(kept is not None))
+
+    @contextlib.contextmanager
+    def prefetching(self, iteration: int) -> Iterator[Callable[[], None]]:
+        """Around the update. One step off-policy, samples the responses of `iteration` beside it, by the weights from before.
+
+        Yields a function for the update to call now and then: it raises what sampling has raised.
+        """
+        ppo, timer = self._config.ppo, self._timer
+        if not ppo.sampling.one_step_off_policy or iteration > ppo.iterations:
+            with timer("update"):
+                yield lambda: None
+            return
+        batch = self._prompts_of(iteration)
+        with BackgroundTask(lambda go_on: self._sample(batch, iteration, go_on), timer.device) as sampling:
+            with timer("update"):
+                yield sampling.check
+            start = time.perf_counter()
             with timer("sampling"):
-                rollout = sample(scoring.take)
-            with timer("scoring"):
-                scores, read_together, seconds = scoring.finish()
-        timer.beside("scoring", seconds)
-        return rollout, scores, read_together
-    if rollout is None:
-        with timer("sampling"):
-            rollout = sample()
-    with timer("scoring"):
-        return rollout, read(rollout), [torch.arange(count)]
+                self.prefetched.keep(sampling.result(), self._sampler.positions)
+        timer.overlap("sampling", max(sampling.seconds - (time.perf_counter() - start), 0.0))
 
+    def _prompts_of(self, iteration: int) -> PromptBatch:
+        return next_prompts(self._tokenizer, self._prompts, self._config, iteration)
 
-def learn_and_sample(
-    learn: Callable[..., dict[str, float]],
-    sample: Callable[..., Rollout],
-    ahead: Ahead,
-    sampler: Any,
-    timer: PhaseTimer,
-) -> dict[str, float]:
-    """The update, and beside it the answers of the next iteration, by the weights from before, which the sampler has.
-
-    When it returns the sampler is free again.
-    """
-    with Beside(lambda go_on: sample(lambda *_: go_on()), timer.device) as sampling:
-        with timer("update"):
-            metrics = learn(on_minibatch=sampling.check)
-        start = time.perf_counter()
-        with timer("sampling"):
-            ahead.keep(sampling.result(), sampler)
-    timer.beside("sampling", max(sampling.seconds - (time.perf_counter() - start), 0.0))
-    return metrics
+    def _sample(self, batch: PromptBatch, iteration: int, go_on: Callable[[], None] | None = None) -> Rollout:
+        mine = to(select(batch, self._shard), self._timer.device)
+        return self._sampler.sample(mine, self._config.ppo.sampling, self._config.seed, iteration, go_on)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import RunConfig
-from rlhf.data.batches import Rollout, first_with_prompt, select
+from rlhf.data.batches import Rollout, first_with_prompt
 from rlhf.distributed import collectives
 from rlhf.distributed.micro_batches import tokens_of_minibatch, tokens_of_shards
 from rlhf.generation import Sampler
@@ -50,6 +50,10 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was measured: the first iteration begins at this moment."""
         self._begin(time.perf_counter())
 
     def _begin(self, now: float) -> None:
@@ -70,8 +74,8 @@ class PhaseTimer:
         self.seconds[phase] += time.perf_counter() - start
         self.memory[phase] = max(self.memory.get(phase, 0), memory(self.device))
 
-    def beside(self, phase: str, seconds: float) -> None:
-        """So long a thread worked for `phase` in the time of another one, to which the seconds belong."""
+    def overlap(self, phase: str, seconds: float) -> None:
+        """So long a background task worked for `phase` in the time of another one, to which the seconds belong."""
         self.overlapped[phase] += seconds
 
     def close(self) -> dict[str, float]:
@@ -116,33 +120,30 @@ class Work:
 
 def work(
     rollout: Rollout,
-    chunks: Sequence[Tensor],
     sampler: Sampler,
-    readers: Sequence[nn.Module],
-    learners: Sequence[nn.Module],
+    scoring: Sequence[nn.Module],
+    trainable: Sequence[nn.Module],
     config: RunConfig,
     iteration: int,
-    world: int,
 ) -> dict[str, float]:
-    """Tokens, FLOPs and bytes of an iteration's phases, as figures; `rollout` has the rows of all ranks.
+    """Tokens, FLOPs and bytes of an iteration's phases, as metrics; `rollout` has the rows of all ranks.
 
-    Readers are the models that score, learners those that are updated; `chunks` are the rows of this rank that were
-    scored together. All ranks must call it.
+    `scoring` are the models that read every response, `trainable` those that are updated. All ranks must call it.
     """
-    ppo, answer_B = config.ppo, rollout.response_mask_BR.sum(1).cpu()
+    ppo, answer_B, world = config.ppo, rollout.response_mask_BR.sum(1).cpu(), collectives.world_size()
     prompt_B = rollout.mask_BT.sum(1).cpu() - answer_B
     P = rollout.mask_BT.shape[1] - rollout.response_mask_BR.shape[1]
     first_B = first_with_prompt(rollout.tokens_BT[:, :P], rollout.mask_BT[:, :P]).cpu()
     shared_B = torch.where(first_B < torch.arange(len(first_B)), prompt_B, 0)
     positions = [sum(of_ranks) for of_ranks in zip(*collectives.gather_objects(sampler.positions), strict=True)]
     steps = list(minibatches(len(answer_B), ppo, config.seed, iteration))
-    read_once = sum(tokens_of_shards(chunk, world, ppo) for chunk in _of_all_ranks(rollout, chunks, world))
-    learned_from = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
-    lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in learners]
+    read_once = tokens_of_shards(rollout, world, ppo)
+    trained_on = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
+    lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in trainable]
     done = {
         "sampling": sampling_work(*lengths, positions, sampler.size, ppo.sampling.batch_size, world),
-        "scoring": scoring_work(*lengths, read_once, [size_of(module) for module in readers], world),
-        "update": update_work(*lengths, learned_from, sizes, ppo.epochs, len(steps)),
+        "scoring": scoring_work(*lengths, read_once, [size_of(module) for module in scoring], world),
+        "update": update_work(*lengths, trained_on, sizes, ppo.epochs, len(steps)),
     }
     metrics: dict[str, float] = {}
     for phase, of_phase in done.items():
@@ -151,13 +152,6 @@ def work(
         metrics[f"perf/token_efficiency_{phase}"] = of_phase.tokens.useful / sum(kinds.values())
         metrics |= {f"perf/flops_{phase}": of_phase.flops, f"perf/bytes_{phase}": of_phase.bytes}
     return metrics
-
-
-def _of_all_ranks(rollout: Rollout, chunks: Sequence[Tensor], world: int) -> Iterator[Rollout]:
-    """The rows that all ranks scored at one time, the first rank's first."""
-    share = len(rollout.finished_B) // world
-    for of_ranks in zip(*collectives.gather_objects([chunk.tolist() for chunk in chunks]), strict=True):
-        yield select(rollout, [rank * share + row for rank, own in enumerate(of_ranks) for row in own])
 
 
 def sampling_work(

@@ -1,4 +1,4 @@
-"""Tables of prompts and answers for people to read."""
+"""Tables of prompts and responses for people to read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.evaluation.policy_report import Answers
 
 
 def before_and_after(prompts: Sequence[Any], answers: Mapping[str, Answers], count: int = 10) -> list[dict[str, Any]]:
-    """The first prompts with the answers and scores of the SFT model and of the final policy."""
+    """The first prompts with the responses and scores of the SFT model and of the final policy."""
     table = []
     for i, prompt in enumerate(prompts[:count]):
         row: dict[str, Any] = {"prompt": prompt.messages[-1].content}
@@ -22,20 +22,22 @@ def before_and_after(prompts: Sequence[Any], answers: Mapping[str, Answers], cou
     return table
 
 
-def sampled(tokenizer: Any, rollout: Rollout, scores: Scores, count: int, iteration: int) -> list[dict[str, Any]]:
-    """The first rows of an iteration's rollout, as text."""
+def sampled(
+    tokenizer: Any, rollout: Rollout, scores: Scores, rewards: Sequence[str], count: int, iteration: int
+) -> list[dict[str, Any]]:
+    """The first rows of an iteration's rollout, as text, with what each of the `rewards` gave; None where it failed."""
     R = rollout.response_mask_BR.shape[1]
     table = []
     for i in range(min(count, len(rollout.tokens_BT))):
         prompt = rollout.tokens_BT[i, :-R][rollout.mask_BT[i, :-R]].tolist()
         answer = rollout.tokens_BT[i, -R:][rollout.response_mask_BR[i]].tolist()
+        values = zip(rewards, scores.rewards_BN[i].tolist(), scores.failed_BN[i].tolist(), strict=True)
         table.append(
             {
                 "iteration": iteration,
                 "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
                 "answer": decode_answer(tokenizer, answer),
-                "helpful": float(scores.helpful_B[i]),
-                "safety": float(scores.safety_B[i]),
+                **{name: None if failed else value for name, value, failed in values},
             }
         )
     return table

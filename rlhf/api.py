@@ -1,0 +1,96 @@
+"""What a notebook uses beside `PPOTrainer`: a reward model that scores, and a policy that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from reward_data import Message, Prompt
+from rlhf.chat import decode_answer, encode_answer
+from rlhf.config import RunConfig, SamplingConfig
+from rlhf.data import pad, prompt_batch
+from rlhf.data.batches import to
+from rlhf.distributed.engine import LocalEngine
+from rlhf.errors import UserError
+from rlhf.generation import InProcessSampler
+from rlhf.models import ScalarModel, find_model, load_causal, load_scalar, load_tokenizer
+from rlhf.rewards import ModelReward
+
+Conversation = str | Sequence[dict[str, str]]
+"""The text of a user, or messages [{"role": …, "content": …}, …] that end with the user's."""
+
+
+class RewardModel:
+    """A reward model in this process: `RewardModel.load(path).score(prompts, responses)`."""
+
+    def __init__(self, model: ScalarModel, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """From a folder or a hub name: an artifact of this project, a PEFT adapter, or a classifier with one label.
+
+        UserError (4) where it is none of these.
+        """
+        folder = find_model(path)
+        return cls(load_scalar(folder).to(_device()), load_tokenizer(folder))
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Conversation], responses: Sequence[str], batch_size: int = 8) -> list[float]:
+        """A score for each response to its prompt: the model's logit, less its mean over SFT responses."""
+        if len(prompts) != len(responses):
+            raise UserError(f"{len(prompts)} prompts, but {len(responses)} responses")
+        rows = [
+            encode_answer(self.tokenizer, _messages(prompt), response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        scores: list[float] = []
+        for start in range(0, len(rows), batch_size):
+            tokens_BT, mask_BT = pad(rows[start : start + batch_size], self.tokenizer.pad_token_id)
+            device = self.model.head.weight.device
+            scores += self.model.score(tokens_BT.to(device), mask_BT.to(device)).tolist()
+        return scores
+
+    def as_reward(self, config: RunConfig) -> ModelReward:
+        """As a reward of `PPOTrainer`."""
+        self.model.packing = config.ppo.packing
+        return ModelReward(LocalEngine(self.model, None, 1, config.hardware), config.ppo)
+
+
+class Policy:
+    """A language model in this process: `load_policy(path).generate(prompts)`."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.sampler = InProcessSampler(model, tokenizer.eos_token_id, tokenizer.pad_token_id, device=_device())
+
+    def generate(
+        self, prompts: Sequence[Conversation], max_new_tokens: int = 256, temperature: float = 1.0, seed: int = 0
+    ) -> list[str]:
+        """A response to each prompt. A prompt gets the same response with the same seed, whatever stands beside it."""
+        rows = [Prompt(_messages(prompt), "helpful", f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        batch = to(prompt_batch(self.tokenizer, rows, [0] * len(rows), 1 << 30), _device())
+        settings = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens)
+        rollout = self.sampler.sample(batch, settings, seed, iteration=0)
+        R, lengths = max_new_tokens, rollout.response_mask_BR.sum(1).tolist()
+        rows_of_tokens = rollout.tokens_BT[:, -R:].tolist()
+        return [decode_answer(self.tokenizer, row[:n]) for row, n in zip(rows_of_tokens, lengths, strict=True)]
+
+
+def load_policy(path: str | Path) -> Policy:
+    """The model in a folder, or of a hub name, an adapter for instance. UserError (4) where there is none."""
+    folder = find_model(path)
+    return Policy(load_causal(folder), load_tokenizer(folder))
+
+
+def _messages(prompt: Conversation) -> tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    return tuple(Message(m["role"], m["content"]) for m in prompt)  # type: ignore[arg-type]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

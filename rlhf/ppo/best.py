@@ -1,0 +1,74 @@
+"""The best policy of PPO: kept while training goes on, compared with its beginnings at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from reward_data import Prompt
+from rlhf.distributed import collectives
+from rlhf.distributed.engine import full_state
+from rlhf.evaluation.policy_report import Answers, gain, policy_report
+from rlhf.evaluation.statistics import Estimate
+from rlhf.models import ScalarModel, save_causal
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo.models import Models
+from rlhf.ppo.tables import before_and_after
+from rlhf.runs import checkpoint
+
+
+def keep(checkpoints: Path, models: Models, iteration: int) -> Path:
+    """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to."""
+    best = checkpoint.best_folder(checkpoints, iteration)
+    partial = best.with_name("partial")
+
+    def finish() -> None:
+        shutil.rmtree(best, ignore_errors=True)
+        partial.rename(best)
+        checkpoint.forget_bests(checkpoints, iteration)
+
+    save(partial, models)
+    collectives.rank_zero_only(finish, f"keeping {best}")
+    return best
+
+
+def save(folder: Path, models: Models) -> None:
+    """Policy and, if there is one, critic in `folder`, each an ordinary folder of transformers. All ranks must call it.
+
+    One after the other, so that the writer's main memory holds one model.
+    """
+    policy = cast(PolicyModel, models.policy.module)
+
+    def save_policy(state: dict[str, Tensor]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        plain = {name.removeprefix("causal."): tensor for name, tensor in state.items()}
+        save_causal(policy.causal, folder, models.tokenizer, plain)
+
+    _with_full_state(policy, save_policy, folder)
+    if models.critic is not None:
+        critic = cast(ScalarModel, models.critic.module)
+        _with_full_state(critic, lambda state: critic.save(folder / "critic", models.tokenizer, state), folder)
+
+
+def compare(prompts: Sequence[Prompt], answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """What the artifact says of base, SFT and PPO policy on the prompts that chose nothing."""
+    return {
+        "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in answers.items()},
+        "gain": _as_dicts(gain(answers["ppo"], answers["sft"], prompts)),
+        "kl": sum(answers["ppo"].kl) / len(prompts),
+        "samples": before_and_after(prompts, answers),
+    }
+
+
+def _with_full_state(module: nn.Module, use: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
+    """Gives the first rank the whole weights of a module that may be sharded."""
+    state = full_state(module, keep=collectives.rank() == 0)
+    collectives.rank_zero_only(lambda: use(state), f"saving a model to {folder}")
+
+
+def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: estimate.as_dict() for name, estimate in report.items()}

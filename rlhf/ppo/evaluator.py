@@ -1,0 +1,95 @@
+"""Held-out evaluation of a policy: it answers prompts that no training saw, and every reward scores the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward_data import Prompt
+from rlhf.config import RunConfig
+from rlhf.data import prompt_batch
+from rlhf.data.batches import select, to
+from rlhf.distributed import collectives
+from rlhf.errors import UserError
+from rlhf.evaluation.policy_report import Answers, policy_report
+from rlhf.generation import Sampler
+from rlhf.ppo.models import Models
+from rlhf.ppo.scoring import responses_of, sequence_kl
+from rlhf.rewards import Combined, Responses, RewardSet
+from rlhf.runs.context import StageContext
+
+# Held-out responses are drawn with one key for every policy: common random numbers make differences sharper.
+HELD_OUT_ITERATION = 1 << 40
+
+
+class Evaluator:
+    """Evaluates whatever a sampler holds. All ranks must call each method."""
+
+    def __init__(self, config: RunConfig, context: StageContext, models: Models, rewards: RewardSet) -> None:
+        self._config, self._context, self._models, self._rewards = config, context, models, rewards
+
+    def answers(self, prompts: Sequence[Prompt], sampler: Sampler | None = None) -> Answers:
+        """Responses to the prompts and what the rewards say of them. Each rank answers its shard; all return all."""
+        return self._answered(prompts, sampler or self._models.sampler)[0]
+
+    def reward(self, prompts: Sequence[Prompt], iteration: int) -> float:
+        """Mean over prompts of the score that PPO maximises; all metrics go to the tracker under eval/.
+
+        UserError (6) where all scores failed: nothing could choose the best policy.
+        """
+        answers, combined = self._answered(prompts, self._models.sampler)
+        if combined.failed_B.all():
+            raise UserError(
+                f"evaluation after iteration {iteration}: the scores of all {len(prompts)} responses failed", 6
+            )
+        report = policy_report(answers, prompts)
+        metrics = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
+        metrics["eval/reward"] = float(combined.score_B[~combined.failed_B].mean())
+        self._context.tracker.metrics(metrics, step=iteration)
+        # The first rank's: it chooses the best policy, and when to stop.
+        return collectives.broadcast_result(lambda: metrics["eval/reward"])
+
+    def _answered(self, prompts: Sequence[Prompt], sampler: Sampler) -> tuple[Answers, Combined]:
+        config, tokenizer, count = self._config, self._models.tokenizer, len(prompts)
+        whole = prompt_batch(tokenizer, prompts, list(range(count)), config.ppo.max_prompt_length)
+        rows = collectives.even_shard(count)
+        mine = to(select(whole, rows), self._context.device)
+        rollout = sampler.sample(mine, config.ppo.sampling, config.seed, HELD_OUT_ITERATION)
+        responses = responses_of(rollout, [prompts[row] for row in rows], tokenizer)
+        rewards_BN, failed_BN = self._rewards(responses)
+        kl_B = sequence_kl(rollout, self._models.reference, config.ppo)
+        gold = _gold(config, responses)
+
+        def join(values: list[Any]) -> list[Any]:
+            return collectives.join_shards(values, count)
+
+        rewards_BN, failed_BN = torch.tensor(join(rewards_BN.tolist())), torch.tensor(join(failed_BN.tolist()))
+        combined = self._rewards.combine(rewards_BN, failed_BN, whole.is_safety_B)
+        columns = zip(self._rewards.rewards, rewards_BN.T, failed_BN.T, strict=True)
+        scores = {f"reward.{name}": _or_none(reward_B, failed_B) for name, reward_B, failed_B in columns}
+        answers = Answers(
+            texts=join(list(responses.texts)),
+            lengths=join(rollout.response_mask_BR.sum(1).tolist()),
+            finished=join(rollout.finished_B.tolist()),
+            scores=scores | {name: join(values) for name, values in gold.items()},
+            kl=join(kl_B.tolist()),
+            flagged=None if combined.flagged_B is None else combined.flagged_B.tolist(),
+        )
+        return answers, combined
+
+
+def _or_none(reward_B: Tensor, failed_B: Tensor) -> list[float | None]:
+    return [None if failed else value for value, failed in zip(reward_B.tolist(), failed_B.tolist(), strict=True)]
+
+
+def _gold(config: RunConfig, responses: Responses) -> dict[str, list[float]]:
+    """The true quality of this rank's responses, where the run's world has one."""
+    if config.data.gold == "none":
+        return {}
+    from reward_data.gold import gold
+
+    prompts = [prompt.messages[-1].content for prompt in responses.prompts]
+    return {"gold": gold(prompts, responses.texts, responses.rollout.finished_B.tolist())}

@@ -1,0 +1,114 @@
+"""The models of PPO: policy and critic are trained, reference and reward models are frozen, the sampler has a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from rlhf.config import PPOConfig, RunConfig
+from rlhf.distributed.engine import Engine, full_parameters, open_engine, sharded_loading
+from rlhf.generation import InProcessSampler, Sampler, open_sampler
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    check_model,
+    check_packing,
+    load_causal,
+    load_scalar,
+    load_tokenizer,
+    new_critic,
+    recompute_activations,
+)
+from rlhf.models.policy import PolicyModel
+from rlhf.ppo.estimators import estimator_of
+from rlhf.profiling.memory import keep_freed_memory
+from rlhf.runs.context import StageContext
+
+
+@dataclass(frozen=True)
+class Models:
+    policy: Engine
+    reference: Engine
+    critic: Engine | None  # where the estimator asks for one
+    reward_models: Mapping[str, Engine]  # by their names in `reward.models`
+    sampler: Sampler
+    tokenizer: Any
+
+    @property
+    def trainable(self) -> list[nn.Module]:
+        return [engine.module for engine in (self.policy, self.critic) if engine is not None]
+
+    @property
+    def all_scoring(self) -> list[nn.Module]:
+        """Every model that reads each response."""
+        frozen = [self.reference, *self.reward_models.values()]
+        return [*self.trainable, *(engine.module for engine in frozen)]
+
+    def engines(self) -> dict[str, Engine]:
+        """Those that are trained, by name: a part of every checkpoint."""
+        critic = {} if self.critic is None else {"critic": self.critic}
+        return {"policy": self.policy, **critic}
+
+    def sync(self) -> int:
+        """The sampler's copy becomes the policy of this moment; returns the bytes moved. All ranks must call it."""
+        changed = full_parameters(self.policy.module, trainable_only=True)
+        return self.sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in changed)
+
+
+def open_models(config: RunConfig, context: StageContext, reward_models: Mapping[str, Path]) -> Models:
+    """Loads the SFT model of `context.inputs` as policy and reference, and the reward models in these folders.
+
+    All ranks must call it.
+    """
+    if context.device.type == "cpu":
+        keep_freed_memory()
+    ppo, sft = config.ppo, context.inputs["sft"].path
+
+    def causal() -> nn.Module:
+        return load_causal(sft, attention=config.model.attention)
+
+    def scalar(folder: Path) -> ScalarModel:
+        model = load_scalar(folder, attention=config.model.attention)
+        model.packing = ppo.packing
+        return model
+
+    with sharded_loading(config.hardware, context.local):
+        policy, reference = causal(), causal()
+        critic = _critic(ppo, scalar, next(iter(reward_models.values()), sft))
+        scalars = {name: scalar(folder) for name, folder in reward_models.items()}
+    check_model(config, cast(Any, policy).config)
+    if config.model.lora is not None:
+        torch.manual_seed(config.seed)
+        policy = add_lora(policy, config.model.lora, "causal", config.seed)
+        critic = critic and add_lora(critic, config.model.lora, "scalar", config.seed)
+    tokenizer = load_tokenizer(sft)
+    sampler = open_sampler(config, sft, tokenizer, context.device)
+    if ppo.packing:
+        whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # one that is not sharded
+        check_packing(whole, "ppo.packing", ppo.group_size > 1)
+    return Models(
+        policy=_engine(PolicyModel(policy, ppo.packing), ppo.optim, config, context),
+        reference=_engine(PolicyModel(reference, ppo.packing), None, config, context),
+        critic=critic and _engine(critic, ppo.critic_optim, config, context),
+        reward_models={name: _engine(model, None, config, context) for name, model in scalars.items()},
+        sampler=sampler,
+        tokenizer=tokenizer,
+    )
+
+
+def _critic(ppo: PPOConfig, scalar: Callable[[Path], ScalarModel], start: Path) -> ScalarModel | None:
+    """None where the estimator asks for no critic; else it starts from the first reward model, or from the SFT model."""
+    return new_critic(scalar(start)) if estimator_of(ppo).critic else None
+
+
+def _engine(module: nn.Module, optim: Any, config: RunConfig, context: StageContext) -> Engine:
+    ppo = config.ppo
+    steps = ppo.iterations * ppo.epochs * (ppo.batch_size // ppo.minibatch_size)
+    if optim is not None and config.model.gradient_checkpointing:
+        recompute_activations(module)
+    return open_engine(module.to(context.device), optim, steps, config.hardware, context.local)

@@ -1,0 +1,41 @@
+"""All that a PPOTrainer works with, and the rewards that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reward_data import Prompt
+from rlhf.config import RunConfig
+from rlhf.ppo.models import Models
+from rlhf.rewards import FunctionReward, ModelReward, Reward, RewardSet, piecewise, weighted_sum
+from rlhf.runs.context import StageContext
+from rlhf.user_code import load_object
+
+
+@dataclass(frozen=True)
+class Setup:
+    config: RunConfig
+    context: StageContext
+    models: Models
+    rewards: RewardSet
+    prompts: Sequence[Prompt]  # to train on
+    held_out: Sequence[Prompt]  # that choose the best policy; none: the last one is it
+
+
+def reward_set(config: RunConfig, models: Models) -> RewardSet:
+    """The weighted sum of `ppo.rewards` or, where there are none, Llama 2's rule over its two reward models."""
+    ppo = config.ppo
+    if ppo.rewards:
+        rewards: dict[str, Reward] = {}
+        for name, source in ppo.rewards.items():
+            if source.function is not None:
+                function = load_object(source.function, f"ppo.rewards.{name}.function")
+                rewards[name] = FunctionReward(name, function, source.timeout_s)
+            else:
+                rewards[name] = ModelReward(models.reward_models[str(source.model)], ppo)
+        return RewardSet(rewards, weighted_sum([source.weight for source in ppo.rewards.values()]))
+    by_model = {name: ModelReward(engine, ppo) for name, engine in models.reward_models.items()}
+    names, offset = [*by_model], by_model[ppo.safety_model].offset
+    helpful, safety = names.index(ppo.helpfulness_model), names.index(ppo.safety_model)
+    return RewardSet(by_model, piecewise(helpful, safety, offset, ppo.safety_threshold))

@@ -1,0 +1,23 @@
+"""Rewards: what a response is worth. A reward is a callable: `reward(responses) -> Scored`.
+
+base.py      the protocol               model.py    a reward model
+function.py  a Python function          combine.py  several rewards become one score
+"""
+
+from rlhf.rewards.base import Responses, Reward, Scored
+from rlhf.rewards.combine import Combine, Combined, RewardSet, piecewise, weighted_sum
+from rlhf.rewards.function import FunctionReward
+from rlhf.rewards.model import ModelReward
+
+__all__ = [
+    "Combine",
+    "Combined",
+    "FunctionReward",
+    "ModelReward",
+    "Responses",
+    "Reward",
+    "RewardSet",
+    "Scored",
+    "piecewise",
+    "weighted_sum",
+]

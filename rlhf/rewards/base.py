@@ -1,0 +1,37 @@
+"""What a reward is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from reward_data import Prompt
+from rlhf.data.batches import Rollout
+
+
+@dataclass(frozen=True)
+class Responses:
+    """This rank's responses, as tokens and as text."""
+
+    rollout: Rollout
+    prompts: Sequence[Prompt]  # of each row: messages, tag and the columns of its record
+    texts: Sequence[str]
+
+    def column(self, name: str) -> list[Any]:
+        """The rows' own values of a column; None where a row has none."""
+        return [prompt.columns.get(name) for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class Scored:
+    values_B: Tensor  # float32; 0 where the score failed
+    failed_B: Tensor  # bool: the row has no score, and is left out of the update
+
+
+class Reward(Protocol):
+    def __call__(self, responses: Responses) -> Scored:
+        """Scores of this rank's rows. Every rank calls it at the same time, with equally many rows."""
+        ...

@@ -1,0 +1,76 @@
+"""Several rewards become one score per response: a weighted sum, or Llama 2's piecewise rule.
+
+Nothing else knows how many rewards there are, or that one of them is about safety.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.rewards import flagged_unsafe, piecewise_reward
+from rlhf.rewards.base import Responses, Reward
+
+
+@dataclass(frozen=True)
+class Combined:
+    score_B: Tensor  # float32; 0 where it failed
+    failed_B: Tensor  # bool
+    flagged_B: Tensor | None = None  # bool: the safety model calls the response unsafe. None without such a model
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+Combine = Callable[[Tensor, Tensor, Tensor], Combined]
+"""(rewards_BN, failed_BN, is_safety_B) → Combined, of all rows of an iteration."""
+
+
+@dataclass(frozen=True)
+class RewardSet:
+    """The rewards of a run by name, and the rule that makes one score of them."""
+
+    rewards: Mapping[str, Reward]
+    combine: Combine
+
+    def __call__(self, responses: Responses) -> tuple[Tensor, Tensor]:
+        """(rewards_BN float32, failed_BN) of this rank's rows, one column per reward."""
+        scored = [reward(responses) for reward in self.rewards.values()]
+        return torch.stack([s.values_B for s in scored], 1), torch.stack([s.failed_B for s in scored], 1)
+
+
+def weighted_sum(weights: Sequence[float]) -> Combine:
+    """Σ weight · reward. It failed where one of the rewards with a weight did."""
+
+    def combine(rewards_BN: Tensor, failed_BN: Tensor, is_safety_B: Tensor) -> Combined:
+        del is_safety_B
+        weight_N = torch.tensor(weights, dtype=torch.float32)
+        failed_B = failed_BN[:, weight_N != 0].any(1)
+        return Combined(torch.where(failed_B, 0.0, rewards_BN @ weight_N), failed_B)
+
+    return combine
+
+
+def piecewise(helpful: int, safety: int, safety_offset: float, threshold: float) -> Combine:
+    """Llama 2's rule (arXiv 2307.09288, §3.2.3) over the columns of the two reward models.
+
+    `safety_offset` is what centring took from the safety model's raw logit, on whose scale `threshold` stands.
+    """
+
+    def combine(rewards_BN: Tensor, failed_BN: Tensor, is_safety_B: Tensor) -> Combined:
+        helpful_B, safety_B = rewards_BN[:, helpful], rewards_BN[:, safety]
+        flagged_B = flagged_unsafe(safety_B + safety_offset, threshold)
+        score_B = piecewise_reward(helpful_B, safety_B, is_safety_B, flagged_B)
+        return Combined(score_B, failed_BN.any(1), flagged_B, _safety_metrics(is_safety_B, flagged_B))
+
+    return combine
+
+
+def _safety_metrics(is_safety_B: Tensor, flagged_B: Tensor) -> dict[str, float]:
+    """How often safety's score counts, and how many responses are flagged among the prompts of each tag that occurs."""
+    metrics = {"ppo/safety_branch_fraction": float((is_safety_B | flagged_B).float().mean())}
+    for tag, rows_B in (("helpful", ~is_safety_B), ("safety", is_safety_B)):
+        if rows_B.any():
+            metrics[f"ppo/flagged_{tag}"] = float(flagged_B[rows_B].float().mean())
+    return metrics

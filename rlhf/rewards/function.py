@@ -1,0 +1,115 @@
+"""A Python function as a reward: `function(prompts, responses, **columns) -> scores`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlhf.errors import UserError
+from rlhf.rewards.base import Responses, Scored
+
+log = logging.getLogger(__name__)
+
+OWN = ("prompts", "responses", "messages", "finished")
+"""Arguments that every function may name beside the columns of its rows."""
+
+
+class FunctionReward:
+    """Calls `function` with lists of one entry per response, as keyword arguments, those that it names:
+
+    prompts    text of the last user message          messages  the prompt as [{"role": …, "content": …}, …]
+    responses  text of the response                   finished  whether it ended by itself
+    <column>   the value of the row's own column, None where a row has none; `**columns` takes all of them
+
+    It returns a score for each. None and NaN mean that a score failed. When the function raises or takes longer than
+    `timeout_s`, all of its scores have failed. UserError (2) for a function that names what no row has, and for one that
+    returns anything but numbers, one per response.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], timeout_s: float = 60.0) -> None:
+        self.name, self.timeout_s = name, timeout_s
+        self.last_failure = ""  # why the last scores failed that did, for people
+        self._function = function
+        parameters = inspect.signature(function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._required = [p.name for p in parameters if p.name in self._named and p.default is p.empty]
+
+    def __call__(self, responses: Responses) -> Scored:
+        arguments = self._arguments(responses)
+        try:
+            returned = self._in_time(arguments)
+        except Exception as error:  # whatever a user's function raises
+            self.last_failure = f"{type(error).__name__}: {error}"
+            log.warning("the reward %s failed", self.name, exc_info=error)
+            returned = [None] * len(responses.texts)
+        scores = [self._number(score) for score in self._as_list(returned, len(responses.texts))]
+        values_B = torch.tensor([0.0 if score is None else score for score in scores])
+        return Scored(values_B, torch.tensor([score is None for score in scores], dtype=torch.bool))
+
+    def _arguments(self, responses: Responses) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "prompts": [prompt.messages[-1].content for prompt in responses.prompts],
+            "responses": list(responses.texts),
+            "messages": [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts],
+            "finished": responses.rollout.finished_B.tolist(),
+        }
+        columns = {key for prompt in responses.prompts for key in prompt.columns}
+        if missing := sorted({*self._required} - {*OWN} - columns):
+            own = f"the columns {', '.join(sorted(columns))}" if columns else "no columns of their own"
+            raise UserError(
+                f"the reward {self.name} asks for {', '.join(missing)}, but the prompts have {own}; it may also ask for "
+                f"{', '.join(OWN)}"
+            )
+        given |= {key: responses.column(key) for key in sorted(columns - {*OWN})}
+        return given if self._takes_all else {key: given[key] for key in self._named if key in given}
+
+    def _in_time(self, arguments: dict[str, Any]) -> Any:
+        """What the function returns. A call that is late goes on in its thread, and nobody waits for it."""
+        outcome: list[tuple[Any, BaseException | None]] = []
+
+        def call() -> None:
+            try:
+                outcome.append((self._function(**arguments), None))
+            except BaseException as error:  # noqa: BLE001  the caller raises it
+                outcome.append((None, error))
+
+        thread = threading.Thread(target=call, name=f"reward {self.name}", daemon=True)
+        thread.start()
+        thread.join(self.timeout_s)
+        if not outcome:
+            raise TimeoutError(f"no answer within {self.timeout_s:g} s")
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
+
+    def _as_list(self, returned: Any, count: int) -> list[Any]:
+        """A list, array or tensor with one entry per response."""
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(values, list | tuple) or len(values) != count:
+            shape = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+            raise UserError(
+                f"the reward {self.name} returned {shape} for {count} responses; it must return one score each"
+            )
+        return list(values)
+
+    def _number(self, score: Any) -> float | None:
+        """None for a score that failed: None, NaN, or a number that float32 cannot hold."""
+        if score is None:
+            self.last_failure = self.last_failure or "it returned None"
+            return None
+        try:
+            value = float(score)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"the reward {self.name} returned {score!r}, which is no number") from None
+        if math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max:
+            return value
+        self.last_failure = f"it returned {value}"
+        return None
