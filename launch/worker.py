@@ -28,10 +28,14 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     import torch
 
     from rlhf.distributed import collectives
+    from rlhf.distributed.engine import prepare_environment
+    from rlhf.kernels import enable_kernels
     from rlhf.models import resolve
     from rlhf.runs.context import Progress, StageContext
     from rlhf.tracking import open_tracker
 
+    prepare_environment()
+    enable_kernels()
     if not local:  # alone, torch takes all processors, or what OMP_NUM_THREADS says
         torch.set_num_threads(config.hardware.cpus_per_worker)
     folder = config.folder / stage

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlhf.api import Policy, RewardModel, load_policy
     from rlhf.config import PPOConfig
     from rlhf.errors import UserError
+    from rlhf.kernels import enable_kernels
     from rlhf.ppo.trainer import PPOTrainer
 
 _HOMES = {
@@ -20,9 +21,10 @@ _HOMES = {
     "Policy": "rlhf.api",
     "RewardModel": "rlhf.api",
     "UserError": "rlhf.errors",
+    "enable_kernels": "rlhf.kernels",
     "load_policy": "rlhf.api",
 }
-__all__ = ["PPOConfig", "PPOTrainer", "Policy", "RewardModel", "UserError", "load_policy"]
+__all__ = ["PPOConfig", "PPOTrainer", "Policy", "RewardModel", "UserError", "enable_kernels", "load_policy"]
 
 
 def __getattr__(name: str) -> Any:

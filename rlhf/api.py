@@ -13,7 +13,7 @@ from rlhf.chat import decode_answer, encode_answer
 from rlhf.config import RunConfig, SamplingConfig
 from rlhf.data import pad, prompt_batch
 from rlhf.data.batches import to
-from rlhf.distributed.engine import LocalEngine
+from rlhf.distributed.engine import LocalEngine, prepare_environment
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler
 from rlhf.models import ScalarModel, find_model, load_causal, load_scalar, load_tokenizer
@@ -35,6 +35,7 @@ class RewardModel:
 
         UserError (4) where it is none of these.
         """
+        prepare_environment()
         folder = find_model(path)
         return cls(load_scalar(folder).to(_device()), load_tokenizer(folder))
 
@@ -82,6 +83,7 @@ class Policy:
 
 def load_policy(path: str | Path) -> Policy:
     """The model in a folder, or of a hub name, an adapter for instance. UserError (4) where there is none."""
+    prepare_environment()
     folder = find_model(path)
     return Policy(load_causal(folder), load_tokenizer(folder))
 

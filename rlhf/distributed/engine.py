@@ -24,13 +24,6 @@ from rlhf.config import HardwareConfig, OptimConfig
 BUCKET_BYTES = 256 << 20
 BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's own half a billion keep 2 GB per worker
 
-# The CPU communication extension is compiled once, at installation, and found again here with the ninja that built it.
-if (COMPILED := Path(sys.prefix) / "torch_extensions").is_dir():
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(COMPILED))
-    os.environ["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 
 def learning_rate_fraction(step: int, optim: OptimConfig, total_steps: int) -> float:
     """Share of `optim.lr` at `step` (0-based): linear warm-up, then constant or a cosine down to `min_lr_ratio`."""
@@ -310,9 +303,24 @@ def end_sharded_loading() -> None:
     hf.unset_hf_deepspeed_config()
 
 
+def prepare_environment() -> None:
+    """Tells DeepSpeed what it reads when it is imported, by whomever.
+
+    Its CPU communication is compiled once, at installation, and found again with the ninja that built it.
+    """
+    if (compiled := Path(sys.prefix) / "torch_extensions").is_dir():
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
+        path, own = os.environ.get("PATH", ""), str(Path(sys.prefix) / "bin")
+        if own not in path.split(os.pathsep):
+            os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+
 def import_deepspeed() -> Any:
     """DeepSpeed, with its accelerator chosen and its log quiet."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    prepare_environment()
     warnings.filterwarnings("ignore", message=".*barrier.*|.*all_gather_into_tensor.*|.*_base is deprecated.*")
     import deepspeed
     from deepspeed.utils import logger

@@ -19,10 +19,6 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# On Hopper torch prefers cuDNN's attention in bf16, which makes a plan for every new shape, and answers are of ever other
-# lengths: on an H100 a pass over new lengths took twice as long, sampling two and a half times. The other kernels need no plan.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
 BLOCK = 128  # queries whose scores exist at a time: few enough for a processor's cache
 
 

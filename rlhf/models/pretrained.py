@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as sharding
-from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as logs
 
 from rlhf import chat
 from rlhf.errors import UserError
-from rlhf.kernels.attention import attend, has_windows
+from rlhf.kernels.attention import has_windows
 from rlhf.kernels.norm import tune_norms
 from rlhf.models import lora
 from rlhf.models.packing import pack
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 SHARD = "2GB"  # of a file of weights: safetensors may copy what it writes, and files are hashed side by side
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-AttentionInterface.register("sdpa", attend)
 
 
 def find_model(name: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from reward_data import Message, Prompt
 from rlhf.config import DataConfig, PPOConfig, RoleConfig, RunConfig, TrackingConfig
 from rlhf.data import short_prompts
+from rlhf.distributed.engine import prepare_environment
 from rlhf.errors import UserError
 from rlhf.models import find_model
 from rlhf.ppo.models import open_models
@@ -33,6 +35,7 @@ def local_setup(
     folder: str | Path | None,
 ) -> Setup:
     """Models, rewards and prompts of a trainer that is alone in its process. UserError for what cannot be used."""
+    prepare_environment()
     place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="rlhf-ppo-"))
     config = _run_config(ppo)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,7 +71,7 @@ class Bar(Progress):
         self._bar: tqdm | None = None
 
     def warn(self, text: str) -> None:
-        tqdm.write(text)
+        tqdm.write(text, file=sys.stderr)
 
     def update(self, done: int, total: int, **metrics: float) -> None:
         self._bar = self._bar or tqdm(total=total, desc="PPO", unit="iteration")

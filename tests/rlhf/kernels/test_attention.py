@@ -1,11 +1,12 @@
 """Causal attention in blocks, against its definition in float64; and when packed rows go to flash attention."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_utils import AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.kernels import attention as room
@@ -179,5 +180,8 @@ def test_layers_of_other_shapes_are_left_to_torch(flash, K, D, of_values, T):
     assert not flash
 
 
-def test_transformers_knows_it():
-    assert AttentionInterface()["sdpa"] is attend
+def test_transformers_knows_it_once_it_is_switched_on_and_not_before():
+    show = "from transformers.modeling_utils import AttentionInterface as A; print(A()['sdpa'].__module__)"
+    code = f"import rlhf.models, rlhf.ppo.trainer; {show}; import rlhf; print(len(rlhf.enable_kernels())); {show}"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert told == ["transformers.integrations.sdpa_attention", "2", attend.__module__]
