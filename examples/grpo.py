@@ -40,4 +40,4 @@ def main(model: str, out: str, iterations: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def model(tmp_path_factory):
 def reward_model(model, tmp_path_factory):
     """The folder of a reward model with a random head."""
     folder = tmp_path_factory.mktemp("reward")
-    backbone = load_causal(model).base_model
+    backbone: Any = load_causal(model).base_model
     head_1H = torch.randn(1, backbone.config.hidden_size, generator=torch.Generator().manual_seed(0))
     ScalarModel(backbone, head_1H, offset=0.5).save(folder, load_tokenizer(model))  # type: ignore[arg-type]
     return folder

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.kernels import attention as room
+from rlhf.kernels import enable_kernels
 from rlhf.kernels.attention import BLOCK, attend, causal_attention
 from rlhf.models import hidden_states
 from stages.sft import answer_logprobs
@@ -77,6 +78,7 @@ def llama():
 
 
 def test_a_model_takes_it_in_bf16_and_reads_what_torchs_kernel_reads(llama, calls):
+    enable_kernels()
     read = {}
     for name in ("sdpa", "eager"):
         llama.config._attn_implementation = name
