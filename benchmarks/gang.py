@@ -6,13 +6,13 @@ One worker is this process, with plain torch; more are processes under torchrun,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -20,31 +20,22 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from benchmarks.our_side import stage_context
+from benchmarks.our_side import open_setup, stage_context
 from benchmarks.shapes import given_or_random
 from benchmarks.side import NEVER, Job
 from benchmarks.turns import device_of, settings
 from rlhf.config import HardwareConfig, PPOConfig, RunConfig, SamplingConfig
 from rlhf.data import load_prompts, short_prompts
+from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from rlhf.runs.context import StageContext
-from stages.ppo import Models, open_models
+from rlhf.ppo.setup import Setup
+from rlhf.ppo.trainer import PPOTrainer
 
 ROOT = Path(__file__).parent.parent
 
 
-@dataclass(frozen=True)
-class Rank:
-    """What a measurement works with."""
-
-    config: RunConfig
-    context: StageContext
-    models: Models  # of one folder: speed does not ask what a reward model learned
-    prompts: Sequence[Any]
-
-
 def measured(module: str, config: RunConfig, device: str, threads: int, repeats: int) -> Any:
-    """What `module.measure(rank, repeats)` returns on the first of `config.hardware.workers` ranks."""
+    """What `module.measure(setup, repeats)` returns on the first of `config.hardware.workers` ranks."""
     workers, folder = config.hardware.workers, config.folder
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(
@@ -111,13 +102,22 @@ def possible_workers(asked: Sequence[int], device: str) -> list[int]:
     return [count for count in asked if not cuda or count <= torch.cuda.device_count()]
 
 
-def _open(job: Job, folder: Path) -> Rank:
+def one_iteration(trainer: PPOTrainer) -> dict[str, float]:
+    """The metrics of the next iteration and its times, which begin when all ranks are there."""
+    collectives.barrier()
+    trainer.timer.restart()
+    trainer.state.iteration += 1
+    return trainer.step() | trainer.timer.close()
+
+
+def _open(job: Job, folder: Path) -> Setup:
+    """With models of one folder: speed does not ask what a reward model learned."""
     torch.set_num_threads(job.threads)
     config = RunConfig.model_validate(job.config)
-    context = stage_context(job, folder)
-    models = open_models(config, context)
-    cast(Any, models.sampler).eos_id = NEVER  # every answer is as long as asked for
-    return Rank(config, context, models, short_prompts(models.tokenizer, load_prompts(config).train, 10**9))
+    setup = open_setup(config, stage_context(job, folder), prompts=[])
+    cast(Any, setup.models.sampler).eos_id = NEVER  # every answer is as long as asked for
+    prompts = short_prompts(setup.models.tokenizer, load_prompts(config).train, 10**9)
+    return dataclasses.replace(setup, prompts=prompts)
 
 
 def main(module: str, job: Job, result: Path) -> None:
@@ -126,10 +126,10 @@ def main(module: str, job: Job, result: Path) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")
-    measure: Callable[[Rank, int], Any] = import_module(module).measure
-    rank = _open(job, result.parent)
-    found = measure(rank, job.iterations)
-    if rank.context.is_writer:
+    measure: Callable[[Setup, int], Any] = import_module(module).measure
+    setup = _open(job, result.parent)
+    found = measure(setup, job.iterations)
+    if setup.context.is_writer:
         result.write_text(json.dumps(found))
     dist.destroy_process_group()
 

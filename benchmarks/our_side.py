@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +20,13 @@ from rlhf.data import pad
 from rlhf.data.batches import PromptBatch
 from rlhf.distributed import collectives
 from rlhf.generation import InProcessSampler, in_process
-from rlhf.ppo import step_profiler
+from rlhf.ppo import rollout_source, step_profiler
+from rlhf.ppo.models import open_models
+from rlhf.ppo.setup import Setup, reward_set
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker
-from stages import ppo
-from stages.ppo import open_models
 
 
 def main(job: Job, result: Path) -> None:
@@ -32,22 +34,21 @@ def main(job: Job, result: Path) -> None:
     if job.processes > 1:
         dist.init_process_group("gloo")
     config, context = RunConfig.model_validate(job.config), stage_context(job, result.parent)
-    models = open_models(config, context)
+    rollout_source.next_prompts = partial(prompts_of, job)
+    trainer = PPOTrainer.of(open_setup(config, context, job.prompts))
     if job.eos is None:
-        cast(InProcessSampler, models.sampler).eos_id = NEVER
+        cast(InProcessSampler, trainer.models.sampler).eos_id = NEVER
     if job.answers:
         load_dice(job)
-    ppo.next_prompts = partial(prompts_of, job)
-    state = {"iteration": 0, "beta": config.ppo.kl_coef}
-    machine = step_profiler.all_machines(context.device, config.hardware.precision)
-    seconds, metrics, timer = [], [], step_profiler.PhaseTimer(context.device)
+    seconds, metrics = [], []
+    trainer.timer.restart()
     for _ in range(job.iterations):
         collectives.barrier()
-        state["iteration"] += 1
+        trainer.state.iteration += 1
         start = time.perf_counter()
-        metrics.append(ppo.iterate(config, context, models, job.prompts, state, timer))
+        metrics.append(trainer.step())
         seconds.append(time.perf_counter() - start)
-        metrics[-1] |= step_profiler.close(timer, metrics[-1], machine)
+        metrics[-1] |= step_profiler.close(trainer.timer, metrics[-1], trainer.machine)
     # On CUDA the clock begins the peak anew in each phase.
     on_device = [value for one in metrics for name, value in one.items() if name.startswith("perf/memory_")]
     memory = sum(collectives.gather_objects(max(on_device) if job.device == "cuda" else peak_memory()))
@@ -75,8 +76,15 @@ def stage_context(job: Job, folder: Path) -> StageContext:
     )
 
 
+def open_setup(config: RunConfig, context: StageContext, prompts: Sequence[Any]) -> Setup:
+    """Models and rewards of the folders in `context`. All ranks must call it."""
+    names = dict.fromkeys(config.ppo.reward_models.values())
+    models = open_models(config, context, {name: context.inputs[f"reward/{name}"].path for name in names})
+    return Setup(config, context, models, reward_set(config, models), prompts, held_out=[])
+
+
 def prompts_of(job: Job, tokenizer: Any, prompts: Any, config: RunConfig, iteration: int) -> PromptBatch:
-    """The job's prompts of an iteration, in place of those that the stage would draw."""
+    """The job's prompts of an iteration, in place of those that the trainer would draw."""
     ids_B = torch.arange((iteration - 1) * config.ppo.batch_size, iteration * config.ppo.batch_size)
     tokens_BP, mask_BP = pad([job.prompts[number] for number in ids_B.tolist()], job.pad, left=True)
     return PromptBatch(tokens_BP, mask_BP, torch.zeros(len(ids_B), dtype=torch.bool), ids_B)

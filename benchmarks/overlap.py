@@ -1,10 +1,9 @@
-"""Seconds of a PPO iteration with its parts in turn, with scoring beside sampling, and with sampling beside the update.
+"""Seconds of a PPO iteration with its phases one after another, and with sampling during the update.
 
     python -m benchmarks.overlap --model FOLDER --out overlap.json
 
-The ways take turns on the same prompts, after a turn that is not counted. Half of the rows are sampled at a time, so that
-answers wait to be scored while others are sampled; none ends before its length, so all ways have as much to do. One
-worker is plain torch, two are ZeRO-3; together they have the same threads.
+The ways take turns on the same prompts, after a turn that is not counted. No answer ends before its length, so both have
+as much to do. One worker is plain torch, two are ZeRO-3; together they have the same threads.
 """
 
 from __future__ import annotations
@@ -15,51 +14,36 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.gang import Rank, add_sizes, by_workers
+from benchmarks.gang import add_sizes, by_workers, one_iteration
 from benchmarks.turns import in_turns, parser_of, report, table
-from rlhf.config import RunConfig
-from rlhf.distributed import collectives
-from rlhf.ppo.rollout_source import Ahead
-from rlhf.ppo.step_profiler import COMPUTING, PHASES, PhaseTimer
-from stages.ppo import Models, iterate
+from rlhf.ppo.setup import Setup
+from rlhf.ppo.step_profiler import COMPUTING, PHASES
+from rlhf.ppo.trainer import PPOTrainer
 
-WAYS = IN_TURN, BESIDE, AHEAD = "in turn", "scoring beside sampling", "sampling beside the update"
-CHUNKS = 4  # in which a worker's answers are scored beside their sampling
+WAYS = ON_POLICY, OFF_POLICY = "on-policy", "one step off-policy"
 SHOWN = ("sync", *COMPUTING)
 
 Turns = Mapping[str, Sequence[Mapping[str, float]]]
 
 
-def measure(rank: Rank, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """On every rank: the clock's figures of each way and turn."""
-    iterations: dict[str, int] = dict.fromkeys(WAYS, 0)
-
-    def turn(way: str, config: RunConfig, models: Models) -> dict[str, float]:
-        iterations[way] += 1
-        collectives.barrier()
-        timer, state = PhaseTimer(rank.context.device), {"iteration": iterations[way], "beta": config.ppo.kl_coef}
-        iterate(config, rank.context, models, rank.prompts, state, timer)
-        return timer.close()
-
-    sides = {
-        way: partial(turn, way, settings_of(way, rank.config), dataclasses.replace(rank.models, ahead=Ahead()))
-        for way in WAYS
-    }
+def measure(setup: Setup, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """On every rank: the metrics of each way and turn."""
+    sides = {way: partial(one_iteration, PPOTrainer.of(set_up(setup, way))) for way in WAYS}
     in_turns(sides, 1)
     return in_turns(sides, repeats)
 
 
-def settings_of(way: str, config: RunConfig) -> RunConfig:
-    ppo, rows = config.ppo, config.ppo.batch_size // config.hardware.workers
-    sampling = ppo.sampling.model_copy(update={"batch_size": max(rows // 2, 1), "ahead": way == AHEAD})
-    own = {"sampling": sampling, "scoring_chunks": CHUNKS if way == BESIDE else 1}
-    return config.model_copy(update={"ppo": ppo.model_copy(update=own)})
+def set_up(setup: Setup, way: str) -> Setup:
+    ppo = setup.config.ppo
+    sampling = ppo.sampling.model_copy(update={"one_step_off_policy": way == OFF_POLICY})
+    config = setup.config.model_copy(update={"ppo": ppo.model_copy(update={"sampling": sampling})})
+    return dataclasses.replace(setup, config=config)
 
 
 def summary(workers: int, found: Turns) -> list[dict[str, Any]]:
-    """One line a way: median seconds, those of work beside another phase, and the median over the turns of its iteration
-    over that in turn."""
-    in_turn = [one["perf/seconds_iteration"] for one in found[IN_TURN]]
+    """One line a way: median seconds, those of sampling during the update, and the median over the turns of its iteration
+    over the one on-policy."""
+    on_policy = [one["perf/seconds_iteration"] for one in found[ON_POLICY]]
     lines = []
     for way, turns in found.items():
         whole = [one["perf/seconds_iteration"] for one in turns]
@@ -70,11 +54,9 @@ def summary(workers: int, found: Turns) -> list[dict[str, Any]]:
                 "way": way,
                 "seconds": {phase: medians[phase] for phase in SHOWN},
                 "other": sum(seconds for phase, seconds in medians.items() if phase not in SHOWN),
-                "beside": statistics.median(
-                    sum(one[f"perf/overlapped_seconds_{p}"] for p in COMPUTING) for one in turns
-                ),
+                "overlapped": statistics.median(one["perf/overlapped_seconds_sampling"] for one in turns),
                 "iteration": statistics.median(whole),
-                "of_in_turn": statistics.median(own / other for own, other in zip(whole, in_turn, strict=True)),
+                "of_on_policy": statistics.median(own / other for own, other in zip(whole, on_policy, strict=True)),
             }
         )
     return lines
@@ -83,10 +65,10 @@ def summary(workers: int, found: Turns) -> list[dict[str, Any]]:
 def shown(lines: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for line in lines:
-        seconds = (*line["seconds"].values(), line["other"], line["iteration"], line["beside"])
-        cells = [*(f"{value:.2f} s" for value in seconds), f"{line['of_in_turn']:.2f}"]
+        seconds = (*line["seconds"].values(), line["other"], line["iteration"], line["overlapped"])
+        cells = [*(f"{value:.2f} s" for value in seconds), f"{line['of_on_policy']:.2f}"]
         rows.append([str(line["workers"]), line["way"], *cells])
-    return table(["workers", "way", *SHOWN, "other", "iteration", "beside it", "of in turn"], rows)
+    return table(["workers", "way", *SHOWN, "other", "iteration", "overlapped", "of on-policy"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -41,7 +41,26 @@ def experience(vocab: int, count: int = ROWS) -> Experience:
     response_mask_BR = torch.arange(RESPONSE) < response_B1
     mask_BT = torch.cat([torch.arange(PROMPT) >= PROMPT - prompt_B1, response_mask_BR], 1)
     tokens_BT = torch.randint(3, vocab, mask_BT.shape, generator=generator)
-    return Experience(tokens_BT, mask_BT, response_mask_BR, *[torch.zeros(count, RESPONSE)] * 5)
+    return blank(tokens_BT, mask_BT, response_mask_BR)
+
+
+def blank(tokens_BT: Tensor, mask_BT: Tensor, response_mask_BR: Tensor) -> Experience:
+    """Experience in which every row counts, and all that was learned of it is 0."""
+    zero_BR = torch.zeros(response_mask_BR.shape)
+    return Experience(
+        tokens_BT,
+        mask_BT,
+        response_mask_BR,
+        counted_B=torch.ones(len(tokens_BT), dtype=torch.bool),
+        old_logprobs_BR=zero_BR,
+        ref_logprobs_BR=zero_BR,
+        old_values_BR=zero_BR,
+        advantages_BR=zero_BR,
+        returns_BR=zero_BR,
+        importance_BR=zero_BR,
+        weight_BR=response_mask_BR.float(),
+        denominator_B=response_mask_BR.sum(1).float(),
+    )
 
 
 def parts(given: Experience, config: PPOConfig) -> Iterator[Experience]:

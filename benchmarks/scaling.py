@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --model FOLDER --out scaling.json
 
-Every size is one iteration of `stages.ppo.iterate`, from weight sync to the last optimizer step: one epoch, one
+Every size is one iteration of `PPOTrainer.step`, from weight sync to the last optimizer step: one epoch, one
 minibatch, forward passes of `--micro-batch` rows. No answer ends before its length. The sizes take turns in one process
 per worker, after an iteration that is not counted. One worker is plain torch, two are ZeRO-3; together they have the
 same threads. Memory is the largest resident size during an iteration (on CUDA: of tensors), of all workers together.
@@ -12,19 +12,19 @@ exponent: the slope of log time over log size, by least squares; 1 is proportion
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gang import Rank, add_sizes, by_workers
+from benchmarks.gang import add_sizes, by_workers, one_iteration
 from benchmarks.side import peak_memory
 from benchmarks.turns import parser_of, report, table
-from rlhf.config import RunConfig
 from rlhf.distributed import collectives
-from rlhf.ppo.step_profiler import PhaseTimer
-from stages.ppo import iterate
+from rlhf.ppo.setup import Setup, reward_set
+from rlhf.ppo.trainer import PPOTrainer
 
 FACTORS = (1, 2, 4)
 SIZES = tuple(dict.fromkeys([*((factor, 1) for factor in FACTORS), *((1, factor) for factor in FACTORS)]))
@@ -38,8 +38,8 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(*logs).slope
 
 
-def grown(config: RunConfig, rows: int, length: int) -> RunConfig:
-    ppo = config.ppo
+def grown(setup: Setup, rows: int, length: int) -> Setup:
+    ppo = setup.config.ppo
     sampling = ppo.sampling.model_copy(
         update={
             "max_new_tokens": ppo.sampling.max_new_tokens * length,
@@ -47,30 +47,28 @@ def grown(config: RunConfig, rows: int, length: int) -> RunConfig:
         }
     )
     sizes = {"batch_size": ppo.batch_size * rows, "minibatch_size": ppo.batch_size * rows, "sampling": sampling}
-    return config.model_copy(update={"ppo": ppo.model_copy(update=sizes)})
+    config = setup.config.model_copy(update={"ppo": ppo.model_copy(update=sizes)})
+    return dataclasses.replace(setup, config=config, rewards=reward_set(config, setup.models))
 
 
-def measure(rank: Rank, repeats: int) -> list[dict[str, Any]]:
+def measure(setup: Setup, repeats: int) -> list[dict[str, Any]]:
     """On every rank: seconds by phase and bytes, of each size and turn."""
     found: list[dict[str, Any]] = [{"rows": rows, "length": length, "turns": []} for rows, length in SIZES]
-    state = {"iteration": 0, "beta": rank.config.ppo.kl_coef}
-    _turn(rank, rank.config, state)
+    trainers = [PPOTrainer.of(grown(setup, *size)) for size in SIZES]
+    _turn(trainers[0])
     for _ in range(repeats):
-        for of_size in found:
-            of_size["turns"].append(_turn(rank, grown(rank.config, of_size["rows"], of_size["length"]), state))
+        for of_size, trainer in zip(found, trainers, strict=True):
+            of_size["turns"].append(_turn(trainer))
     return found
 
 
-def _turn(rank: Rank, config: RunConfig, state: dict[str, Any]) -> dict[str, float]:
-    state["iteration"] += 1
+def _turn(trainer: PPOTrainer) -> dict[str, float]:
     collectives.barrier()
     _forget_peak()
-    timer = PhaseTimer(rank.context.device)
-    metrics = iterate(config, rank.context, rank.models, rank.prompts, state, timer)
-    times = timer.close()
-    found = {phase: times[f"perf/seconds_{phase}"] for phase in SHOWN}
-    on_device = max(value for name, value in times.items() if name.startswith("perf/memory_"))
-    mine = on_device if rank.context.device.type == "cuda" else peak_memory()
+    metrics = one_iteration(trainer)
+    found = {phase: metrics[f"perf/seconds_{phase}"] for phase in SHOWN}
+    on_device = max(value for name, value in metrics.items() if name.startswith("perf/memory_"))
+    mine = on_device if trainer.context.device.type == "cuda" else peak_memory()
     return found | {"bytes": float(sum(collectives.gather_objects(mine))), "answer_tokens": metrics["ppo/length"]}
 
 

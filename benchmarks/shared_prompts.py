@@ -25,6 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import turns
+from benchmarks.packing import blank
 from benchmarks.side import NEVER
 from rlhf.config import PPOConfig, SamplingConfig
 from rlhf.data.batches import Experience, PromptBatch, select, trim
@@ -59,7 +60,7 @@ def experience(setting: Setting, side: str, vocab: int, seed: int) -> Experience
     if side == "shared":
         tokens_BT[:, :P] = tokens_BT[:: setting.answers, :P].repeat_interleave(setting.answers, 0)
     mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-    return Experience(tokens_BT, mask_BT, mask_BT[:, P:], *[torch.zeros(B, R)] * 5)
+    return blank(tokens_BT, mask_BT, mask_BT[:, P:])
 
 
 def sample(model: Any, setting: Setting, given: Experience, seed: int) -> None:

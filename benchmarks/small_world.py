@@ -1,7 +1,7 @@
 """A world so small that all its answers can be written down: reward, KL and the best policy are sums, not samples.
 
 A few prompts, every answer of a few letters with a random score of its own, and a Llama of some thousand weights. PPO
-trains on it through `stages.ppo.iterate`, the program's own loop; only tokenizer and reward model are stood in for.
+trains on it through `PPOTrainer.step`, the program's own; only tokenizer and reward model are stood in for.
 
 Names of shapes: Q prompts, N answers.
 """
@@ -23,10 +23,12 @@ from rlhf.distributed.engine import LocalEngine
 from rlhf.generation import InProcessSampler
 from rlhf.models import ScalarModel
 from rlhf.models.policy import PolicyModel
-from rlhf.ppo.step_profiler import PhaseTimer
+from rlhf.ppo.estimators import estimator_of
+from rlhf.ppo.models import Models
+from rlhf.ppo.setup import Setup, reward_set
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker
-from stages.ppo import Models, iterate
 
 PAD, EOS, BOS = 0, 1, 2
 LETTERS = "abc"
@@ -153,22 +155,27 @@ class RewardTable(nn.Module):
 class Trained(NamedTuple):
     path: list[Figures]  # before the first iteration and after every one
     policy: LlamaForCausalLM
-    critic: ScalarModel
+    critic: ScalarModel | None
 
 
 def train(world: World, ppo: PPOConfig, seed: int = 0) -> Trained:
-    """PPO from the reference, `ppo.iterations` long, by the program's own loop."""
-    config = world_config(ppo, seed)
-    models, context = open_models(world, ppo), alone()
-    prompts = [Prompt((Message("user", text),), "helpful", "small world") for text in PROMPTS]
-    policy = cast(LlamaForCausalLM, models.policy.module.causal)
+    """Training from the reference, `ppo.iterations` long."""
+    trainer = trainer_of(world, ppo, seed)
+    policy, critic = cast(PolicyModel, trainer.models.policy.module), trainer.models.critic
+    causal = cast(LlamaForCausalLM, policy.causal)
     path = [world.metrics(world.reference_QN)]
-    state, timer = {"iteration": 0, "beta": ppo.kl_coef}, PhaseTimer(context.device)
-    while state["iteration"] < ppo.iterations:
-        state["iteration"] += 1
-        iterate(config, context, models, prompts, state, timer)
-        path.append(world.metrics(world.logprobs(policy)))
-    return Trained(path, policy, cast(ScalarModel, models.critic.module))
+    while trainer.state.iteration < ppo.iterations:
+        trainer.state.iteration += 1
+        trainer.step()
+        path.append(world.metrics(world.logprobs(causal)))
+    return Trained(path, causal, None if critic is None else cast(ScalarModel, critic.module))
+
+
+def trainer_of(world: World, ppo: PPOConfig, seed: int = 0) -> PPOTrainer:
+    """One that has made no iteration yet."""
+    config, models = world_config(ppo, seed), open_models(world, ppo)
+    prompts = [Prompt((Message("user", text),), "helpful", "small world") for text in PROMPTS]
+    return PPOTrainer.of(Setup(config, alone(), models, reward_set(config, models), prompts, held_out=[]))
 
 
 def world_config(ppo: PPOConfig, seed: int) -> RunConfig:
@@ -178,18 +185,21 @@ def world_config(ppo: PPOConfig, seed: int) -> RunConfig:
 
 
 def open_models(world: World, ppo: PPOConfig) -> Models:
-    """What `stages.ppo.open_models` would load: the policy starts as the reference, the critic knows nothing."""
+    """What `rlhf.ppo.models.open_models` would load: the policy starts as the reference, a critic knows nothing."""
     steps = ppo.iterations * ppo.epochs * (ppo.batch_size // ppo.minibatch_size)
     hardware = HardwareConfig()
-    critic = ScalarModel(llama(seed=1).base_model, torch.zeros(1, HIDDEN))
     return Models(
         policy=LocalEngine(PolicyModel(copy.deepcopy(world.reference)), ppo.optim, steps, hardware),
         reference=LocalEngine(PolicyModel(copy.deepcopy(world.reference)), None, steps, hardware),
-        critic=LocalEngine(critic, ppo.critic_optim, steps, hardware),
-        rewards={ppo.helpfulness_model: LocalEngine(RewardTable(world), None, steps, hardware)},
+        critic=LocalEngine(new_critic(), ppo.critic_optim, steps, hardware) if estimator_of(ppo).critic else None,
+        reward_models={ppo.helpfulness_model: LocalEngine(RewardTable(world), None, steps, hardware)},
         sampler=InProcessSampler(copy.deepcopy(world.reference), EOS, PAD),
         tokenizer=Letters(),
     )
+
+
+def new_critic() -> ScalarModel:
+    return ScalarModel(llama(seed=1).base_model, torch.zeros(1, HIDDEN))
 
 
 def alone() -> StageContext:

@@ -3,8 +3,8 @@
     python -m benchmarks.sync --model FOLDER --out sync.json
 
 Both sides fill the sampler's copy from the same policy and take turns, after a turn each that is not counted. Ours is
-the stage's own: shards gathered in buckets. One worker is plain torch and has no shards, so there both only copy; two
-are ZeRO-3. The share is that of whole iterations of `stages.ppo.iterate` which follow, the first of them not counted.
+the trainer's own: shards gathered in buckets. One worker is plain torch and has no shards, so there both only copy; two
+are ZeRO-3. The share is that of whole iterations of `PPOTrainer.step` which follow, the first of them not counted.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.gang import Rank, add_sizes, by_workers
+from benchmarks.gang import add_sizes, by_workers, one_iteration
 from benchmarks.turns import in_turns, parser_of, report, table
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import import_deepspeed
-from rlhf.ppo.step_profiler import PhaseTimer
+from rlhf.ppo.models import Models
+from rlhf.ppo.setup import Setup
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.profiling.roofline import wait
-from stages import ppo as stage
 
 ITERATIONS = 3  # whose share of sync is told, after one that is not counted
 
@@ -36,31 +37,27 @@ def one_by_one(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
 
 
-def naive_sync(models: stage.Models) -> int:
+def naive_sync(models: Models) -> int:
     weights = one_by_one(models.policy.module)
     return models.sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in weights)
 
 
-def measure(rank: Rank, repeats: int) -> dict[str, Any]:
+def measure(setup: Setup, repeats: int) -> dict[str, Any]:
     """On every rank: (seconds, bytes) of each side and turn, and shares of whole iterations."""
 
-    def timed(sync: Callable[[stage.Models], int]) -> tuple[float, int]:
+    def timed(sync: Callable[[Models], int]) -> tuple[float, int]:
         collectives.barrier()
         start = time.perf_counter()
-        moved = sync(rank.models)
-        wait(rank.context.device)
+        moved = sync(setup.models)
+        wait(setup.context.device)
         collectives.barrier()
         return time.perf_counter() - start, moved
 
-    sides = {"ours": lambda: timed(stage._sync), "naive": lambda: timed(naive_sync)}
+    sides = {"ours": lambda: timed(Models.sync), "naive": lambda: timed(naive_sync)}
     in_turns(sides, 1)
-    turns, shares = in_turns(sides, repeats), []
-    state = {"iteration": 0, "beta": rank.config.ppo.kl_coef}
+    turns, trainer, shares = in_turns(sides, repeats), PPOTrainer.of(setup), []
     for _ in range(1 + ITERATIONS):
-        state["iteration"] += 1
-        timer = PhaseTimer(rank.context.device)
-        stage.iterate(rank.config, rank.context, rank.models, rank.prompts, state, timer)
-        times = timer.close()
+        times = one_iteration(trainer)
         shares.append((times["perf/seconds_sync"], times["perf/seconds_iteration"]))
     return {"turns": turns, "iterations": shares[1:]}
 

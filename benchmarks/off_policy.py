@@ -1,7 +1,7 @@
-"""What sampling one iteration ahead costs in learning: `python -m benchmarks.ahead` trains, prints and draws.
+"""What answers of one step off-policy cost in learning: `python -m benchmarks.off_policy` trains, prints and draws.
 
 On `benchmarks.small_world` PPO learns from the same seeds three ways: with the answers of the policy that learns, with
-those of the policy of one update earlier (`ppo.sampling.ahead`), and with the latter as if they were its own, without the
+those of the policy of one update earlier (`ppo.sampling.one_step_off_policy`), and with the latter as if they were its own, without the
 importance weight. Reward and KL after each iteration are sums over all answers, so that curves differ by what was learned
 and not by what was measured. The learning rate is constant: that of `benchmarks.closed_form`, and four and ten times as
 much, where one update moves the policy by more than it should, and its age matters most.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BETA = 0.5
-WAYS = ("in time", "ahead", "ahead, not weighed")
+WAYS = ("on-policy", "off-policy", "off-policy, not weighted")
 RATES = (5e-3, 2e-2, 5e-2)
 SHOWN = (5, 10, 20, 40, 80)  # iterations of the table
 
@@ -55,11 +55,11 @@ class Curve:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.off_policy", description=__doc__)
     parser.add_argument("--seeds", type=int, default=8, help="at least 2, for an interval (default 8)")
     parser.add_argument("--quick", action="store_true", help="two seeds and ten iterations: does it work?")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("ahead.json"), help="the picture goes beside it, as .png")
+    parser.add_argument("--out", type=Path, default=Path("off_policy.json"), help="the picture goes beside it, as .png")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("--seeds: at least 2")
@@ -87,7 +87,7 @@ def learn(run: Run, iterations: int) -> Curve:
 def _settings(run: Run, iterations: int) -> PPOConfig:
     given = settings(BETA, iterations)
     optim = given.optim.model_copy(update={"lr": run.rate, "schedule": "constant", "warmup_ratio": 0.0})
-    sampling = given.sampling.model_copy(update={"ahead": run.way != WAYS[0]})
+    sampling = given.sampling.model_copy(update={"one_step_off_policy": run.way != WAYS[0]})
     return given.model_copy(update={"optim": optim, "critic_optim": optim, "sampling": sampling})
 
 
@@ -100,7 +100,7 @@ def _one(
 
 
 def table(curves: Mapping[Run, Curve]) -> str:
-    """Means over the seeds, and of the difference from answers in time the 95 % interval of its mean."""
+    """Means over the seeds, and of the difference from on-policy answers the 95 % interval of its mean."""
     shown = [number for number in SHOWN if number < len(next(iter(curves.values())).gained)]
     lines = []
     for rate, way in product(RATES, WAYS):
@@ -110,7 +110,7 @@ def table(curves: Mapping[Run, Curve]) -> str:
         spread = 1.96 * statistics.stdev(gaps) / len(gaps) ** 0.5
         last = "" if way == WAYS[0] else f"{statistics.fmean(gaps):+.3f} ± {spread:.3f}"
         lines.append([f"{rate:g}", way, *cells, last])
-    return turns.table(["learning rate", "answers", *(f"after {n}" for n in shown), "last, less in time"], lines)
+    return turns.table(["learning rate", "answers", *(f"after {n}" for n in shown), "last, less on-policy"], lines)
 
 
 def _of(curves: Mapping[Run, Curve], way: str, rate: float) -> Sequence[list[float]]:
