@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import settings
 from launch.settings import dump, load
+from rlhf.config import RunConfig
 from rlhf.errors import UserError
 
 ROWS = "{demonstrations: {train: []}, preferences: {train: []}, prompts: {train: []}}"
@@ -182,6 +184,8 @@ def test_every_mistake_of_every_layer_is_reported_at_once(project: Path) -> None
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        (["--ppo.beta", "0.1"], "ppo.beta: unknown setting (renamed to ppo.kl_coef)"),
+        (["--sft.optim.warmup_share", "0"], "unknown setting (renamed to sft.optim.warmup_ratio)"),
         (["--ppo.lr", "1"], "ppo.lr: unknown setting (did you mean ppo.optim.lr?)"),
         (["--batchsize", "1"], "batchsize: unknown setting (did you mean"),
         (["--data.prompts.heldout", "[]"], "unknown setting (did you mean data.prompts.held_out?)"),
@@ -277,3 +281,9 @@ def test_a_micro_batch_that_does_not_divide_becomes_the_next_smaller_that_does(p
 def test_printed_settings_are_plain_yaml(project: Path) -> None:
     printed = yaml.safe_load(dump(load("configs/run/mine.yaml", [])))
     assert printed["sft"]["optim"]["lr"] == 0.001
+
+
+def test_every_renamed_setting_has_its_new_name_and_not_its_old_one() -> None:
+    names = {name.split(".")[-1] for name in settings._all_names(RunConfig)}
+    assert set(settings.RENAMED.values()) - {"other_fraction"} <= names  # that one stands under names of one's own
+    assert not names & settings.RENAMED.keys()
