@@ -21,6 +21,7 @@ from launch import yaml_tree
 from launch.yaml_tree import ConfigError, Keys, Node
 from rlhf.config import RunConfig, public
 from rlhf.errors import UserError
+from stages.base import misfits
 
 PACKAGED = Path(__file__).resolve().parents[1] / "configs"
 COMMAND_LINE = "command line"
@@ -189,7 +190,7 @@ def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[
     defaults, mistakes, mended = _defaults(), [], set[Keys]()
     while True:
         try:
-            return RunConfig.model_validate(yaml_tree.plain(tree)), mistakes
+            return RunConfig.model_validate(yaml_tree.plain(tree), context={"misfits": misfits}), mistakes
         except ValidationError as error:
             details = error.errors(include_url=False)
         suspect = [_dotted(keys) for keys in mended] + [f"{section}." for section in incomplete]

@@ -65,7 +65,7 @@ class Models:
 def main(config: RunConfig, context: StageContext) -> Artifact:
     """Trains the policy and returns the artifact of the iteration with the best held-out reward."""
     ppo = config.ppo
-    data = provenance.stage_data(config, context.stage)
+    data = provenance.stage_data(config, context.roles)
     machine = step_profiler.all_machines(context.device, config.hardware.precision)
     models = open_models(config, context)
     prompts, held_out = (
