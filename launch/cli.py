@@ -1,4 +1,4 @@
-"""The command `rlhf`. Only the standard library is imported here, so that `--help` is there at once."""
+"""The command `rlhf`. No library is imported here, so that `--help` is there at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-STAGES = "sft, reward, reward/NAME (one reward model) or ppo"
+from stages.base import STAGES, parts_of
+
+STAGE_HELP = f"{', '.join(STAGES)}; reward/NAME is one reward model"
 SETTINGS_HELP = (
     "After RUNFILE any setting may be given by its dotted name, for instance --ppo.optim.lr 1e-6, "
     "--data.root FOLDER or --hardware gpu-8; `rlhf config RUNFILE` lists them all."
@@ -32,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rlhf", description="Turn a base model into a chat model: SFT, reward models, PPO.", allow_abbrev=False
+        prog="rlhf",
+        description="Turn a base model into a chat model: SFT, reward models, PPO or DPO.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -88,7 +92,7 @@ def _with_runfile(
 ) -> argparse.ArgumentParser:
     parser = _command(commands, name, handler, text)
     if stage:
-        parser.add_argument("stage", metavar="STAGE", type=stage, help=STAGES)
+        parser.add_argument("stage", metavar="STAGE", type=stage, help=STAGE_HELP)
     parser.add_argument("runfile", metavar="RUNFILE", help="a YAML file, or the name of a packaged run (quickstart)")
     parser.usage = f"rlhf {name}{' STAGE' if stage else ''} RUNFILE [OPTION …] [--SETTING VALUE …]"
     parser.epilog = SETTINGS_HELP
@@ -99,8 +103,8 @@ def _with_runfile(
 def _stage_name(text: str) -> tuple[str, str | None]:
     """`reward/safety` → ("reward", "safety")."""
     stage, _, name = text.partition("/")
-    if stage not in ("sft", "reward", "ppo") or (name and stage != "reward"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no stage; there are {STAGES}")
+    if stage not in STAGES or (name and STAGES[stage].parts is None):
+        raise argparse.ArgumentTypeError(f"{text!r} is no stage; there are {STAGE_HELP}")
     return stage, name or None
 
 
@@ -141,8 +145,9 @@ def _stage(args: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load(args.runfile, overrides)
     stage, name = args.stage
-    if name and name not in config.reward.models:
-        raise UserError(f"there is no reward model {name!r}; reward.models has {', '.join(config.reward.models)}")
+    if (f"{stage}/{name}" if name else stage) not in {*config.pipeline, *parts_of(config)}:
+        made = f"pipeline has {', '.join(config.pipeline)}, which makes {', '.join(parts_of(config))}"
+        raise UserError(f"this run has no {stage}{f'/{name}' if name else ''}: {made}")
     preflight(config, gang=not args.local)
     from launch import pipeline
 

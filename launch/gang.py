@@ -17,6 +17,7 @@ from typing import Any
 from launch.worker import FAILURE, UNEXPECTED, read_failure
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
+from stages.base import parts_of, stage_of
 
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
@@ -210,7 +211,7 @@ def _wait_for_room(config: RunConfig) -> None:
     import ray
 
     hardware = config.hardware
-    workers = max(hardware.workers, config.reward_workers)
+    workers = max(stage_of(part).workers(config) for part in parts_of(config))
     deadline = time.monotonic() + (hardware.placement_timeout_s if hardware.ray_address else 0)
     for kind, each in (("CPU", hardware.cpus_per_worker), ("GPU", hardware.gpus_per_worker)):
         while workers * each > (have := ray.cluster_resources().get(kind, 0)):

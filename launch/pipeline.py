@@ -1,4 +1,4 @@
-"""The pipeline: SFT, then the reward models side by side, then PPO, then the report. What is complete is not done again."""
+"""The pipeline: its stages as soon as their inputs are there, then the report. What is complete is not done again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 from launch import gang, report
 from launch.terminal import StageBars, console
 from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
-from rlhf.config import RunConfig, stage_inputs
-from rlhf.data import Split, mix_preferences, split_held_out
+from rlhf.config import RunConfig
+from rlhf.data import Split
 from rlhf.errors import UserError
 from rlhf.runs import artifacts, provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
+from stages.base import parts_of, stage_of
 
 POLL_S = 0.3
 Data = dict[str, dict[str, Split]]
@@ -29,12 +30,12 @@ MADE_BY = "made_by.json"  # beside a stage's checkpoints: what they were made wi
 def run(config: RunConfig, fresh: bool) -> int:
     """Runs every stage that is not complete, and reports. Returns the exit code."""
     config = absolute(config)
-    data = checked_data(config, stages_of(config))
+    data = checked_data(config, parts_of(config))
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     config.folder.mkdir(parents=True, exist_ok=True)
     tracker = open_parent(config.folder, config.tracking, config.name)
-    tracker.params({"stages": ", ".join(stages_of(config)), "seed": config.seed, "model": config.model.path})
+    tracker.params({"stages": ", ".join(parts_of(config)), "seed": config.seed, "model": config.model.path})
     try:
         seconds = _run_stages(config, data)
     except BaseException as error:
@@ -46,13 +47,13 @@ def run(config: RunConfig, fresh: bool) -> int:
 
 
 def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> int:
-    """One stage, or every reward model of the stage `reward` when no `name` is given."""
+    """One stage: all its parts (every reward model), or the one called `name`."""
     config = absolute(config)
-    chosen = [s for s in stages_of(config) if s.split("/")[0] == stage and name in (None, s.split("/")[-1])]
-    if not chosen:
-        raise UserError(f"reward.models has no {name!r}; it has {', '.join(config.reward.models)}.")
+    chosen = [f"{stage}/{name}"] if name else stage_of(stage).parts_of(config)
+    if not {*chosen} <= {*parts_of(config)}:
+        raise UserError(f"this run has no {', '.join(chosen)}; its pipeline makes {', '.join(parts_of(config))}")
     for one in chosen:
-        for needed in stage_inputs(config, one):
+        for needed in stage_of(one).inputs(config):
             if not (config.folder / needed / "artifact" / artifacts.MANIFEST).exists():
                 raise UserError(
                     f"{one} starts from {needed}, which is not complete in {config.folder}. Run it first.", 4
@@ -68,10 +69,6 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
             with gang.cluster(config), StageBars(config.folder) as bars:
                 _drive(config, [one], data, bars)
     return 0
-
-
-def stages_of(config: RunConfig) -> list[str]:
-    return ["sft", *(f"reward/{name}" for name in config.reward.models), "ppo"]
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -94,32 +91,33 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def checked_data(config: RunConfig, stages: Sequence[str]) -> Data:
     """The data of each of `stages`. UserError (3) for what one of them could not use: now, not when its turn has come."""
-    data = provenance.read_data(config, stages)
-    splits = {role: split for by_role in data.values() for role, split in by_role.items()}
-    for finding in dict.fromkeys(finding for split in splits.values() for finding in split.findings):
+    splits = provenance.read_data(config)
+    data = {stage: {role: splits[role] for role in stage_of(stage).roles} for stage in stages}
+    read = {role: split for by_role in data.values() for role, split in by_role.items()}
+    for finding in dict.fromkeys(finding for split in read.values() for finding in split.findings):
         console.print(f"data: {finding}", style="yellow", markup=False, highlight=False)
     for stage in stages:
-        if stage.startswith("reward/"):
-            model = config.reward.models[stage.removeprefix("reward/")]
-            mix_preferences(data[stage]["preferences"].train, model, config.seed)
-        elif stage == "ppo":
-            split_held_out(data[stage]["prompts"].held_out, config.ppo.eval_prompts, config.seed)
+        stage_of(stage).check_data(config, stage, data[stage])
     return data
 
 
 def complete_artifact(config: RunConfig, stage: str, data: Data) -> Artifact | None:
     """The stage's artifact, if it is whole and was made from today's settings, data and parents."""
-    inputs = {name: complete_artifact(config, name, data) for name in stage_inputs(config, stage)}
+    inputs = {name: complete_artifact(config, name, data) for name in stage_of(stage).inputs(config)}
     if None in inputs.values():
         return None
     parents = provenance.parents(data[stage], inputs)  # type: ignore[arg-type]
-    return artifacts.find(config.folder / stage / "artifact", provenance.settings_digest(config, stage), parents)
+    return artifacts.find(config.folder / stage / "artifact", _digest(config, stage), parents)
+
+
+def _digest(config: RunConfig, stage: str) -> str:
+    return provenance.settings_digest(config, stage, stage_of(stage).roles)
 
 
 def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
     """Seconds of each stage that ran. Stages whose inputs are there run side by side as far as the cluster has room."""
     waiting = []
-    for stage in stages_of(config):
+    for stage in parts_of(config):
         if complete_artifact(config, stage, data) is None:
             waiting.append(stage)
         else:
@@ -152,11 +150,11 @@ def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -
     running: dict[str, tuple[gang.Gang, float]] = {}
     seconds: dict[str, float] = {}
     while waiting or running:
-        for stage in [s for s in waiting if not set(stage_inputs(config, s)) & {*waiting, *running}]:
+        for stage in [s for s in waiting if not set(stage_of(s).inputs(config)) & {*waiting, *running}]:
             waiting.remove(stage)
             _prepare(config, stage, data[stage])
             bars.add(stage)
-            running[stage] = gang.Gang(config, stage, workers_of(config, stage)), time.monotonic()
+            running[stage] = gang.Gang(config, stage, stage_of(stage).workers(config)), time.monotonic()
         for stage, (one, started) in list(running.items()):
             if one.done(POLL_S / len(running)):
                 del running[stage]
@@ -170,10 +168,10 @@ def _prepare(config: RunConfig, stage: str, data: dict[str, Split], local: bool 
     """Clears what an earlier attempt left behind; its checkpoints stay if it started from the same and can go on here."""
     folder = config.folder / stage
     made_by = folder / MADE_BY
-    inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
+    inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
     parents = provenance.parents(data, inputs)
     attempt = {
-        "from": artifacts.digest_of([provenance.settings_digest(config, stage), parents]),
+        "from": artifacts.digest_of([_digest(config, stage), parents]),
         "layout": _layout(config, stage, local),
     }
     known = json.loads(made_by.read_text()) if made_by.exists() else {}
@@ -194,12 +192,8 @@ def _layout(config: RunConfig, stage: str, local: bool) -> str:
     """Who writes a checkpoint: shards of one layout cannot be dealt out to another."""
     if local:
         return "one process alone"
-    workers = os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else workers_of(config, stage)
+    workers = os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else stage_of(stage).workers(config)
     return f"{workers} workers under ZeRO-{config.hardware.zero_stage}"
-
-
-def workers_of(config: RunConfig, stage: str) -> int:
-    return config.reward_workers if stage.startswith("reward/") else config.hardware.workers
 
 
 def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> None:
@@ -221,8 +215,9 @@ def _death(error: Exception, stage: str, config: RunConfig) -> UserError:
     """Why a worker died that had no time to say so itself."""
     text = str(error)
     if "out of memory" in text.lower() or "OutOfMemory" in text:
-        by_tokens = stage == "ppo" and config.ppo.micro_batch_tokens is not None
-        key = f"{stage.split('/')[0]}.micro_batch_{'tokens' if by_tokens else 'size'}"
+        name = stage_of(stage).name
+        by_tokens = getattr(getattr(config, name), "micro_batch_tokens", None) is not None
+        key = f"{name}.micro_batch_{'tokens' if by_tokens else 'size'}"
         return UserError(f"a worker was killed because the machine ran out of memory. Lower {key}, or give more.", 5)
     return UserError(f"a worker died: {text.strip().splitlines()[-1][:300]}", 6)
 
@@ -236,7 +231,7 @@ def _report(config: RunConfig, tracker: Tracker, seconds: dict[str, float]) -> N
     uri = config.tracking.uri
     extra = {
         "seconds": known,
-        "artifacts": {stage: str(config.folder / stage / "artifact") for stage in stages_of(config)},
+        "artifacts": {stage: str(config.folder / stage / "artifact") for stage in parts_of(config)},
         "mlflow": {"tracking_uri": uri and public_uri(uri), "run_id": tracker.run_id},
     }
     result = report.build(config.folder, config, extra)

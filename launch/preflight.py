@@ -16,6 +16,7 @@ from pathlib import Path
 from reward_data.files import is_hub_name
 from rlhf.config import RunConfig, SourceConfig
 from rlhf.errors import UserError
+from stages.base import parts_of
 
 BAD_SETTING, BAD_DATA, MISSING_MODEL, MACHINE_TOO_SMALL = 2, 3, 4, 5
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -84,7 +85,7 @@ def machine_gpus() -> int | None:
 def _data(config: RunConfig) -> Iterator[PreflightError]:
     for role in ("demonstrations", "preferences", "prompts"):
         for part in ("train", "held_out"):
-            for number, source in enumerate(getattr(getattr(config.data, role), part)):
+            for number, source in enumerate(getattr(getattr(config.data, role), part, ())):
                 name = f"data.{role}.{part}.{number}"
                 for key, text in _source(source, config.data.root):
                     yield PreflightError(f"{name}.{key}: {text}", BAD_DATA)
@@ -159,7 +160,7 @@ def _in_cache(kind: str, name: str) -> bool:
 
 
 def _sampling(config: RunConfig) -> Iterator[PreflightError]:
-    if config.ppo.sampling.engine != "vllm":
+    if "ppo" not in config.pipeline or config.ppo.sampling.engine != "vllm":
         return
     if importlib.util.find_spec("vllm") is None:
         text = "vllm is not installed: `make vllm` installs it, or set inprocess"
@@ -222,14 +223,13 @@ def _disk(config: RunConfig) -> Iterator[PreflightError]:
 
 
 def bytes_wanted(config: RunConfig) -> int:
-    """A low estimate of what a run writes: an artifact per stage, and PPO's policy and critic in training.
+    """A low estimate of what a run writes: its artifacts, and a policy in training, in PPO with its critic.
 
     A model that is not on this disk counts nothing, since its size is not known.
     """
     parameters = _parameters(Path(config.model.path).expanduser())
-    artifacts = 2 + len(config.reward.models)
-    in_training = 0 if config.model.lora else 2
-    return LEAST_DISK + parameters * (artifacts * WEIGHT_BYTES + in_training * STATE_BYTES)
+    in_training = 0 if config.model.lora else 1 + ("ppo" in config.pipeline)
+    return LEAST_DISK + parameters * (len(parts_of(config)) * WEIGHT_BYTES + in_training * STATE_BYTES)
 
 
 def _parameters(folder: Path) -> int:

@@ -21,6 +21,7 @@ from launch import yaml_tree
 from launch.yaml_tree import ConfigError, Keys, Node
 from rlhf.config import RunConfig, public
 from rlhf.errors import UserError
+from stages.base import misfits
 
 PACKAGED = Path(__file__).resolve().parents[1] / "configs"
 COMMAND_LINE = "command line"
@@ -30,6 +31,21 @@ REPLACED_WHOLE: tuple[Keys, ...] = (("reward", "models"),)
 NO_ROWS = {role: {"train": []} for role in ("demonstrations", "preferences", "prompts")}
 STAND_INS: dict[Keys, Node] = {("name",): yaml_tree.constant("unnamed"), ("data",): yaml_tree.constant(NO_ROWS)}
 """For required settings that are missing, so that the others can still be checked against each other."""
+RENAMED = {  # old name → new name in the same section
+    "answers_per_prompt": "group_size",
+    "beta": "kl_coef",
+    "clip": "clip_range",
+    "entropy_share_min": "entropy_ratio_min",
+    "eos_share_min": "eos_rate_min",
+    "held_out_share": "held_out_fraction",
+    "importance_cap": "tis_cap",
+    "lam": "gae_lambda",
+    "min_lr_share": "min_lr_ratio",
+    "other_share": "other_fraction",
+    "sampler_gap_max": "rollout_logprob_diff_max",
+    "value_clip": "value_clip_range",
+    "warmup_share": "warmup_ratio",
+}
 
 
 def load(runfile: str | Path, overrides: list[str]) -> RunConfig:
@@ -174,7 +190,7 @@ def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[
     defaults, mistakes, mended = _defaults(), [], set[Keys]()
     while True:
         try:
-            return RunConfig.model_validate(yaml_tree.plain(tree)), mistakes
+            return RunConfig.model_validate(yaml_tree.plain(tree), context={"misfits": misfits}), mistakes
         except ValidationError as error:
             details = error.errors(include_url=False)
         suspect = [_dotted(keys) for keys in mended] + [f"{section}." for section in incomplete]
@@ -270,11 +286,13 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 
 
 def _near_setting(name: str) -> str:
-    """The likeliest dotted name: a sibling of like name, then the same last part elsewhere, then anything alike."""
+    """The likeliest dotted name: what it is called now, a similar sibling, the same last part elsewhere, any similar."""
     *parents, last = name.split(".")
     siblings = [*_fields_at(tuple(parents)), *([] if parents else ["stages"])]
     prefix = "".join(f"{parent}." for parent in parents)
     everything = _all_names(RunConfig)
+    if RENAMED.get(last) in siblings:
+        return f" (renamed to {prefix}{RENAMED[last]})"
     if near := _nearest(last, siblings):
         return f" (did you mean {prefix}{near}?)"
     near = _nearest(name, [other for other in everything if other.split(".")[-1] == last]) or _nearest(name, everything)

@@ -11,13 +11,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import RunConfig, public, stage_inputs, without_secrets
+from rlhf.config import RunConfig, public, without_secrets
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import Artifact, load, write_atomic, write_json
+from stages.base import stage_of
 
 FAILURE = "failure.json"
 UNEXPECTED = 1  # exit code of a failure that is nobody's known mistake
@@ -49,15 +49,16 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
             device=_device(torch),
             folder=folder,
             inputs=collectives.broadcast_result(
-                lambda: {name: load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
+                lambda: {name: load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
             ),
             tracker=tracker,
             progress=Progress(folder, is_writer),
             local=local,
+            roles=stage_of(stage).roles,
         )
         collectives.rank_zero_only(lambda: _record(config, context), "reading the data")
         resolve(config)  # one rank makes the tiny model, and the others wait for it
-        artifact = import_module(f"stages.{stage.split('/')[0]}").main(config, context)
+        artifact = stage_of(stage).run(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
         tracker.close("FINISHED")
         return artifact
@@ -120,8 +121,9 @@ def _record(config: RunConfig, context: Any) -> None:
     settings = public(config)  # a record: nothing reads it again
     write_atomic(context.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     context.tracker.artifact(context.folder / "config.yaml")
-    context.tracker.params(provenance.stage_settings(config, context.stage) | {"hardware": settings["hardware"]})
-    for role, split in provenance.stage_data(config, context.stage).items():
+    own = provenance.stage_settings(config, context.stage, context.roles)
+    context.tracker.params(own | {"hardware": settings["hardware"]})
+    for role, split in provenance.stage_data(config, context.roles).items():
         for name, digest in split.digests.items():
             context.tracker.dataset(name, name, digest, role)
         context.tracker.tags({f"findings.{role}": "; ".join(split.findings)} if split.findings else {})

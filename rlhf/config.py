@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -143,8 +143,9 @@ class DataConfig(Settings):
     root: Folder = Path()
     """Relative source paths start here."""
     demonstrations: RoleConfig
-    preferences: RoleConfig
-    prompts: RoleConfig
+    preferences: RoleConfig | None = None
+    prompts: RoleConfig | None = None
+    """None where no stage of the pipeline reads it."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     shared_prompts: Literal["refuse", "drop"] = "refuse"
     """What happens to training rows whose prompt is also held out, for whatever role."""
@@ -302,6 +303,8 @@ class TrackingConfig(Settings):
 
 class RunConfig(Settings):
     name: Name
+    pipeline: Annotated[list[str], Field(min_length=1)] = ["sft", "reward", "ppo"]
+    """Stages in their order; `stages/base.py` lists those that there are."""
     seed: int = 0
     runs_dir: Folder = Path("runs")
     model: ModelConfig = ModelConfig()
@@ -321,10 +324,15 @@ class RunConfig(Settings):
         return self.hardware.workers_per_reward_model or self.hardware.workers
 
     @model_validator(mode="after")
-    def _settings_fit_together(self) -> RunConfig:
-        """All misfits in one error, a line each that begins with the dotted name of the setting to change."""
-        misfits = [*self._unknown_reward_models(), *self._uneven_batches(), *self._unshared_prompts()]
-        misfits += self._adapters_for_vllm()
+    def _settings_fit_together(self, info: ValidationInfo) -> RunConfig:
+        """All misfits in one error, a line each that begins with the dotted name of the setting to change.
+
+        The caller may find more: those of the pipeline, whose stages are not known here (`context["misfits"]`).
+        """
+        misfits = [*self._uneven_batches(), *(info.context["misfits"](self) if info.context else ())]
+        if "ppo" in self.pipeline:
+            misfits += [*self._unknown_reward_models(), *self._uneven_minibatches()]
+            misfits += [*self._unshared_prompts(), *self._adapters_for_vllm()]
         if misfits:
             raise ValueError("\n".join(misfits))
         return self
@@ -343,14 +351,23 @@ class RunConfig(Settings):
     def _uneven_batches(self) -> Iterator[str]:
         """Under ZeRO-3 every rank must make the same number of forward passes, or all of them wait for ever."""
         own = self.hardware.workers_per_reward_model is not None
-        reward_key = "hardware.workers_per_reward_model" if own else "hardware.workers"
-        for name, total, workers, key in (
-            ("sft.batch_size", self.sft.batch_size, self.hardware.workers, "hardware.workers"),
-            ("reward.batch_size", self.reward.batch_size, self.reward_workers, reward_key),
-            ("ppo.minibatch_size", self.ppo.minibatch_size, self.hardware.workers, "hardware.workers"),
-        ):
+        for stage, (total, workers) in self._batches().items():
+            name = "ppo.minibatch_size" if stage == "ppo" else f"{stage}.batch_size"
+            key = "hardware.workers_per_reward_model" if stage == "reward" and own else "hardware.workers"
             if total % workers:
                 yield f"{name} is {total}, which is not a multiple of {workers} workers ({key})"
+
+    def _batches(self) -> dict[str, tuple[int, int]]:
+        """Rows of an optimizer step of each stage of the pipeline, and the workers that share them."""
+        workers = self.hardware.workers
+        batches = {
+            "sft": (self.sft.batch_size, workers),
+            "reward": (self.reward.batch_size, self.reward_workers),
+            "ppo": (self.ppo.minibatch_size, workers),
+        }
+        return {stage: batch for stage, batch in batches.items() if stage in self.pipeline}
+
+    def _uneven_minibatches(self) -> Iterator[str]:
         share, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
         if left == 0 and share % self.ppo.group_size:
             yield (
@@ -380,13 +397,8 @@ class RunConfig(Settings):
             sizes = range(min(stage.micro_batch_size, share), 0, -1)
             return stage.model_copy(update={"micro_batch_size": next(size for size in sizes if share % size == 0)})
 
-        return self.model_copy(
-            update={
-                "sft": fit(self.sft, self.sft.batch_size // self.hardware.workers),
-                "reward": fit(self.reward, self.reward.batch_size // self.reward_workers),
-                "ppo": fit(self.ppo, self.ppo.minibatch_size // self.hardware.workers),
-            }
-        )
+        shares = {stage: total // workers for stage, (total, workers) in self._batches().items()}
+        return self.model_copy(update={stage: fit(getattr(self, stage), share) for stage, share in shares.items()})
 
 
 def without_secrets(value: Any) -> Any:
@@ -402,12 +414,3 @@ def without_secrets(value: Any) -> Any:
 def public(config: RunConfig) -> dict[str, Any]:
     """All settings, as they may be shown and stored."""
     return without_secrets(config.model_dump(mode="json"))
-
-
-def stage_inputs(config: RunConfig, stage: str) -> list[str]:
-    """Stages whose artifacts `stage` needs: reward models start from SFT, PPO from SFT and its reward models."""
-    if stage == "sft":
-        return []
-    if stage.startswith("reward/"):
-        return ["sft"]
-    return ["sft", *(f"reward/{name}" for name in dict.fromkeys(config.ppo.reward_models.values()))]

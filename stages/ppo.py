@@ -21,7 +21,7 @@ from rlhf.runs.context import StageContext
 
 def main(config: RunConfig, context: StageContext) -> Artifact:
     """Trains the policy and returns the artifact of the iteration with the best held-out reward."""
-    data = provenance.stage_data(config, context.stage)
+    data = provenance.stage_data(config, context.roles)
     names = dict.fromkeys(config.ppo.reward_models.values())
     models = open_models(config, context, {name: context.inputs[f"reward/{name}"].path for name in names})
     prompts, held_out = (

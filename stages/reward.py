@@ -81,7 +81,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     reward, settings = config.reward, config.reward.models[context.stage.split("/")[1]]
     sft = context.inputs["sft"].path
     tokenizer = load_tokenizer(sft)
-    data = provenance.stage_data(config, context.stage)
+    data = provenance.stage_data(config, context.roles)
     preferences = mix_preferences(data["preferences"].train, settings, config.seed)
     pairs = encode_preferences(tokenizer, preferences, reward.margin, reward.max_length)
     lengths = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]

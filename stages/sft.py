@@ -64,7 +64,7 @@ class PackingCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.config.sft.packing:
             check_packing(model, "sft.packing")
-        if self.config.ppo.packing:
+        if "ppo" in self.config.pipeline and self.config.ppo.packing:
             check_packing(model, "ppo.packing", self.config.ppo.group_size > 1)
 
 
@@ -73,7 +73,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     silence()
     base = resolve(config)
     tokenizer = load_tokenizer(base)
-    roles = provenance.stage_data(config, context.stage)
+    roles = provenance.stage_data(config, context.roles)
     data = roles["demonstrations"]
     train = _labelled(encode_demonstrations(tokenizer, data.train, config.sft.max_length))
     held_out = _labelled(encode_demonstrations(tokenizer, data.held_out, config.sft.max_length))

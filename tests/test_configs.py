@@ -67,6 +67,7 @@ def test_one_changed_line_takes_quickstart_to_64_gpus(tmp_path: Path) -> None:
 def test_quickstart_uses_the_shipped_data_and_its_gold_score() -> None:
     data = load("quickstart", []).data
     for role in (data.demonstrations, data.preferences, data.prompts):
+        assert role is not None
         assert [(s.path, s.split) for s in role.train] == [("shipped", "train")]
         assert [(s.path, s.split) for s in role.held_out] == [("shipped", "held_out")]
     assert data.gold == "shipped"
@@ -74,7 +75,7 @@ def test_quickstart_uses_the_shipped_data_and_its_gold_score() -> None:
 
 def test_smollm2_hh_keeps_the_parts_of_the_split_apart() -> None:
     data = load("smollm2-hh", []).data
-    roles = (data.demonstrations, data.preferences, data.prompts)
+    roles = [role for role in (data.demonstrations, data.preferences, data.prompts) if role is not None]
     trained, held_out = (
         [{source.select_key for source in part} for part in parts]
         for parts in ([role.train for role in roles], [role.held_out for role in roles])

@@ -68,7 +68,9 @@ def _prefers_unsafe(row: Preference) -> bool:
     return row.tag == "safety" and row.chosen_safety == "unsafe" and row.rejected_safety == "safe"
 
 
-def _load(kind: Any, role: RoleConfig, data: DataConfig) -> Split:
+def _load(kind: Any, role: RoleConfig | None, data: DataConfig) -> Split:
+    if role is None:
+        raise UserError(f"data.{kind} is missing: name a source to train on", 3)
     train, digests, findings = _read(kind, role.train, data)
     if role.held_out:
         held_out, more_digests, more_findings = _read(kind, role.held_out, data)

@@ -20,26 +20,25 @@ def reward_report(
     prompts: Sequence[str],
     chosen_lengths: Sequence[int],
     rejected_lengths: Sequence[int],
-    seed: int = 0,
 ) -> dict:
-    """Figures of one reward model on n ≥ 1 pairs; every argument but `seed` has one entry per pair.
+    """Metrics of one reward model on n ≥ 1 pairs; every argument has one entry per pair.
 
-    accuracy       share of pairs whose chosen answer scores higher (ties count half)
-    ties           share of pairs with equal scores
+    accuracy       proportion of pairs whose chosen response scores higher (ties count half)
+    ties           proportion of pairs with equal scores
     by_rating      accuracy for each rating of `RATINGS` that occurs, as in table 8 of Llama 2 (arXiv 2307.09288)
     by_tag         accuracy for each tag that occurs
-    length         `chosen_is_longer`: accuracy of always preferring the longer answer, which a model must beat;
+    length         `chosen_is_longer`: accuracy of always preferring the longer response, which a model must beat;
                    `model_prefers_longer`: how often the model does so, among pairs of unequal length
     calibration    see `calibration`
 
-    Shares are `Estimate` dicts, clustered by prompt: {"value", "low", "high", "n"}. Lengths may be in any one unit.
+    Proportions are `Estimate` dicts, clustered by prompt: {"value", "low", "high", "n"}. Lengths may be in any one unit.
     """
     wins = _wins(chosen_scores, rejected_scores)
     longer = _wins(chosen_lengths, rejected_lengths)
     unequal = [i for i, chosen_is_longer in enumerate(longer) if chosen_is_longer != 0.5]
 
     def estimate(outcomes: Sequence[float], rows: Sequence[int]) -> dict:
-        return _share(outcomes, prompts, rows, seed)
+        return _proportion(outcomes, prompts, rows)
 
     def by(labels: Sequence[str], order: Sequence[str]) -> dict:
         rows_of = {label: [i for i, own in enumerate(labels) if own == label] for label in order}
@@ -56,18 +55,16 @@ def reward_report(
         "by_rating": by(ratings, RATINGS),
         "by_tag": by(tags, sorted(set(tags))),
         "length": length,
-        "calibration": calibration(chosen_scores, rejected_scores, prompts, seed),
+        "calibration": calibration(chosen_scores, rejected_scores, prompts),
     }
 
 
-def calibration(
-    chosen_scores: Sequence[float], rejected_scores: Sequence[float], prompts: Sequence[str], seed: int = 0
-) -> list[dict]:
-    """Pairs in bins of their score gap: does σ(gap) keep its promise?
+def calibration(chosen_scores: Sequence[float], rejected_scores: Sequence[float], prompts: Sequence[str]) -> list[dict]:
+    """Whether σ(score gap) is the probability that the response with the higher score was chosen.
 
-    The model gives the answer that it prefers the probability σ(|gap|) ≥ ½ of being the chosen one. Of each bin that
-    holds pairs: its edges, the mean predicted probability, and the observed share as an `Estimate` dict. Equal where
-    calibrated; predicted above observed where the model is too sure.
+    Pairs are binned by σ(|gap|) ≥ ½. Each bin with pairs has its edges, the mean predicted probability, and the observed
+    proportion as an `Estimate` dict. The two are equal for a calibrated model; predicted is larger for an overconfident
+    one.
     """
     wins = _wins(chosen_scores, rejected_scores)
     predicted = [1 / (1 + math.exp(-abs(c - r))) for c, r in zip(chosen_scores, rejected_scores, strict=True)]
@@ -76,7 +73,7 @@ def calibration(
         rows = [i for i, p in enumerate(predicted) if low <= p < high or p == high == 1.0]
         if rows:
             mean = sum(predicted[i] for i in rows) / len(rows)
-            observed = _share(wins, prompts, rows, seed)
+            observed = _proportion(wins, prompts, rows)
             bins.append({"low": low, "high": high, "predicted": mean, "observed": observed})
     return bins
 
@@ -86,6 +83,5 @@ def _wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
 
 
-def _share(outcomes: Sequence[float], prompts: Sequence[str], rows: Sequence[int], seed: int) -> dict:
-    """`share` of some rows, clustered by prompt."""
-    return proportion([outcomes[i] for i in rows], [prompts[i] for i in rows], seed).as_dict()
+def _proportion(outcomes: Sequence[float], prompts: Sequence[str], rows: Sequence[int]) -> dict:
+    return proportion([outcomes[i] for i in rows], [prompts[i] for i in rows]).as_dict()

@@ -59,7 +59,7 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[Hashable] | None 
     return _estimate(array.mean(), low, high, array.size)
 
 
-def proportion(outcomes: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -> Estimate:
+def proportion(outcomes: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
     """Mean of outcomes of 0, ½ and 1: Wilson's interval if every cluster has one outcome, else clustered bootstrap.
 
     Where the bootstrap finds no width (outcomes all equal), Wilson's interval for as many observations as clusters.
@@ -68,20 +68,18 @@ def proportion(outcomes: Sequence[float], clusters: Sequence[Hashable], seed: in
         raise ValueError("a proportion of nothing has no value")
     groups = len(set(clusters))
     if groups < len(outcomes):
-        clustered = bootstrap_mean(outcomes, clusters, seed)
+        clustered = bootstrap_mean(outcomes, clusters)
         if clustered.low < clustered.high:
             return clustered
     of_groups = wilson(sum(outcomes) / len(outcomes) * groups, groups)
     return Estimate(of_groups.value, of_groups.low, of_groups.high, len(outcomes))
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None = None, seed: int = 0
-) -> Estimate:
+def paired_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
     """Mean of a - b over pairs measured on the same prompt; above 0: a is larger. Interval as in `bootstrap_mean`."""
     if len(a) != len(b):
         raise ValueError(f"pairs need as many values on each side, not {len(a)} and {len(b)}")
-    return bootstrap_mean(np.subtract(a, b).tolist(), clusters, seed)
+    return bootstrap_mean(np.subtract(a, b).tolist(), clusters)
 
 
 def _per_cluster(values: np.ndarray, clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:

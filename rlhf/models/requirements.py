@@ -56,12 +56,11 @@ def misfits(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]
 
 def _lengths(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
     limit = positions(model)
-    prompt, answer = run.ppo.max_prompt_length, run.ppo.sampling.max_new_tokens
-    for key, length in (
-        ("sft.max_length", run.sft.max_length),
-        ("reward.max_length", run.reward.max_length),
-        (f"ppo.max_prompt_length ({prompt}) + ppo.sampling.max_new_tokens ({answer})", prompt + answer),
-    ):
+    lengths = {f"{name}.max_length": getattr(getattr(run, name, None), "max_length", 0) for name in run.pipeline}
+    if "ppo" in run.pipeline:
+        prompt, answer = run.ppo.max_prompt_length, run.ppo.sampling.max_new_tokens
+        lengths[f"ppo.max_prompt_length ({prompt}) + ppo.sampling.max_new_tokens ({answer})"] = prompt + answer
+    for key, length in lengths.items():
         if limit is not None and length > limit:
             yield (
                 f"{key}: {length} tokens, and the model has {limit} positions; lower it to {limit} or less",
@@ -97,11 +96,12 @@ def _attention(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, i
 
 def _packing(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
     text = model.get_text_config()
+    packed = [name for name in run.pipeline if getattr(getattr(run, name, None), "packing", False)]
     if _has_alibi(text):
-        for key in (key for key, on in (("sft", run.sft.packing), ("ppo", run.ppo.packing)) if on):
+        for key in packed:
             reason = f"attention of {text.model_type} models goes by distance and does not see where a packed row ends"
             yield f"{key}.packing: {reason}; set {key}.packing to false", BAD_SETTING
-    if run.ppo.packing and run.ppo.group_size > 1 and has_windows(text):
+    if "ppo" in packed and run.ppo.group_size > 1 and has_windows(text):
         reason = "packed answers cannot share their prompt in models whose attention has a window"
         yield f"ppo.packing: {reason}; set ppo.packing to false, or ppo.group_size to 1", BAD_SETTING
 

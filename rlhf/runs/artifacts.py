@@ -132,7 +132,7 @@ def code_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         pass
     try:
-        return f"rlhf {metadata.version('rlhf')}"
+        return f"rlhf-pipeline {metadata.version('rlhf-pipeline')}"
     except metadata.PackageNotFoundError:
         return "unknown"
 

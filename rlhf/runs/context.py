@@ -31,6 +31,7 @@ class StageContext:
     tracker: Tracker  # a null object on all ranks but the first
     progress: Progress
     local: bool  # alone in this process, without a process group
+    roles: tuple[str, ...] = ()  # of the data that the stage reads: "demonstrations", "preferences", "prompts"
 
     @property
     def is_writer(self) -> bool:

@@ -15,33 +15,33 @@ from rlhf.runs.artifacts import Artifact, digest_of
 from rlhf.runs.context import StageContext
 
 LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
-ROLES = {"sft": ["demonstrations"], "reward": ["preferences", "demonstrations"], "ppo": ["prompts"]}
 
 
-def read_data(config: RunConfig, stages: Sequence[str]) -> dict[str, dict[str, Split]]:
-    """The data of each stage, by role; every role is read once, because what one holds out no other may train on.
+def read_data(config: RunConfig) -> dict[str, Split]:
+    """The data of the run, by role; every role is read, because what one holds out no other may train on.
 
     UserError (3) for data that cannot be used.
     """
-    splits = hold_out_everywhere({role: load(config) for role, load in LOADERS.items()}, config.data)
-    return {stage: {role: splits[role] for role in ROLES[stage.split("/")[0]]} for stage in stages}
+    named = {role: load for role, load in LOADERS.items() if getattr(config.data, role) is not None}
+    return hold_out_everywhere({role: load(config) for role, load in named.items()}, config.data)
 
 
-def stage_data(config: RunConfig, stage: str) -> dict[str, Split]:
-    """The data that `stage` reads, by role. UserError (3) for data that cannot be used."""
-    return read_data(config, [stage])[stage]
+def stage_data(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:
+    """The data of `roles`, those of a stage. UserError (3) for data that cannot be used."""
+    splits = read_data(config)
+    return {role: splits[role] for role in roles}
 
 
-def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The settings that decide what `stage` makes: what is not in here may change without making it stale.
+def stage_settings(config: RunConfig, stage: str, roles: Sequence[str]) -> dict[str, Any]:
+    """The settings that decide what `stage` makes of `roles`: others may change without making it stale.
 
     Where data lie does not count (their digests do), nor how many workers there are, nor what raises an alarm.
     """
     whole = config.model_dump(mode="json")
     kind, _, name = stage.partition("/")
-    own = whole[kind] | ({"models": whole["reward"]["models"][name]} if name else {})
+    own = whole.get(kind, {}) | ({"models": whole["reward"]["models"][name]} if name else {})
     own.pop("alarms", None)
-    keys = [*ROLES[kind], "bad_rows", "shared_prompts", "held_out_fraction", *(["gold"] if kind == "ppo" else [])]
+    keys = [*roles, "bad_rows", "shared_prompts", "held_out_fraction", *(["gold"] if "prompts" in roles else [])]
     data = {key: whole["data"][key] for key in keys}
     return {
         "model": whole["model"],
@@ -52,8 +52,8 @@ def stage_settings(config: RunConfig, stage: str) -> dict[str, Any]:
     }
 
 
-def settings_digest(config: RunConfig, stage: str) -> str:
-    return digest_of(stage_settings(config, stage))
+def settings_digest(config: RunConfig, stage: str, roles: Sequence[str]) -> str:
+    return digest_of(stage_settings(config, stage, roles))
 
 
 def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[str, str]:
@@ -71,11 +71,12 @@ def commit(
 ) -> Artifact:
     """The stage's artifact: rank 0 lets `write` fill its folder and adds the manifest; then no checkpoint is needed."""
     folder = context.artifact_folder
+    digest = settings_digest(config, context.stage, context.roles)
 
     def work() -> None:
         artifacts.begin(folder)
         write(folder)
-        artifacts.complete(folder, context.stage, parents, settings_digest(config, context.stage), metrics)
+        artifacts.complete(folder, context.stage, parents, digest, metrics)
         shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
 
     collectives.rank_zero_only(work, f"writing {folder}")

@@ -131,7 +131,8 @@ def test_stage_names_its_stage(pipeline: Pipeline, argv: list[str], call: tuple)
 
 def test_a_reward_model_that_the_run_has_not_is_refused(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("stage", "reward/harm", "quickstart") == 2
-    assert "there is no reward model 'harm'; reward.models has helpfulness, safety" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "this run has no reward/harm: pipeline has sft, reward, ppo, which makes sft, reward/helpfulness" in shown
     assert pipeline.calls == []
 
 

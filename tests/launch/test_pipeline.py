@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,9 +17,12 @@ import pytest
 from launch import gang, pipeline
 from launch.settings import load
 from reward_data.load import SHIPPED
-from rlhf.config import RunConfig, stage_inputs
+from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import artifacts, provenance
+from rlhf.runs.context import StageContext
+from stages import base
+from stages.base import Stage, stage_of
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
@@ -33,9 +38,10 @@ class FakeGang:
         self.started.append(stage)
         self.error = self.meets.get(stage)
         if self.error is None:
-            inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_inputs(config, stage)}
-            parents = provenance.parents(provenance.stage_data(config, stage), inputs)
-            digest = provenance.settings_digest(config, stage)
+            own = stage_of(stage)
+            inputs = {name: artifacts.load(config.folder / name / "artifact") for name in own.inputs(config)}
+            parents = provenance.parents(provenance.stage_data(config, own.roles), inputs)
+            digest = provenance.settings_digest(config, stage, own.roles)
             folder = artifacts.begin(config.folder / stage / "artifact")
             (folder / "model.safetensors").write_text(json.dumps([stage, digest, parents]))
             artifacts.complete(folder, stage, parents, digest, {})
@@ -189,7 +195,7 @@ def checkpointed(again: Callable[..., list[str]], tmp_path: Path) -> Path:
 
 
 def prepare(config: RunConfig) -> None:
-    pipeline._prepare(config, "ppo", provenance.stage_data(config, "ppo"))
+    pipeline._prepare(config, "ppo", provenance.stage_data(config, ["prompts"]))
 
 
 def test_checkpoints_stay_for_the_same_settings(checkpointed: Path, tmp_path: Path) -> None:
@@ -230,3 +236,49 @@ def test_a_stage_alone_needs_those_before_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ppo starts from sft, which is not complete .* Run it first") as caught:
         pipeline.run_stage(settings(tmp_path), "ppo", True, None)
     assert caught.value.exit_code == 4
+
+
+def test_the_pipeline_says_what_runs_and_a_longer_one_keeps_what_is_complete(
+    started: list[str], tmp_path: Path
+) -> None:
+    def run(pipeline_: str) -> list[str]:
+        started.clear()
+        assert pipeline.run(settings(tmp_path, "--pipeline", pipeline_), False) == 0
+        return list(started)
+
+    assert run("[sft]") == ["sft"]
+    assert run("[sft, reward]") == ["reward/helpfulness", "reward/safety"]
+    assert run("[sft, reward, ppo]") == ["ppo"]
+
+
+def test_a_stage_that_the_pipeline_has_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this run has no reward/helpfulness, reward/safety; its pipeline makes sft$"):
+        pipeline.run_stage(settings(tmp_path, "--pipeline", "[sft]"), "reward", True, None)
+
+
+def test_a_new_stage_is_a_module_and_a_line_of_the_registry(
+    started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is run in its turn, is given what it asks for, and is not done again until a setting or a parent changes."""
+
+    def main(config: RunConfig, context: StageContext) -> artifacts.Artifact:
+        data = provenance.stage_data(config, context.roles)
+        assert (list(data), list(context.inputs)) == (["preferences"], ["sft"])
+
+        def write(folder: Path) -> None:
+            (folder / "count").write_text(str(len(data["preferences"].train)))
+
+        return provenance.commit(config, context, write, provenance.parents(data, context.inputs), {})
+
+    monkeypatch.setitem(sys.modules, "stages.tune", SimpleNamespace(main=main))
+    monkeypatch.setitem(base.STAGES, "tune", Stage("tune", ("preferences",), inputs=lambda config: ["sft"]))
+    config = settings(tmp_path, "--pipeline", "[sft, tune]")
+    pipeline.run(settings(tmp_path, "--pipeline", "[sft]"), False)
+    pipeline.run_stage(config, "tune", True, None)
+    made = artifacts.load(tmp_path / "smoke/tune/artifact")
+    assert made.parents.keys() == {"sft", "preferences: shipped", "preferences: shipped:held_out"}
+    started.clear()
+    pipeline.run(config, False)
+    assert started == []
+    pipeline.run(settings(tmp_path, "--pipeline", "[sft, tune]", "--sft.epochs", "5"), False)
+    assert started == ["sft", "tune"]

@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import plots, profile_table, report
+from launch.report.section import flat, nested
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import artifacts
+from stages.base import STAGES, Stage
 
-ROOT = Path(report.__file__).parents[1]
+ROOT = Path(report.__file__).parents[2]
 RATINGS = {"significantly": 0.97, "better": 0.93, "slightly": 0.82, "negligibly": 0.61}
 EXTRA = {
     "seconds": {"sft": 61.2, "reward/helpfulness": 80.0, "reward/safety": 75.5},  # ppo was skipped
@@ -314,12 +316,32 @@ def test_a_run_without_gold_or_metrics_files_is_reported_too(tmp_path):
     assert "not recorded" in (tmp_path / "report.md").read_text()
 
 
+def test_a_shorter_pipeline_is_reported_by_what_it_has(tmp_path):
+    stages_in(tmp_path, {name: MANIFESTS[name] for name in ("sft", "reward/helpfulness", "reward/safety")})
+    built = report.build(tmp_path, CONFIG.model_copy(update={"pipeline": ["sft", "reward"]}), EXTRA)
+    assert [name for name in ("sft", "reward", "ppo") if name in built] == ["sft", "reward"]
+    assert list(report.headline(built)) == ["eval/accuracy_helpfulness", "eval/accuracy_safety"]
+    text = (tmp_path / "report.md").read_text()
+    assert re.findall(r"plots/(\w+).png", text) == ["reward_accuracy"] and "PPO" not in text
+
+
+def test_a_stage_without_a_section_of_its_own_is_reported_by_its_estimates_and_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(STAGES, "tune", Stage("tune", ()))
+    metrics = {"accuracy": estimate(0.7), "by_rating": {"better": estimate(0.8)}, "bins": [1], "steps": 40}
+    stages_in(tmp_path, {"tune": metrics})
+    built = report.build(tmp_path, CONFIG.model_copy(update={"pipeline": ["tune"]}), EXTRA)
+    assert built["tune"] == metrics and report.headline(built) == {"eval/tune/accuracy": 0.7}
+    text = (tmp_path / "report.md").read_text()
+    assert "## TUNE: held-out figures" in text and "| accuracy | 0.70 [0.67, 0.73] |" in text
+    assert "| by_rating.better | 0.80 [0.77, 0.83] |" in text and "- TUNE: steps 40\n" in text
+
+
 estimates = st.fixed_dictionaries({"value": st.floats(-5, 5)})
 
 
 @given(st.dictionaries(st.sampled_from(["reward.a", "reward.b", "gold", "length"]), estimates))
 def test_flat_undoes_nesting(metrics):
-    assert dict(report.flat(report._nested(metrics))) == metrics
+    assert dict(flat(nested(metrics))) == metrics
 
 
 def test_a_plot_with_one_model_and_one_rating_is_drawn():

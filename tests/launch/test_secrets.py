@@ -11,6 +11,7 @@ from launch.settings import load
 from launch.worker import read_failure
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import digest_of
+from stages.base import stage_of
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 SECRET = "tok3n"
@@ -79,5 +80,5 @@ def test_it_is_still_used_and_makes_no_artifact_stale() -> None:
     plain, secret = load(SMOKE, []), load(SMOKE, URI)
     assert secret.tracking.uri == f"http://{PLACE}"
     for stage in ("sft", "reward/safety", "ppo"):
-        settings = (provenance.stage_settings(config, stage) for config in (plain, secret))
+        settings = (provenance.stage_settings(config, stage, stage_of(stage).roles) for config in (plain, secret))
         assert len({digest_of(of_stage) for of_stage in settings}) == 1

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import settings
 from launch.settings import dump, load
+from rlhf.config import RunConfig
 from rlhf.errors import UserError
 
 ROWS = "{demonstrations: {train: []}, preferences: {train: []}, prompts: {train: []}}"
@@ -138,6 +140,7 @@ def test_overrides_are_yaml(project: Path) -> None:
     )
     assert (config.sft.packing, config.tracking.uri, config.name, config.seed) == (False, None, "2024", -1)
     assert config.data.root == Path("some/where")
+    assert config.data.prompts is not None
     assert [(s.path, s.limit) for s in config.data.prompts.train] == [("a.jsonl", 3)]
     assert config.model.lora is not None
     assert (config.model.lora.rank, config.model.lora.targets) == (4, "all-linear")
@@ -145,7 +148,8 @@ def test_overrides_are_yaml(project: Path) -> None:
 
 def test_an_override_reaches_into_a_list(project: Path) -> None:
     run = write_run(project, RUN.replace("prompts: {train: []}", "prompts: {train: [{path: a}, {path: b}]}"))
-    assert [s.path for s in load(run, ["--data.prompts.train.1.path", "c"]).data.prompts.train] == ["a", "c"]
+    prompts = load(run, ["--data.prompts.train.1.path", "c"]).data.prompts
+    assert prompts is not None and [s.path for s in prompts.train] == ["a", "c"]
 
 
 def test_a_layer_is_changed_on_the_command_line_and_settings_still_go_over_it(project: Path) -> None:
@@ -182,6 +186,8 @@ def test_every_mistake_of_every_layer_is_reported_at_once(project: Path) -> None
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        (["--ppo.beta", "0.1"], "ppo.beta: unknown setting (renamed to ppo.kl_coef)"),
+        (["--sft.optim.warmup_share", "0"], "unknown setting (renamed to sft.optim.warmup_ratio)"),
         (["--ppo.lr", "1"], "ppo.lr: unknown setting (did you mean ppo.optim.lr?)"),
         (["--batchsize", "1"], "batchsize: unknown setting (did you mean"),
         (["--data.prompts.heldout", "[]"], "unknown setting (did you mean data.prompts.held_out?)"),
@@ -202,6 +208,13 @@ def test_every_mistake_of_every_layer_is_reported_at_once(project: Path) -> None
         (["stray"], "stray: is neither an option nor a setting"),
         (["--model.path", "[a"], "model.path: is not valid YAML"),
         (["--ppo.safety_model", "harm"], "ppo.safety_model: is 'harm', but reward.models has helpfulness, safety"),
+        (["--pipeline", "[sft, reward, pppo]"], "pipeline.2: is 'pppo', which is no stage (did you mean ppo?)"),
+        (["--pipeline", "[sft, distill]"], "pipeline.1: is 'distill', which is no stage (there are sft, reward, ppo)"),
+        (["--pipeline", "[reward, sft]"], "pipeline.0: is reward, which starts from sft; move sft before it"),
+        (["--pipeline", "[sft, ppo]"], "pipeline.1: is ppo, which starts from reward; add reward before it"),
+        (["--pipeline", "[sft, reward, sft]"], "pipeline.2: is sft, which is in the pipeline already; leave it out"),
+        (["--pipeline", "[]"], "pipeline: List should have at least 1 item"),
+        (["--data.prompts", "null"], "data.prompts: is missing; ppo reads it"),
         (["--ppo.batch_size", "100"], "ppo.batch_size: is 100, not a multiple of minibatch_size 64"),
         (
             ["--ppo.group_size", "3"],
@@ -231,6 +244,23 @@ def test_missing_settings_do_not_hide_misfits(project: Path) -> None:
     assert "configs/run/mine.yaml:1: name: is missing" in found
     assert "configs/run/mine.yaml:1: data: is missing" in found
     assert any("sft.batch_size: is 64, which is not a multiple of 3 workers" in line for line in found)
+
+
+def test_mistakes_in_the_pipeline_are_told_with_the_others_and_with_their_line(project: Path) -> None:
+    run = write_run(project, RUN + "pipeline:\n  - sft\n  - pp0\n  - ppo\nppo: {batch_size: 100}\n")
+    assert mistakes(run, ["--sft.batch_size", "3"]) == [
+        "configs/run/mine.yaml:8: pipeline.1: is 'pp0', which is no stage (did you mean ppo?)",
+        "configs/run/mine.yaml:9: pipeline.2: is ppo, which starts from reward; add reward before it",
+        "configs/run/mine.yaml:10: ppo.batch_size: is 100, not a multiple of minibatch_size 64",
+        "command line: sft.batch_size: is 3, which is not a multiple of 2 workers (hardware.workers)",
+    ]
+
+
+def test_what_the_pipeline_leaves_out_is_not_asked_for(project: Path) -> None:
+    """Neither its data, nor that its settings fit."""
+    run = write_run(project, "name: a\npipeline: [sft]\ndata: {demonstrations: {train: []}}\n")
+    config = load(run, ["--hardware.workers", "64", "--reward.batch_size", "3", "--ppo.safety_model", "none"])
+    assert (config.pipeline, config.data.prompts, config.reward.batch_size) == (["sft"], None, 3)
 
 
 def test_a_misfit_that_another_mistake_explains_is_left_out(project: Path) -> None:
@@ -277,3 +307,9 @@ def test_a_micro_batch_that_does_not_divide_becomes_the_next_smaller_that_does(p
 def test_printed_settings_are_plain_yaml(project: Path) -> None:
     printed = yaml.safe_load(dump(load("configs/run/mine.yaml", [])))
     assert printed["sft"]["optim"]["lr"] == 0.001
+
+
+def test_every_renamed_setting_has_its_new_name_and_not_its_old_one() -> None:
+    names = {name.split(".")[-1] for name in settings._all_names(RunConfig)}
+    assert set(settings.RENAMED.values()) - {"other_fraction"} <= names  # that one stands under names of one's own
+    assert not names & settings.RENAMED.keys()

@@ -177,7 +177,9 @@ def sealed(folder: Path) -> Any:
     if collectives.rank() == 1:
         artifacts.load = lambda path: None  # type: ignore[assignment]
     provenance.settings_digest = lambda *_: "same"  # type: ignore[assignment]
-    context: Any = SimpleNamespace(artifact_folder=folder / "sft", stage="sft", checkpoint_folder=folder / "none")
+    context: Any = SimpleNamespace(
+        artifact_folder=folder / "sft", stage="sft", checkpoint_folder=folder / "none", roles=()
+    )
     write: Any = lambda path: write_json(path / "weights.json", {})
     made = provenance.commit(SimpleNamespace(), context, write, {}, {})  # type: ignore[arg-type]
     return made and made.kind

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tomllib
 from collections import namedtuple
 from pathlib import Path
 
@@ -179,6 +180,15 @@ def test_plain_makes_strict_json_of_odd_numbers():
 
     value = {"nan": float("nan"), "numpy": np.float32(0.5), "inf": np.float64("inf"), "path": Path("a"), 1: (2, True)}
     assert artifacts.plain(value) == {"nan": None, "numpy": 0.5, "inf": None, "path": "a", "1": [2, True]}
+
+
+def test_outside_git_the_revision_is_the_version_of_the_package(monkeypatch):
+    def no_git(*_):
+        raise OSError("git is not installed")
+
+    monkeypatch.setattr(artifacts, "_git", no_git)
+    version = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["version"]
+    assert artifacts.code_revision.__wrapped__() == f"rlhf-pipeline {version}"
 
 
 def test_code_revision_is_the_commit_of_this_checkout():

@@ -1,0 +1,121 @@
+"""The closing report of a run: report.json for programs, report.md and plots for people, a table for the terminal.
+
+A section per stage of the pipeline. All figures come from the manifests and metrics of the stages; docs/metrics.md
+defines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.report import any_stage, ppo, reward, sft
+from launch.report.section import Section, Table
+from rlhf.config import RunConfig
+from rlhf.runs.artifacts import load, write_atomic, write_json
+from stages.base import STAGES
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SECTIONS = {"sft": sft.SECTION, "reward": reward.SECTION, "ppo": ppo.SECTION}
+
+
+def build(folder: Path, config: RunConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Write report.json, report.md and plots/*.png into the run's folder and return the report.
+
+    `extra`: {"seconds": {stage: s}, "artifacts": {stage: path}, "mlflow": {"tracking_uri": …, "run_id": …}}.
+    Raises UserError(4) when a stage is not complete.
+    """
+    report: dict[str, Any] = {"run": config.name}
+    appendix: list[str] = []
+    for name in config.pipeline:
+        metrics = {part: load(folder / part / "artifact").metrics for part in STAGES[name].parts_of(config)}
+        report[name] = section_of(name).gather(folder, metrics)
+        appendix += section_of(name).appendix(metrics)
+    report |= extra
+    (folder / "plots").mkdir(exist_ok=True)
+    titles = {}
+    for section, found in _sections(report):
+        for name, (title, draw) in section.drawings(found).items():
+            titles[name] = title
+            write_atomic(folder / "plots" / f"{name}.png", draw())
+    write_atomic(folder / "report.md", markdown(report, titles, appendix))
+    write_json(folder / "report.json", report)
+    return report
+
+
+def section_of(stage: str) -> Section:
+    return SECTIONS.get(stage) or any_stage.section(stage)
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures by which runs are compared, named for the parent run in MLflow: eval/<policy>/…, eval/accuracy_…."""
+    return {name: value for section, found in _sections(report) for name, value in section.headline(found).items()}
+
+
+def render(report: Mapping[str, Any]) -> RenderableType:
+    """What the terminal shows at the end of a run."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for table in tables(report):
+        shown = RichTable(
+            title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for number, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*map(Text, row))
+        parts.append(shown)
+    warnings = (Text(f"warning: {line}", style="yellow") for line in _warnings(report))
+    return Group(*warnings, *parts, *(Text(line) for line in _facts(report)))
+
+
+def markdown(report: Mapping[str, Any], plots: Mapping[str, str], appendix: Sequence[str]) -> str:
+    """`plots`: the titles by name."""
+    lines = [
+        f"# Report of `{report['run']}`",
+        "",
+        "Definitions and units: `docs/metrics.md`. Brackets: 95 % intervals.",
+        *(f"\n> **Warning.** {line}" for line in _warnings(report)),
+    ]
+    for table in tables(report):
+        lines += ["", f"## {table.title}", ""]
+        lines += ["| " + " | ".join(row) + " |" for row in (table.columns, ("---",) * len(table.columns), *table.rows)]
+    lines += ["", *(f"- {line}" for line in _facts(report)), *(["", "## Plots"] if plots else [])]
+    for name, title in plots.items():
+        lines += ["", f"![{title}](plots/{name}.png)"]
+    return "\n".join([*lines, *appendix]) + "\n"
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """The report's figures as text, for the terminal and for report.md."""
+    stages = Table(
+        "Stages",
+        ("stage", "seconds", "artifact"),
+        [
+            (stage, f"{report['seconds'][stage]:.0f}" if stage in report["seconds"] else "–", str(path))
+            for stage, path in report["artifacts"].items()
+        ],
+    )
+    return [*(table for section, found in _sections(report) for table in section.tables(found)), stages]
+
+
+def _sections(report: Mapping[str, Any]) -> Iterator[tuple[Section, Any]]:
+    """The sections of the stages that the run had, each with what the report holds for it."""
+    return ((section_of(name), found) for name, found in report.items() if name in STAGES)
+
+
+def _facts(report: Mapping[str, Any]) -> list[str]:
+    mlflow = report["mlflow"]
+    where = f"{mlflow['tracking_uri']}, run {mlflow['run_id']}" if mlflow["run_id"] else "not recorded there"
+    return [*(line for section, found in _sections(report) for line in section.facts(found)), f"MLflow: {where}"]
+
+
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    return [line for section, found in _sections(report) for line in section.warnings(found)]

@@ -1,0 +1,20 @@
+"""SFT in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.report.section import Metrics, Section, number
+
+
+def _gather(folder: Path, metrics: Metrics) -> dict[str, Any]:
+    return {key.removeprefix("sft/"): value for key, value in metrics["sft"].items()}
+
+
+def _facts(found: Mapping[str, Any]) -> list[str]:
+    return [f"SFT: held-out loss {number(found['held_out_loss'])} nats per answer token"]
+
+
+SECTION = Section(_gather, facts=_facts)
