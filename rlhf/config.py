@@ -288,6 +288,11 @@ class PPOConfig(Settings):
     alarms: AlarmConfig = AlarmConfig()
 
     @property
+    def names_code(self) -> bool:
+        """Whether the user's own code takes part."""
+        return ":" in self.advantage or any(source.function for source in self.rewards.values())
+
+    @property
     def reward_models(self) -> dict[str, str]:
         """Setting → the reward model of the run that it names."""
         if self.rewards:

@@ -37,10 +37,14 @@ def _check_mixture(config: RunConfig, part: str, data: Mapping[str, Split]) -> N
     mix_preferences(data["preferences"].train, config.reward.models[part.removeprefix("reward/")], config.seed)
 
 
-def _check_held_out(config: RunConfig, part: str, data: Mapping[str, Split]) -> None:
+def _check_ppo(config: RunConfig, part: str, data: Mapping[str, Split]) -> None:
     from rlhf.data import split_held_out
 
     split_held_out(data["prompts"].held_out, config.ppo.eval_prompts, config.seed)
+    if config.ppo.names_code:
+        from rlhf.ppo.setup import check_code
+
+        check_code(config, data["prompts"].train)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ STAGES = {
             workers=lambda config: config.reward_workers,
             check_data=_check_mixture,
         ),
-        Stage("ppo", ("prompts",), inputs=_ppo_inputs, check_data=_check_held_out),
+        Stage("ppo", ("prompts",), inputs=_ppo_inputs, check_data=_check_ppo),
     )
 }
 

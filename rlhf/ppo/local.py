@@ -60,6 +60,9 @@ def local_setup(
     )
     if not kept:
         raise UserError("prompts is empty")
+    for reward in named.values():
+        if isinstance(reward, FunctionReward):
+            reward.check_columns(kept)
     return Setup(config, context, models, RewardSet(named, weighted_sum([1.0] * len(named))), kept, chosen_by)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reward_data import Prompt
-from rlhf.config import RunConfig
+from rlhf.config import RewardSource, RunConfig
+from rlhf.ppo.estimators import estimator_of
 from rlhf.ppo.models import Models
 from rlhf.rewards import FunctionReward, ModelReward, Reward, RewardSet, piecewise, weighted_sum
 from rlhf.runs.context import StageContext
@@ -23,6 +24,15 @@ class Setup:
     held_out: Sequence[Prompt]  # that choose the best policy; none: the last one is it
 
 
+def check_code(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Loads the user's own code and compares what its rewards ask for with what the prompts have. UserError (2) where it
+    cannot be used."""
+    estimator_of(config.ppo)
+    for name, source in config.ppo.rewards.items():
+        if source.function is not None:
+            _function_reward(name, source).check_columns(prompts)
+
+
 def reward_set(config: RunConfig, models: Models) -> RewardSet:
     """The weighted sum of `ppo.rewards` or, where there are none, Llama 2's rule over its two reward models."""
     ppo = config.ppo
@@ -30,8 +40,7 @@ def reward_set(config: RunConfig, models: Models) -> RewardSet:
         rewards: dict[str, Reward] = {}
         for name, source in ppo.rewards.items():
             if source.function is not None:
-                function = load_object(source.function, f"ppo.rewards.{name}.function")
-                rewards[name] = FunctionReward(name, function, source.timeout_s)
+                rewards[name] = _function_reward(name, source)
             else:
                 rewards[name] = ModelReward(models.reward_models[str(source.model)], ppo)
         return RewardSet(rewards, weighted_sum([source.weight for source in ppo.rewards.values()]))
@@ -39,3 +48,8 @@ def reward_set(config: RunConfig, models: Models) -> RewardSet:
     names, offset = [*by_model], by_model[ppo.safety_model].offset
     helpful, safety = names.index(ppo.helpfulness_model), names.index(ppo.safety_model)
     return RewardSet(by_model, piecewise(helpful, safety, offset, ppo.safety_threshold))
+
+
+def _function_reward(name: str, source: RewardSource) -> FunctionReward:
+    function = load_object(str(source.function), f"ppo.rewards.{name}.function")
+    return FunctionReward(name, function, source.timeout_s)

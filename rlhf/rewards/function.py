@@ -6,11 +6,12 @@ import inspect
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from reward_data import Prompt
 from rlhf.errors import UserError
 from rlhf.rewards.base import Responses, Scored
 
@@ -36,7 +37,7 @@ class FunctionReward:
         self.name, self.timeout_s = name, timeout_s
         self.last_failure = ""  # why the last scores failed that did, for people
         self._function = function
-        parameters = inspect.signature(function).parameters.values()
+        parameters = _parameters(name, function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._required = [p.name for p in parameters if p.name in self._named and p.default is p.empty]
@@ -53,20 +54,25 @@ class FunctionReward:
         values_B = torch.tensor([0.0 if score is None else score for score in scores])
         return Scored(values_B, torch.tensor([score is None for score in scores], dtype=torch.bool))
 
-    def _arguments(self, responses: Responses) -> dict[str, Any]:
-        given: dict[str, Any] = {
-            "prompts": [prompt.messages[-1].content for prompt in responses.prompts],
-            "responses": list(responses.texts),
-            "messages": [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts],
-            "finished": responses.rollout.finished_B.tolist(),
-        }
-        columns = {key for prompt in responses.prompts for key in prompt.columns}
+    def check_columns(self, prompts: Sequence[Prompt]) -> None:
+        """UserError (2) where the function names what no row has."""
+        columns = {key for prompt in prompts for key in prompt.columns}
         if missing := sorted({*self._required} - {*OWN} - columns):
             own = f"the columns {', '.join(sorted(columns))}" if columns else "no columns of their own"
             raise UserError(
                 f"the reward {self.name} asks for {', '.join(missing)}, but the prompts have {own}; it may also ask for "
                 f"{', '.join(OWN)}"
             )
+
+    def _arguments(self, responses: Responses) -> dict[str, Any]:
+        """What the function names. A column that none of these rows has is given as None for each."""
+        given: dict[str, Any] = {
+            "prompts": [prompt.messages[-1].content for prompt in responses.prompts],
+            "responses": list(responses.texts),
+            "messages": [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts],
+            "finished": responses.rollout.finished_B.tolist(),
+        }
+        columns = {key for prompt in responses.prompts for key in prompt.columns} | {*self._required}
         given |= {key: responses.column(key) for key in sorted(columns - {*OWN})}
         return given if self._takes_all else {key: given[key] for key in self._named if key in given}
 
@@ -113,3 +119,15 @@ class FunctionReward:
             return value
         self.last_failure = f"it returned {value}"
         return None
+
+
+def _parameters(name: str, function: Any) -> list[inspect.Parameter]:
+    """UserError (2) for what is no function, or takes arguments without names."""
+    try:
+        parameters = [*inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the reward {name} is {function!r}, whose arguments cannot be read: {error}") from error
+    unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    if unnamed:
+        raise UserError(f"the reward {name} takes {', '.join(unnamed)} by position; it is called with names")
+    return parameters

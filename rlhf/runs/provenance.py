@@ -13,6 +13,7 @@ from rlhf.distributed import collectives
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Artifact, digest_of
 from rlhf.runs.context import StageContext
+from rlhf.user_code import source_digest
 
 LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
 
@@ -43,6 +44,8 @@ def stage_settings(config: RunConfig, stage: str, roles: Sequence[str]) -> dict[
     own.pop("alarms", None)
     keys = [*roles, "bad_rows", "shared_prompts", "held_out_fraction", *(["gold"] if "prompts" in roles else [])]
     data = {key: whole["data"][key] for key in keys}
+    if code := _code_of(config) if kind == "ppo" else {}:
+        own["code"] = code
     return {
         "model": whole["model"],
         "seed": config.seed,
@@ -50,6 +53,13 @@ def stage_settings(config: RunConfig, stage: str, roles: Sequence[str]) -> dict[
         "data": data,
         kind: own,
     }
+
+
+def _code_of(config: RunConfig) -> dict[str, str]:
+    """Digests of the user's own code: a reward that changed makes PPO stale."""
+    named = [source.function for source in config.ppo.rewards.values() if source.function]
+    named += [config.ppo.advantage] if ":" in config.ppo.advantage else []
+    return {code: source_digest(code) for code in named}
 
 
 def settings_digest(config: RunConfig, stage: str, roles: Sequence[str]) -> str:
