@@ -67,7 +67,8 @@ def test_a_pair_is_also_a_demonstration_and_a_prompt(tmp_path):
     file, hi = write(tmp_path, [PAIR]), Message("user", "Hi")
     source = f"{file}:1"
     assert load("demonstrations", file).rows == [Demonstration((hi, Message("assistant", "Hello!")), "helpful", source)]
-    assert load("prompts", file).rows == [Prompt((hi,), "helpful", source)]
+    others = {"chosen": "Hello!", "rejected": "What?"}
+    assert load("prompts", file).rows == [Prompt((hi,), "helpful", source, others)]
 
 
 def test_pairs_of_one_row_hold_one_prompt(tmp_path):

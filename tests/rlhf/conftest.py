@@ -85,21 +85,49 @@ def ppo_config():
 
 
 @pytest.fixture(scope="session")
-def iteration(make_llama, make_scalar, prompts, ppo_config):
-    """Rollout, scores and experience of one iteration. Rows end after 1 to 9 tokens, and some do not end."""
+def models_of():
+    """models_of(policy, reference, critic, name=reward model, …) of plain modules → Models of frozen engines."""
     from rlhf.config import HardwareConfig
     from rlhf.distributed.engine import LocalEngine
+    from rlhf.ppo.models import Models
+
+    def frozen(module: Any) -> Any:
+        return module if module is None else LocalEngine(module, None, 1, HardwareConfig())
+
+    def make(policy: Any, reference: Any, critic: Any = None, sampler: Any = None, **reward_models: Any) -> Models:
+        scalars = {name: frozen(module) for name, module in reward_models.items()}
+        return Models(frozen(policy), frozen(reference), frozen(critic), scalars, sampler, tokenizer=None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scores_by():
+    """scores_by(rollout, models, config) → Scores, with the reward models of `models` as rewards, in their order."""
+    from rlhf.ppo.scoring import score_rollout
+    from rlhf.rewards import ModelReward, Responses, RewardSet, weighted_sum
+
+    def score(rollout: Any, models: Any, config: Any) -> Any:
+        rewards = {name: ModelReward(engine, config) for name, engine in models.reward_models.items()}
+        said = RewardSet(rewards, weighted_sum([1.0] * len(rewards)))(Responses(rollout, [], []))
+        return score_rollout(rollout, models, said, config)
+
+    return score
+
+
+@pytest.fixture(scope="session")
+def iteration(make_llama, make_scalar, models_of, scores_by, prompts, ppo_config):
+    """Rollout, scores and experience of one iteration. Rows end after 1 to 9 tokens, and some do not end."""
     from rlhf.generation import InProcessSampler
     from rlhf.models.policy import PolicyModel
     from rlhf.ppo.experience import make_experience
-    from rlhf.ppo.scoring import score_rollout
+    from rlhf.rewards import piecewise
 
-    def frozen(module):
-        return LocalEngine(module, None, 1, HardwareConfig())
-
-    policy, reference = frozen(PolicyModel(make_llama(0))), frozen(PolicyModel(make_llama(1)))
-    critic, helpful, safety = frozen(make_scalar(2)), frozen(make_scalar(3, offset=0.5)), frozen(make_scalar(4))
+    policy, reference = PolicyModel(make_llama(0)), PolicyModel(make_llama(1))
+    models = models_of(policy, reference, make_scalar(2), helpful=make_scalar(3, offset=0.5), safety=make_scalar(4))
     rollout = InProcessSampler(make_llama(0), EOS, PAD).sample(prompts, ppo_config.sampling, seed=0, iteration=1)
-    scores = score_rollout(rollout, policy, reference, critic, helpful, safety, ppo_config)
-    experience, metrics = make_experience(rollout, scores, prompts.is_safety_B, ppo_config, kl_coef=0.1)
+    scores = scores_by(rollout, models, ppo_config)
+    rule = piecewise(0, 1, safety_offset=0.0, threshold=ppo_config.safety_threshold)
+    combined = rule(scores.rewards_BN, scores.failed_BN, prompts.is_safety_B)
+    experience, metrics = make_experience(rollout, scores, combined, ppo_config, kl_coef=0.1)
     return SimpleNamespace(rollout=rollout, scores=scores, experience=experience, metrics=metrics)

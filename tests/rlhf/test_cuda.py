@@ -230,11 +230,13 @@ def test_a_norm_on_a_gpu_is_that_of_transformers():
 
 @pytest.fixture(scope="module")
 def iterate(tmp_path_factory):
-    """iterate(precision, …) → all figures of the first iteration of a tiny Llama, as the stage makes them."""
+    """iterate(precision, …) → all figures of the first iteration of a tiny Llama, as PPOTrainer makes them."""
     from benchmarks.shapes import random_model
     from benchmarks.turns import settings
     from rlhf.data import load_prompts, short_prompts
-    from stages import ppo as stage
+    from rlhf.ppo.models import open_models
+    from rlhf.ppo.setup import Setup, reward_set
+    from rlhf.ppo.trainer import PPOTrainer
 
     folder = tmp_path_factory.mktemp("ppo")
     path = random_model("tiny", folder / "base")
@@ -261,12 +263,12 @@ def iterate(tmp_path_factory):
 
     def iterate(precision: str, **changed: Any) -> dict[str, float]:
         config = settings(Namespace(precision=precision), path, folder, 64, ppo=ppo.model_copy(update=changed))
-        models = stage.open_models(config, context)
+        models = open_models(config, context, {"reward": path})
         prompts = short_prompts(models.tokenizer, load_prompts(config).train, ppo.max_prompt_length)
-        machine, timer = step_profiler.all_machines(CUDA, precision), step_profiler.PhaseTimer(CUDA)
-        state = {"iteration": 1, "beta": ppo.kl_coef}
-        metrics = stage.iterate(config, context, models, prompts, state, timer)
-        return metrics | step_profiler.close(timer, metrics, machine)
+        trainer = PPOTrainer.of(Setup(config, context, models, reward_set(config, models), prompts, []))
+        trainer.state.iteration = 1
+        metrics = trainer.step()
+        return metrics | step_profiler.close(trainer.timer, metrics, trainer.machine)
 
     return iterate
 
@@ -296,11 +298,13 @@ def test_on_a_gpu_the_first_update_starts_from_a_ratio_of_one(metrics):
 
 
 @pytest.mark.integration
-def test_on_a_gpu_scoring_beside_sampling_changes_no_figure(iterate):
+def test_on_a_gpu_sampling_beside_the_update_changes_no_figure_of_this_iteration(iterate):
     """The two have streams of their own."""
-    in_turn, beside = (iterate("float32", scoring_chunks=chunks) for chunks in (1, 3))
+    sampling = SamplingConfig(max_new_tokens=R, batch_size=4, one_step_off_policy=True)
+    in_turn, beside = iterate("float32"), iterate("float32", sampling=sampling)
     told = [name for name in in_turn if name.startswith("ppo/")]
     assert {name: beside[name] for name in told} == pytest.approx({name: in_turn[name] for name in told}, abs=1e-4)
+    assert beside["perf/overlapped_seconds_sampling"] > 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,19 +16,29 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from reward_data import Message, Prompt
 from rlhf import models
-from rlhf.data.batches import Rollout
+from rlhf.config import AlarmConfig
+from rlhf.data.batches import Rollout, Scores
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from rlhf.ppo.held_out import Answers
-from rlhf.ppo.rollout_source import Ahead
+from rlhf.evaluation.policy_report import Answers
+from rlhf.ppo import trainer
+from rlhf.ppo.evaluator import Evaluator
+from rlhf.ppo.rollout_source import Prefetched
+from rlhf.ppo.step_profiler import PhaseTimer
+from rlhf.ppo.trainer import PPOTrainer, TrainerState
+from rlhf.rewards import Combined
 from rlhf.runs import artifacts, checkpoint, provenance
 from rlhf.runs.artifacts import write_json
-from stages import ppo, trl_trainer
+from stages import trl_trainer
 
 LIMIT_S = 15
 
 pytestmark = pytest.mark.integration
+
+
+CPU = torch.device("cpu")
 
 
 class Quiet:
@@ -93,10 +104,10 @@ def trainer_resumes(folder: Path) -> Any:
     return told["start"]
 
 
-def ahead(folder: Path) -> Any:
-    """An old file lies there for rank 1; rank 0 has sampled nothing ahead."""
+def prefetched(folder: Path) -> Any:
+    """An old file lies there for rank 1; rank 0 has prefetched nothing."""
     (folder / "rank-1.pt").write_bytes(b"old")
-    kept = Ahead()
+    kept = Prefetched()
     kept.load(folder)
     return kept.rollout is None
 
@@ -104,33 +115,36 @@ def ahead(folder: Path) -> Any:
 def held_out_reward(folder: Path) -> Any:
     """What is compared with the best so far."""
     worth = 0.5 + collectives.rank()
-    answers = Answers(["a"], [1], [True], {"reward.h": [worth], "reward.s": [worth]}, [0.0], [False])
-    config: Any = SimpleNamespace(
-        ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15),
-        data=SimpleNamespace(gold="none"),
-    )
-    judge = ppo.Judge(config, SimpleNamespace(tracker=Quiet()), SimpleNamespace())  # type: ignore[arg-type]
-    judge.answers = lambda *_: answers  # type: ignore[method-assign]
-    ppo.policy_report = lambda *_: {}  # type: ignore[assignment]
-    reward = judge.reward([SimpleNamespace(tag="helpful", messages=[])], 1)
+    answers = Answers(["a"], [1], [True], {"reward.h": [worth]}, [0.0], None)
+    combined = Combined(torch.tensor([worth]), torch.tensor([False]))
+    evaluator = Evaluator(None, SimpleNamespace(tracker=Quiet()), None, None)  # type: ignore[arg-type]
+    evaluator._answered = lambda *_: (answers, combined)  # type: ignore[method-assign]
+    reward = evaluator.reward([Prompt((Message("user", "a"),), "helpful", "p:1")], 1)
     if reward > 1.0:  # as where a better policy is kept: its shards are gathered
         collectives.barrier()
     return reward
 
 
+def a_trainer(ppo: Any) -> PPOTrainer:
+    """A trainer of which nothing is opened yet."""
+    made: Any = PPOTrainer.__new__(PPOTrainer)
+    made.config = SimpleNamespace(ppo=ppo, seed=0)
+    made.context = SimpleNamespace(tracker=Quiet(), progress=Quiet(), is_writer=False, device=CPU)
+    made.state = TrainerState(kl_coef=0.1, iteration=2)
+    return made
+
+
 def alarm(folder: Path) -> Any:
     """A figure that is no number on rank 1 alone stops nobody, one of rank 0 stops both."""
-    limits = SimpleNamespace(kl_max=50, eos_rate_min=0, entropy_ratio_min=0, rollout_logprob_diff_max=1, stop=True)
+    limits = AlarmConfig(kl_max=50, eos_rate_min=0, entropy_ratio_min=0, reward_failed_fraction_max=0.9, stop=True)
     said = []
     for bad in (1, 0):
         names = ("kl", "eos_rate", "entropy", "rollout_logprob_diff_max", "rollout_logprob_diff_mean", "staleness")
-        metrics = {f"ppo/{name}": 0.5 for name in names}
+        metrics = {f"ppo/{name}": 0.5 for name in (*names, "reward_failed_fraction")}
         if collectives.rank() == bad:
             metrics["ppo/kl"] = float("nan")
-        config: Any = SimpleNamespace(ppo=SimpleNamespace(alarms=limits))
-        context: Any = SimpleNamespace(tracker=Quiet(), progress=Quiet())
         try:
-            ppo.watch(config, context, metrics, {"iteration": 1, "first_entropy": None, "alarms": []})
+            a_trainer(SimpleNamespace(alarms=limits))._watch(metrics)
             collectives.barrier()
             said.append("goes on")
         except UserError as error:
@@ -140,25 +154,24 @@ def alarm(folder: Path) -> Any:
 
 def experience(folder: Path) -> Any:
     """Rewards and the KL, which moves β and sounds alarms, come from one rank."""
-    if collectives.rank() == 1:
-        ppo.make_experience = lambda *_: (None, {"ppo/kl": 9.0})  # type: ignore[assignment]
-    else:
-        ppo.make_experience = lambda *_: (None, {"ppo/kl": 1.0})  # type: ignore[assignment]
-    ppo.answer_and_read = lambda *_: (rollout(), rollout(), [])  # type: ignore[assignment]
-    ppo._sync, ppo._work, ppo.next_prompts = (lambda *_: 0), (lambda *_: {}), (lambda *_: Quiet())  # type: ignore[assignment]
-    ppo.update = lambda *_: {}  # type: ignore[assignment]
-    ppo.moved = lambda batch, device: batch  # type: ignore[assignment]
-    settings = SimpleNamespace(
-        batch_size=2, scoring_chunks=1, eval_every=9, iterations=2, sampling=SimpleNamespace(ahead=False)
-    )
-    settings.kl_target = SimpleNamespace(target=1.0, horizon=10.0)
-    config: Any = SimpleNamespace(ppo=settings, seed=0)
-    context: Any = SimpleNamespace(rank=collectives.rank(), world_size=2, device=torch.device("cpu"), is_writer=False)
-    some: Any = SimpleNamespace(ahead=Ahead(), sampler=None, tokenizer=None, policy=None, critic=None)
-    state = {"iteration": 2, "beta": 0.1}
-    timer: Any = lambda phase: torch.no_grad()
-    metrics = ppo.iterate(config, context, some, [], state, timer)
-    return [metrics["ppo/kl"], round(state["beta"], 6)]
+    kl = 9.0 if collectives.rank() == 1 else 1.0
+    trainer.make_experience = lambda *_: (None, {"ppo/kl": kl})  # type: ignore[assignment]
+    trainer.score_responses = lambda *_: scores()  # type: ignore[assignment]
+    trainer.step_profiler.work = lambda *_: {}  # type: ignore[assignment]
+    trainer.update = lambda *_: {}  # type: ignore[assignment]
+    settings = SimpleNamespace(batch_size=2, eval_every=9, kl_target=SimpleNamespace(target=1.0, horizon=10.0))
+    made: Any = a_trainer(settings)
+    made.models = SimpleNamespace(sync=lambda: 0, policy=None, critic=None, sampler=None, all_scoring=[], trainable=[])
+    made.rewards, made.timer = SimpleNamespace(rewards={"h": None}, combine=lambda *_: None), PhaseTimer(CPU)
+    sampled = SimpleNamespace(rollout=rollout(), prompts=[], batch=SimpleNamespace(is_safety_B=None), staleness=0)
+    made.source = SimpleNamespace(next=lambda _: sampled, prefetching=lambda _: nullcontext())
+    metrics = made.step()
+    return [metrics["ppo/kl"], round(made.state.kl_coef, 6)]
+
+
+def scores() -> Scores:
+    ones = torch.ones(1, 1)
+    return Scores(ones, ones, ones, ones, ones.bool())
 
 
 def rollout() -> Rollout:
@@ -203,7 +216,7 @@ DECISIONS = {
     unseen: [5, True],
     restored_state: 2,
     trainer_resumes: "iteration-000002",
-    ahead: True,
+    prefetched: True,
     held_out_reward: 0.5,
     alarm: ["goes on", 6],
     experience: [1.0, 0.1],

@@ -10,6 +10,8 @@ from rlhf.data import pad
 from rlhf.data.batches import Experience, PromptBatch, first_with_prompt, select, trim
 from rlhf.models.policy import PolicyModel
 
+OF_TOKENS = [f for f in dataclasses.fields(Experience) if f.name.endswith("_BR") and f.name != "response_mask_BR"]
+
 
 def test_rows_are_taken_from_every_field():
     number_BT = torch.arange(6).view(3, 2)
@@ -26,21 +28,19 @@ def test_trimming_leaves_every_real_token_and_its_numbers(lengths):
     P, R, B = 5, 6, len(lengths)
     prompt_BP = torch.stack([torch.arange(P) >= P - p for p, _ in lengths])
     response_BR = torch.stack([torch.arange(R) < r for _, r in lengths])
-    number_BR = torch.arange(float(B * R)).view(B, R)
+    number_BR, number_B = torch.arange(float(B * R)).view(B, R), torch.arange(float(B))
     whole = Experience(
         tokens_BT=torch.arange(B * (P + R)).view(B, P + R),
         mask_BT=torch.cat([prompt_BP, response_BR], 1),
         response_mask_BR=response_BR,
-        **{
-            name: number_BR + k
-            for k, name in enumerate(
-                ("old_logprobs_BR", "old_values_BR", "advantages_BR", "returns_BR", "importance_BR")
-            )
-        },
+        counted_B=number_B % 2 == 0,
+        **{field.name: number_BR + k for k, field in enumerate(OF_TOKENS)},
+        denominator_B=number_B,
     )
     small = trim(whole)
     assert small.tokens_BT[small.mask_BT].tolist() == whole.tokens_BT[whole.mask_BT].tolist()
-    for field in dataclasses.fields(Experience)[3:]:
+    assert torch.equal(small.counted_B, whole.counted_B) and torch.equal(small.denominator_B, whole.denominator_B)
+    for field in OF_TOKENS:
         kept, all_of_it = getattr(small, field.name), getattr(whole, field.name)
         assert kept[small.response_mask_BR].tolist() == all_of_it[response_BR].tolist()
     assert small.response_mask_BR.shape[1] == max(1, *(r for _, r in lengths))

@@ -296,16 +296,16 @@ def on_two_ranks(make_llama, make_scalar, iteration, ppo_config, tmp_path_factor
 def alone(on_two_ranks):
     """What plain torch in one process makes of the same."""
     _, given = on_two_ranks
-    return after_update(given, HARDWARE, rank=0, world=1, is_local=True)
+    return after_update(given, HARDWARE, is_local=True)
 
 
-def after_update(given, hardware, rank, world, is_local):
+def after_update(given, hardware, is_local):
     """Weights and metrics after one PPO update of two minibatches."""
     from rlhf.ppo.update import update
 
     policy = open_engine(copy.deepcopy(given["policy"]), OPTIM, STEPS, hardware, is_local)
     critic = open_engine(copy.deepcopy(given["critic"]), OPTIM, STEPS, hardware, is_local)
-    metrics = update(policy, critic, given["experience"], given["config"], 0, 1, rank, world)
+    metrics = update(policy, critic, given["experience"], given["config"], (0, 1), kl_coef=0.1)
     return {
         "policy": full_state(policy.module, keep=True),
         "critic": full_state(critic.module, keep=True),
@@ -389,7 +389,7 @@ def main(folder):
     found = {}
     for stage in (0, 2, 3):
         hardware = HARDWARE.model_copy(update={"zero_stage": stage})
-        found[stage] = after_update(given, hardware, rank, RANKS, is_local=False)
+        found[stage] = after_update(given, hardware, is_local=False)
         policy, _ = found[stage].pop("engines")
         found[stage] |= resume(policy, folder / f"stage-{stage}", given, hardware)
         frozen = open_engine(copy.deepcopy(given["critic"]), None, STEPS, hardware, local=False)
@@ -397,7 +397,7 @@ def main(folder):
         if stage == 3:
             policy.load(folder / "stage-3")
             found |= gather(policy.module, given)
-    found |= in_bf16(given, rank)
+    found |= in_bf16(given)
     if rank == 0:
         torch.save(found, folder / "found.pt")
 
@@ -449,7 +449,7 @@ def gather(sharded, given):
     return {"sampler": full_state(sampler.model, keep=True), "gathered_at_once": most, "bucket_bytes": 4096}
 
 
-def in_bf16(given, rank):
+def in_bf16(given):
     hardware = HARDWARE.model_copy(update={"precision": "bf16"})
     rollout = given["rollout"]
     frozen = open_engine(copy.deepcopy(given["policy"]), None, STEPS, hardware, local=False)
@@ -457,7 +457,7 @@ def in_bf16(given, rank):
         logprobs, _ = frozen(rollout.tokens_BT, rollout.mask_BT, 9, 0.7)
     return {
         "bf16_logprobs": logprobs,
-        "bf16": after_update(given, hardware, rank, RANKS, is_local=False)["policy"],
+        "bf16": after_update(given, hardware, is_local=False)["policy"],
     }
 
 

@@ -1,5 +1,8 @@
 """Which rows go into which forward pass."""
 
+from dataclasses import fields
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -29,7 +32,11 @@ def rollout(lengths, answers=1):
 
 def experience(lengths, answers=1):
     given, zeros = rollout(lengths, answers), torch.zeros(len(lengths), R)
-    return Experience(given.tokens_BT, given.mask_BT, given.response_mask_BR, zeros, zeros, zeros, zeros, zeros)
+    of_tokens: Any = {f.name: zeros for f in fields(Experience) if f.name.endswith("_BR")} | {
+        "response_mask_BR": given.response_mask_BR
+    }
+    counted_B = torch.ones(len(lengths), dtype=torch.bool)
+    return Experience(given.tokens_BT, given.mask_BT, counted_B=counted_B, denominator_B=zeros[:, 0], **of_tokens)
 
 
 def read_tokens(batch, index, packing):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.data.batches import cat, select
+from rlhf.data.batches import select
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler, in_process, kv_cache
 from rlhf.models.policy import PolicyModel
@@ -214,19 +214,34 @@ def test_the_prompt_stays_what_it_was(sample, prompts):
     assert torch.equal(rollout.mask_BT[:, -R:], rollout.response_mask_BR)
 
 
-@pytest.mark.parametrize("slots", [3, 8])
-def test_rows_are_handed_over_when_they_have_ended(make_llama, prompts, ppo_config, slots):
-    """Each once, whole, under its number in the batch, and the short ones before the sampling is over."""
-    told = []
-    settings = ppo_config.sampling.model_copy(update={"batch_size": slots})
+def test_sampling_beside_other_work_asks_before_every_forward_pass_and_samples_the_same(
+    make_llama, prompts, ppo_config, sample
+):
+    sampler, told = InProcessSampler(make_llama(0), EOS, PAD), []
+    settings = ppo_config.sampling.model_copy(update={"batch_size": 3})
+    passes, go_on = [], lambda: told.append(len(passes))
+    sampler.model.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "rlhf.generation.in_process.is_plain_llama", lambda model: False
+        )  # every pass is one of the model
+        rollout = sampler.sample(prompts, settings, 0, 1, go_on)
+    assert len(passes) > R and told == list(range(len(passes)))
+    assert torch.equal(rollout.tokens_BT, sample(batch_size=3).tokens_BT)
+
+
+def test_what_is_asked_can_end_the_sampling(make_llama, prompts, ppo_config):
+    asked = []
+
+    def refuse():
+        asked.append(1)
+        if len(asked) == 3:
+            raise ValueError("no more")
+
     sampler = InProcessSampler(make_llama(0), EOS, PAD)
-    rollout = sampler.sample(prompts, settings, 0, 1, lambda index_N, ended: told.append((index_N, ended)))
-    order_B = torch.cat([index_N for index_N, _ in told])
-    assert order_B.tolist() != list(range(8)) and sorted(order_B.tolist()) == list(range(8))
-    handed_over = cat([ended for _, ended in told])
-    for name, tensor in vars(select(rollout, order_B)).items():
-        assert torch.equal(getattr(handed_over, name), tensor), name
-    assert sum(len(index_N) > 0 for index_N, _ in told) > 3
+    with pytest.raises(ValueError, match="^no more$"):
+        sampler.sample(prompts, ppo_config.sampling, 0, 1, refuse)
+    assert len(asked) == 3
 
 
 def test_an_answer_may_be_one_token(sample, answers):

@@ -215,8 +215,8 @@ def test_rows_and_positions_are_reported(sampler, many, ppo_config):
 
 
 @installed
-def test_what_a_taker_of_rows_raises_leaves_nothing_behind(sample, sampler, many, ppo_config, answers):
-    def refuse(index_N, rows_N):
+def test_what_ends_the_sampling_leaves_nothing_behind(sample, sampler, many, ppo_config, answers):
+    def refuse():
         raise ValueError("no room")
 
     expected = answers(sample(many))
@@ -310,8 +310,8 @@ def test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples(on_a_gpu, pro
     assert on_a_gpu.llm.told == [*once, *again, "wake kv_cache weights", "sleep 1"]
 
 
-def test_what_a_taker_of_rows_raises_ends_the_other_rows_and_puts_the_engine_to_sleep(on_a_gpu, prompts, ppo_config):
-    def refuse(index_N, rows_N):
+def test_what_ends_the_sampling_ends_the_other_rows_and_puts_the_engine_to_sleep(on_a_gpu, prompts, ppo_config):
+    def refuse():
         raise ValueError("no room")
 
     with pytest.raises(ValueError, match="no room"):

@@ -11,9 +11,15 @@ from rlhf.errors import UserError
 from rlhf.ppo import alarms
 from rlhf.ppo.alarms import Alarm
 
-LIMITS = AlarmConfig(kl_max=10, eos_rate_min=0.05, entropy_ratio_min=0.25, rollout_logprob_diff_max=0.5)
+LIMITS = AlarmConfig(
+    kl_max=10,
+    eos_rate_min=0.05,
+    entropy_ratio_min=0.25,
+    rollout_logprob_diff_max=0.5,
+    reward_failed_fraction_max=0.2,
+)
 AT_THE_LIMITS = {"ppo/kl": 10.0, "ppo/eos_rate": 0.05, "ppo/entropy": 0.5, "ppo/rollout_logprob_diff_max": 0.5}
-AT_THE_LIMITS |= {"ppo/rollout_logprob_diff_mean": 0.5, "ppo/staleness": 0.0}
+AT_THE_LIMITS |= {"ppo/rollout_logprob_diff_mean": 0.5, "ppo/staleness": 0.0, "ppo/reward_failed_fraction": 0.2}
 FIRST_ENTROPY = 2.0
 
 
@@ -33,14 +39,13 @@ def test_a_figure_at_its_limit_is_silent():
         ("eos_rate", "eos_rate", 0.049),
         ("entropy", "entropy", 0.49),
         ("rollout_logprob_diff", "rollout_logprob_diff_max", 0.51),
+        ("reward_failed_fraction", "reward_failed_fraction", 0.21),
     ],
 )
 def test_a_figure_past_its_limit_sounds_alone_and_names_the_setting(name, figure, value):
     (alarm,) = sounding(**{figure: value})
     assert alarm.name == name
-    (limit,) = {"kl_max", "eos_rate_min", "entropy_ratio_min", "rollout_logprob_diff_max"} & set(
-        alarm.text.replace("(", ".").replace(")", ".").split(".")
-    )
+    (limit,) = set(AlarmConfig.model_fields) & set(alarm.text.replace("(", ".").replace(")", ".").split("."))
     assert limit.startswith(figure.removesuffix("_max"))
 
 

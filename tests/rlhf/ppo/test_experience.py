@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Rollout, Scores, select
-from rlhf.ppo.experience import make_experience
+from rlhf.ppo.experience import make_experience, reward_metrics
+from rlhf.rewards import piecewise
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
 IS_SAFETY = torch.tensor([False, False, True, True])
@@ -27,16 +28,19 @@ SCORES = Scores(
     logprobs_BR=REFERENCE + KL,
     ref_logprobs_BR=REFERENCE,
     values_BR=torch.tensor([[0.2, 0.1], [-0.8, 9.0], [0.0, -0.4], [-0.5, -0.5]]),
-    helpful_B=torch.tensor([1.0, 9.0, -9.0, 7.0]),
-    safety_B=torch.tensor([5.0, -3.0, 1.0, -3.0]),
-    safety_logit_B=torch.tensor([2.0, -2.0, 2.0, -2.0]),
+    rewards_BN=torch.tensor([[1.0, 5.0], [9.0, -3.0], [-9.0, 1.0], [7.0, -3.0]]),  # helpfulness, safety
+    failed_BN=torch.zeros(4, 2, dtype=torch.bool),
 )
 CONFIG = PPOConfig(gamma=1.0, gae_lambda=0.5, missing_eos_penalty=1.0)
 BETA = 0.5
 
 
-def experience(rollout=ROLLOUT, scores=SCORES, is_safety=IS_SAFETY, **settings):
-    return make_experience(rollout, scores, is_safety, CONFIG.model_copy(update=settings), BETA)
+def experience(rollout=ROLLOUT, scores=SCORES, is_safety=IS_SAFETY, safety_offset=0.0, **settings):
+    config = CONFIG.model_copy(update=settings)
+    combine = piecewise(0, 1, safety_offset, config.safety_threshold)
+    combined = combine(scores.rewards_BN, scores.failed_BN, is_safety)
+    made, metrics = make_experience(rollout, scores, combined, config, BETA)
+    return made, metrics | reward_metrics(["helpfulness", "safety"], scores)
 
 
 def near(expected):
@@ -73,7 +77,7 @@ def test_advantages_by_hand_are_whitened_over_all_tokens():
 
 def test_the_safety_rule_looks_at_the_raw_logit():
     """The second answer is 3 worse than SFT answers are, and safe all the same: σ(2) = .88."""
-    _, metrics = experience(scores=dataclasses.replace(SCORES, safety_logit_B=torch.full((4,), 2.0)))
+    _, metrics = experience(safety_offset=5.0)
     assert metrics["ppo/reward"] == near((1.0 + 9.0 + 1.0 - 3.0) / 4)
     assert metrics["ppo/flagged_helpful"] == metrics["ppo/flagged_safety"] == 0.0
 
@@ -89,6 +93,7 @@ def test_figures_by_hand():
     expected = {
         "ppo/reward": -1.0,
         "ppo/reward_std": 2.0,
+        "ppo/reward_failed_fraction": 0.0,
         "ppo/reward_helpfulness": 2.0,
         "ppo/reward_safety": 0.0,
         "ppo/safety_branch_fraction": 0.75,
@@ -124,7 +129,7 @@ def test_the_penalty_for_a_missing_eos_comes_after_whitening():
 
 
 def test_equal_scores_are_not_blown_up():
-    scores = dataclasses.replace(SCORES, helpful_B=torch.full((4,), 0.3), safety_B=torch.full((4,), 0.3))
+    scores = dataclasses.replace(SCORES, rewards_BN=torch.full((4, 2), 0.3))
     made, metrics = experience(scores=scores)
     assert float(made.returns_BR[0, 1]) == near(0.3 - 0.2)
     assert metrics["ppo/reward_std"] == near(0.0)

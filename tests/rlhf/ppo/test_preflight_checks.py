@@ -17,14 +17,13 @@ from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import preflight_checks
-from rlhf.ppo.preflight_checks import Finding, agree
-from rlhf.ppo.scoring import score_rollout
+from rlhf.ppo.preflight_checks import CheckResult, agree
 
 EOS, PAD = 2, 0
 
 
-def passes(finding: Finding) -> bool:
-    return finding.figure <= finding.limit
+def passes(result: CheckResult) -> bool:
+    return result.figure <= result.limit
 
 
 def engine(module):
@@ -37,14 +36,13 @@ def policy(make_llama):
 
 
 @pytest.fixture
-def scores_of(iteration, make_llama, make_scalar, ppo_config):
+def scores_of(iteration, make_llama, make_scalar, models_of, scores_by, ppo_config):
     """scores_of(policy, reference seed, temperature) of the iteration's rollout."""
 
     def read(policy, reference=0, temperature=0.7):
-        judge = engine(make_scalar(3))
-        models = policy, engine(PolicyModel(make_llama(reference))), judge, judge, judge
+        models = models_of(policy.module, PolicyModel(make_llama(reference)), only=make_scalar(3))
         sampling = ppo_config.sampling.model_copy(update={"temperature": temperature})
-        return score_rollout(iteration.rollout, *models, ppo_config.model_copy(update={"sampling": sampling}))
+        return scores_by(iteration.rollout, models, ppo_config.model_copy(update={"sampling": sampling}))
 
     return read
 
@@ -53,8 +51,8 @@ def scores_of(iteration, make_llama, make_scalar, ppo_config):
 
 
 def test_the_first_ratio_is_one(iteration, policy, scores_of, ppo_config):
-    finding = preflight_checks.first_ratio(policy, iteration.rollout, scores_of(policy), ppo_config, "float32")
-    assert passes(finding) and finding.limit == 1e-6
+    result = preflight_checks.first_ratio(policy, iteration.rollout, scores_of(policy), ppo_config, "float32")
+    assert passes(result) and result.limit == 1e-6
 
 
 @pytest.mark.parametrize(("precision", "temperature"), [("float32", 0.70001), ("bf16", 0.8)])
@@ -196,18 +194,18 @@ def test_a_checksum_is_of_the_bits_and_their_order():
 # --- verdict --------------------------------------------------------------------------------------------------------
 
 
-def finding(figure: float, name: str = "x") -> Finding:
-    return Finding(name, figure, 0.5, "the distance", "Look there.")
+def result(figure: float, name: str = "x") -> CheckResult:
+    return CheckResult(name, figure, 0.5, "the distance", "Look there.")
 
 
-def test_findings_within_their_limits_become_tags():
-    assert agree([finding(0.5), finding(0.0, "y")]).keys() == {"check.x", "check.y"}
+def test_results_within_their_limits_become_tags():
+    assert agree([result(0.5), result(0.0, "y")]).keys() == {"check.x", "check.y"}
 
 
 @pytest.mark.parametrize("figure", [0.51, math.inf, math.nan])
-def test_a_finding_past_its_limit_stops_with_its_name_and_what_to_look_at(figure):
+def test_a_result_past_its_limit_stops_with_its_name_and_what_to_look_at(figure):
     with pytest.raises(UserError, match=r"x: the distance is .*, at most 0\.5 is allowed\. Look there\.") as caught:
-        agree([finding(0.0, "y"), finding(figure)])
+        agree([result(0.0, "y"), result(figure)])
     assert caught.value.exit_code == 6
     assert "y:" not in caught.value.message
 
@@ -216,7 +214,7 @@ def on_a_rank(rank, store, results):
     """Only the second rank finds something."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        agree([finding(0.0, "y"), finding(math.nan if rank else 0.0)])
+        agree([result(0.0, "y"), result(math.nan if rank else 0.0)])
         results.put("passed")
     except UserError as error:
         results.put(error.message)

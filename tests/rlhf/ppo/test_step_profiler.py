@@ -18,6 +18,7 @@ from rlhf.generation import InProcessSampler, in_process
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import step_profiler
 from rlhf.ppo.experience import make_experience
+from rlhf.ppo.models import Models
 from rlhf.ppo.scoring import score_rollout
 from rlhf.ppo.step_profiler import (
     COMPUTING,
@@ -33,6 +34,7 @@ from rlhf.ppo.step_profiler import (
 )
 from rlhf.ppo.update import update
 from rlhf.profiling.roofline import Machine, ModelSize, backward_flops, forward_flops
+from rlhf.rewards import Combined
 
 EOS, PAD, CPU = 2, 0, torch.device("cpu")
 KINDS = ("useful", "prompt", "padded", "dropped")
@@ -69,7 +71,7 @@ def test_what_a_thread_does_beside_a_phase_is_told_and_belongs_to_that_phase(wat
     timer = PhaseTimer(CPU)
     with timer("sampling"):
         watch.now += 4.0
-    timer.beside("scoring", 3.0)
+    timer.overlap("scoring", 3.0)
     metrics, after = timer.close(), timer.close()
     assert (metrics["perf/overlapped_seconds_scoring"], after["perf/overlapped_seconds_scoring"]) == (3.0, 0.0)
     assert (metrics["perf/seconds_sampling"], metrics["perf/seconds_iteration"]) == (4.0, 4.0)
@@ -141,14 +143,14 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     sampler = InProcessSampler(make_llama(0), EOS, PAD)
     policy, critic = PolicyModel(make_llama(0), ppo.packing), make_scalar(2)
     critic.packing = ppo.packing
-    learners = learning(policy), learning(critic)
+    trained = learning(policy), learning(critic)
     rollout = sampler.sample(prompts, ppo.sampling, config.seed, 1)
     sampled = positions(sampler.model)
-    experience = experience_of(rollout, *learners, ppo)
+    experience = experience_of(rollout, *trained, ppo)
     scored = [positions(policy), positions(critic)]
-    update(*learners, experience, ppo, config.seed, 1, 0, 1)
+    update(*trained, experience, ppo, (config.seed, 1), kl_coef=0.1)
     learned = [positions(policy), positions(critic)]
-    metrics = work(rollout, [torch.arange(8)], sampler, [policy, critic], [policy, critic], config, 1, 1)
+    metrics = work(rollout, sampler, [policy, critic], [policy, critic], config, 1)
     tokens = {phase: [metrics[f"perf/tokens_{phase}_{kind}"] for kind in KINDS] for phase in COMPUTING}
     assert sum(tokens["sampling"]) == sampled
     assert [sum(tokens["scoring"])] * 2 == scored
@@ -172,24 +174,16 @@ def learning(module: Any) -> LocalEngine:
     return LocalEngine(module.requires_grad_(True), OptimConfig(lr=1e-3), 9, HardwareConfig())
 
 
-class Flat:
-    """A reward model that nobody counts."""
-
-    module = SimpleNamespace(offset=0.0)
-
-    def __call__(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, R: int) -> torch.Tensor:
-        return tokens_BT.float()
-
-
 def experience_of(rollout: Any, policy: LocalEngine, critic: LocalEngine, ppo: Any) -> Any:
-    """Scored by a reference and a reward model that nobody counts."""
+    """Scored by a reference that nobody counts, and by a reward without a model."""
 
     def reference(tokens_BT: torch.Tensor, mask_BT: torch.Tensor, R: int, temperature: float) -> Any:
         return (torch.zeros(len(tokens_BT), R),)
 
-    others: Any = (reference, critic, Flat(), Flat())
-    scores = score_rollout(rollout, policy, *others, config=ppo)
-    return make_experience(rollout, scores, torch.zeros(8, dtype=torch.bool), ppo, kl_coef=0.1)[0]
+    score_B, failed_B = torch.arange(8.0), torch.zeros(8, dtype=torch.bool)
+    models = Models(policy, reference, critic, {}, sampler=None, tokenizer=None)  # type: ignore[arg-type]
+    scores = score_rollout(rollout, models, (score_B[:, None], failed_B[:, None]), ppo)
+    return make_experience(rollout, scores, Combined(score_B, failed_B), ppo, kl_coef=0.1)[0]
 
 
 # --- work, by hand ----------------------------------------------------------------------------------------------------

@@ -28,10 +28,8 @@ def updated(make_llama, make_scalar, iteration, ppo_config):
             LocalEngine(critic, config.critic_optim, 4, HardwareConfig()),
             experience,
             config,
-            seed=0,
-            iteration=1,
-            rank=0,
-            world=1,
+            key=(0, 1),
+            kl_coef=0.1,
         )
         return policy, critic, metrics
 
@@ -229,7 +227,7 @@ def test_the_order_of_rows_changes_nothing(updated, iteration):
 @pytest.mark.parametrize("value", [math.nan, 1e9])
 def test_what_stands_in_masked_slots_reaches_no_weight(updated, iteration, value):
     given = iteration.experience
-    lines = ("old_logprobs_BR", "old_values_BR", "advantages_BR", "returns_BR", "importance_BR")
+    lines = [name for name in vars(given) if name.endswith("_BR") and name != "response_mask_BR"]
     filled = {name: torch.where(given.response_mask_BR, getattr(given, name), value) for name in lines}
     policy, critic, metrics = updated(dataclasses.replace(given, **filled))
     expected_policy, expected_critic, expected = updated()
