@@ -116,7 +116,7 @@ def _open(job: Job, folder: Path) -> Rank:
     config = RunConfig.model_validate(job.config)
     context = stage_context(job, folder)
     models = open_models(config, context)
-    cast(Any, models.sampler).eos_id = NEVER  # every answer is as long as asked for
+    cast(Any, models.sampler).stop_ids = [NEVER]  # every answer is as long as asked for
     return Rank(config, context, models, short_prompts(models.tokenizer, load_prompts(config).train, 10**9))
 
 

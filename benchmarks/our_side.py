@@ -34,7 +34,7 @@ def main(job: Job, result: Path) -> None:
     config, context = RunConfig.model_validate(job.config), stage_context(job, result.parent)
     models = open_models(config, context)
     if job.eos is None:
-        cast(InProcessSampler, models.sampler).eos_id = NEVER
+        cast(InProcessSampler, models.sampler).stop_ids = [NEVER]
     if job.answers:
         load_dice(job)
     ppo.next_prompts = partial(prompts_of, job)

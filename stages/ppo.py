@@ -187,7 +187,7 @@ def verify(config: RunConfig, context: StageContext, models: Models, prompts: Se
     scores = _read(rollout, models, config)
     findings = [
         preflight_checks.first_ratio(models.policy, rollout, scores, ppo, precision),
-        preflight_checks.broken_ends(rollout, models.tokenizer.eos_token_id, models.tokenizer.pad_token_id),
+        preflight_checks.broken_ends(rollout, models.sampler.stop_ids, models.tokenizer.pad_token_id),
         _sampler_check(models, rollout, scores, precision),
     ]
     if fresh:

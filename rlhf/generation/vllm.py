@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,16 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, folder: Path, eos_id: int, pad_id: int, precision: str, device: torch.device, rows: int, max_length: int
+        self,
+        folder: Path,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        precision: str,
+        device: torch.device,
+        rows: int,
+        max_length: int,
     ) -> None:
-        self.eos_id, self.pad_id = eos_id, pad_id
+        self.stop_ids, self.pad_id = stop_ids, pad_id
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(folder), dtype=self.dtype).requires_grad_(False)
@@ -113,7 +120,7 @@ class VLLMSampler:
 
         def rollout(index: Tensor | slice) -> Rollout:
             tokens_NR, logprobs_NR, length_N = (x[index].to(device) for x in (tokens_BR, logprobs_BR, length_B))
-            return rollout_of(select(prompts, index), tokens_NR, logprobs_NR, length_N, self.eos_id)
+            return rollout_of(select(prompts, index), tokens_NR, logprobs_NR, length_N, self.stop_ids)
 
         self._wake("weights", "kv_cache")
         try:
@@ -136,7 +143,7 @@ class VLLMSampler:
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         engine = self.llm.llm_engine
-        ends = [self.eos_id] if self.eos_id < self.vocab_size else []  # vLLM refuses an end that is no token
+        ends = [stop for stop in self.stop_ids if stop < self.vocab_size]  # vLLM refuses an end that is no token
         seeds = keyed_seed(seed, iteration, prompts.ids_B).tolist()
         for row, (tokens_P, mask_P) in enumerate(zip(prompts.tokens_BP, prompts.mask_BP, strict=True)):
             params = SamplingParams(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlhf.algorithms.rewards import flagged_unsafe
-from rlhf.chat import decode_answer
+from rlhf.chat import format_of
 from rlhf.config import RunConfig
 from rlhf.data import prompt_batch
 from rlhf.data.batches import select
@@ -41,9 +41,8 @@ def answer_held_out(
     safety_logit_B = scores[config.ppo.safety_model] + offset_of(rewards[config.ppo.safety_model])
     P = mine.tokens_BP.shape[1]
     lengths = rollout.response_mask_BR.sum(1).tolist()
-    texts = [
-        decode_answer(tokenizer, row[P : P + n].tolist()) for row, n in zip(rollout.tokens_BT, lengths, strict=True)
-    ]
+    chat = format_of(tokenizer)
+    texts = [chat.decode(row[P : P + n].tolist()) for row, n in zip(rollout.tokens_BT, lengths, strict=True)]
     kl_B = read_kl(rollout, reference, config.ppo)
 
     def join(values: list[Any]) -> list[Any]:

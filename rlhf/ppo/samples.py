@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.chat import decode_answer
+from rlhf.chat import format_of
 from rlhf.data.batches import Rollout, Scores
 from rlhf.evaluation.policy_report import Answers
 
@@ -25,7 +25,7 @@ def before_and_after(prompts: Sequence[Any], answers: Mapping[str, Answers], cou
 def sampled(tokenizer: Any, rollout: Rollout, scores: Scores, count: int, iteration: int) -> list[dict[str, Any]]:
     """The first rows of an iteration's rollout, as text."""
     R = rollout.response_mask_BR.shape[1]
-    table = []
+    chat, table = format_of(tokenizer), []
     for i in range(min(count, len(rollout.tokens_BT))):
         prompt = rollout.tokens_BT[i, :-R][rollout.mask_BT[i, :-R]].tolist()
         answer = rollout.tokens_BT[i, -R:][rollout.response_mask_BR[i]].tolist()
@@ -33,7 +33,7 @@ def sampled(tokenizer: Any, rollout: Rollout, scores: Scores, count: int, iterat
             {
                 "iteration": iteration,
                 "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "answer": decode_answer(tokenizer, answer),
+                "answer": chat.decode(answer),
                 "helpful": float(scores.helpful_B[i]),
                 "safety": float(scores.safety_B[i]),
             }

@@ -99,7 +99,7 @@ def iteration(make_llama, make_scalar, prompts, ppo_config):
 
     policy, reference = frozen(PolicyModel(make_llama(0))), frozen(PolicyModel(make_llama(1)))
     critic, helpful, safety = frozen(make_scalar(2)), frozen(make_scalar(3, offset=0.5)), frozen(make_scalar(4))
-    rollout = InProcessSampler(make_llama(0), EOS, PAD).sample(prompts, ppo_config.sampling, seed=0, iteration=1)
+    rollout = InProcessSampler(make_llama(0), [EOS], PAD).sample(prompts, ppo_config.sampling, seed=0, iteration=1)
     scores = score_rollout(rollout, policy, reference, critic, helpful, safety, ppo_config)
     experience, metrics = make_experience(rollout, scores, prompts.is_safety_B, ppo_config, kl_coef=0.1)
     return SimpleNamespace(rollout=rollout, scores=scores, experience=experience, metrics=metrics)

@@ -69,7 +69,7 @@ def answer(tokenizer, llama):
         )
         data = DataConfig(demonstrations=EMPTY, preferences=EMPTY, prompts=EMPTY)
         config = RunConfig(name="x", data=data, reward=MODELS, ppo=ppo.model_copy(update=settings))
-        sampler = InProcessSampler(copy.deepcopy(llama), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        sampler = InProcessSampler(copy.deepcopy(llama), [tokenizer.eos_token_id], tokenizer.pad_token_id)
         reference = frozen(PolicyModel(llama))
         return answer_held_out(config, sampler, tokenizer, prompts, rewards, reference, torch.device("cpu"), gold)
 
