@@ -115,7 +115,7 @@ def _open(job: Job, folder: Path) -> Setup:
     torch.set_num_threads(job.threads)
     config = RunConfig.model_validate(job.config)
     setup = open_setup(config, stage_context(job, folder), prompts=[])
-    cast(Any, setup.models.sampler).eos_id = NEVER  # every answer is as long as asked for
+    cast(Any, setup.models.sampler).stop_ids = [NEVER]  # every answer is as long as asked for
     prompts = short_prompts(setup.models.tokenizer, load_prompts(config).train, 10**9)
     return dataclasses.replace(setup, prompts=prompts)
 

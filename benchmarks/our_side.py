@@ -37,7 +37,7 @@ def main(job: Job, result: Path) -> None:
     rollout_source.next_prompts = partial(prompts_of, job)
     trainer = PPOTrainer.of(open_setup(config, context, job.prompts))
     if job.eos is None:
-        cast(InProcessSampler, trainer.models.sampler).eos_id = NEVER
+        cast(InProcessSampler, trainer.models.sampler).stop_ids = [NEVER]
     if job.answers:
         load_dice(job)
     seconds, metrics = [], []

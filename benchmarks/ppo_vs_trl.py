@@ -263,7 +263,7 @@ def answers_of(
     tokens_BP, mask_BP = pad(prompts, tokenizer.pad_token_id, left=True)
     count = len(prompts)
     batch = PromptBatch(tokens_BP, mask_BP, torch.zeros(count, dtype=torch.bool), torch.arange(count))
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = [tokenizer.eos_token_id], tokenizer.pad_token_id
     model, device = cast(Any, load_causal(config.model.path)), turns.device_of(device_name)
     sampler = InProcessSampler(model.to(device), *ends, config.hardware.precision)
     settings = config.ppo.sampling.model_copy(update={"batch_size": count})

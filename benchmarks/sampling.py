@@ -85,7 +85,7 @@ def vllm(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) ->
 def _sampled(
     sampler: InProcessSampler | VLLMSampler, subject: Subject, setting: Setting, prompts: PromptBatch, seed: int
 ) -> list[int]:
-    sampler.eos_id = _eos(subject, setting)
+    sampler.stop_ids = [_eos(subject, setting)]
     settings = SamplingConfig(
         temperature=setting.temperature, max_new_tokens=setting.max_new_tokens, batch_size=setting.rows
     )
@@ -205,7 +205,7 @@ def open_vllm(subject: Subject, precision: str, count: int, longest: int) -> VLL
     with tempfile.TemporaryDirectory() as folder:
         subject.model.config.save_pretrained(folder)
         device = subject.model.device
-        sampler = VLLMSampler(Path(folder), subject.eos_id, subject.pad_id, precision, device, count, longest)
+        sampler = VLLMSampler(Path(folder), [subject.eos_id], subject.pad_id, precision, device, count, longest)
     sampler.load_weights(subject.model.named_parameters())
     sampler.sleeps = False  # no trainer wants its memory
     return sampler
@@ -220,7 +220,7 @@ def open_subject(args: argparse.Namespace, folder: Path) -> Subject:
         model, prompts, eos_id, pad_id = given(
             given_or_random(args.model, args.shape, folder), args.prompts, args.max_prompt_length
         )
-    sampler, device = InProcessSampler(model, eos_id, pad_id, args.precision), turns.device_of(args.device)
+    sampler, device = InProcessSampler(model, [eos_id], pad_id, args.precision), turns.device_of(args.device)
     return Subject(model.to(device), sampler, to(prompts, device), eos_id, pad_id)
 
 

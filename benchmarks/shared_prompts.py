@@ -69,7 +69,7 @@ def sample(model: Any, setting: Setting, given: Experience, seed: int) -> None:
         given.tokens_BT[:, :P], given.mask_BT[:, :P], torch.zeros(B, dtype=torch.bool), torch.arange(B)
     )
     settings = SamplingConfig(max_new_tokens=setting.answer_tokens, batch_size=B)
-    InProcessSampler(model, NEVER, 0).sample(prompts, settings, seed, 0)
+    InProcessSampler(model, [NEVER], 0).sample(prompts, settings, seed, 0)
 
 
 def read(model: Any, setting: Setting, given: Experience, seed: int) -> None:

@@ -193,7 +193,7 @@ def open_models(world: World, ppo: PPOConfig) -> Models:
         reference=LocalEngine(PolicyModel(copy.deepcopy(world.reference)), None, steps, hardware),
         critic=LocalEngine(new_critic(), ppo.critic_optim, steps, hardware) if estimator_of(ppo).critic else None,
         reward_models={ppo.helpfulness_model: LocalEngine(RewardTable(world), None, steps, hardware)},
-        sampler=InProcessSampler(copy.deepcopy(world.reference), EOS, PAD),
+        sampler=InProcessSampler(copy.deepcopy(world.reference), [EOS], PAD),
         tokenizer=Letters(),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launch.model_folder import model_folder
 from reward_data import Message
-from rlhf.chat import TAGS, encode_prompt
+from rlhf.chat import ChatFormat, format_of
 from rlhf.errors import UserError
 from rlhf.models import load_causal, load_tokenizer, positions
 
@@ -36,10 +36,12 @@ class Dialogue:
         opening = [Message("system", self.system)] if self.system else []
         return [*opening, *self.turns, Message("user", text)]
 
-    def keep(self, text: str, answer: str) -> None:
+    def keep(self, text: str, answer: str, chat_format: ChatFormat) -> None:
         """An answer that the format cannot hold, empty or with a tag in it, leaves no trace."""
-        if answer and not any(tag in answer for tag in TAGS):
-            self.turns += [Message("user", text), Message("assistant", answer)]
+        said = [Message("user", text), Message("assistant", answer)]
+        with suppress(UserError):
+            chat_format.validate([*self.asking(text), said[1]])
+            self.turns += said if answer else []
 
 
 class TextStream:
@@ -77,7 +79,7 @@ def chat(model: str, temperature: float, max_new_tokens: int, lines: TextIO | No
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     causal = load_causal(folder, dtype=dtype).eval()
     causal.to(device)  # type: ignore[arg-type]
-    dialogue = Dialogue()
+    dialogue, chat_format = Dialogue(), format_of(tokenizer)
     source: TextIO = lines or sys.stdin
     for text in _asked(source):
         if text == "/exit":
@@ -86,13 +88,13 @@ def chat(model: str, temperature: float, max_new_tokens: int, lines: TextIO | No
             print(command(dialogue, text))
             continue
         try:
-            ids = encode_prompt(tokenizer, dialogue.asking(text))
+            ids = chat_format.encode_prompt(dialogue.asking(text))
             room = min(max_new_tokens, _room(causal, len(ids)))
         except UserError as error:
             print(f"error: {error.message}", file=sys.stderr)
             continue
-        answer = sample(causal, ids, tokenizer.eos_token_id, temperature, room)
-        dialogue.keep(text, say(answer, tokenizer, stoppable=source.isatty()))
+        answer = sample(causal, ids, chat_format.stop_ids, temperature, room)
+        dialogue.keep(text, say(answer, tokenizer, stoppable=source.isatty()), chat_format)
 
 
 def command(dialogue: Dialogue, text: str) -> str:
@@ -108,8 +110,10 @@ def command(dialogue: Dialogue, text: str) -> str:
     return HELP
 
 
-def sample(model: Any, ids: list[int], eos: int, temperature: float, max_new_tokens: int) -> Iterator[int]:
-    """Token ids of an answer to the prompt `ids`, without the EOS that ends it."""
+def sample(
+    model: Any, ids: list[int], stop_ids: Collection[int], temperature: float, max_new_tokens: int
+) -> Iterator[int]:
+    """Token ids of an answer to the prompt `ids`, without the one of `stop_ids` that ends it."""
     tokens_BT = torch.tensor([ids], device=model.device)
     cache = None
     for _ in range(max_new_tokens):
@@ -117,7 +121,7 @@ def sample(model: Any, ids: list[int], eos: int, temperature: float, max_new_tok
             output = model(tokens_BT, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         token = _draw(output.logits[0, -1], temperature)
-        if token == eos:
+        if token in stop_ids:
             return
         yield token
         tokens_BT = torch.tensor([[token]], device=model.device)

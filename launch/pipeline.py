@@ -15,6 +15,7 @@ from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf.config import RunConfig
 from rlhf.data import Split
 from rlhf.errors import UserError
+from rlhf.models.chat_format import notice
 from rlhf.runs import artifacts, provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
@@ -91,6 +92,8 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def checked_data(config: RunConfig, stages: Sequence[str]) -> Data:
     """The data of each of `stages`. UserError (3) for what one of them could not use: now, not when its turn has come."""
+    if chosen := notice(config):
+        console.print(chosen, style="yellow", markup=False, highlight=False)
     splits = provenance.read_data(config)
     data = {stage: {role: splits[role] for role in stage_of(stage).roles} for stage in stages}
     read = {role: split for by_role in data.values() for role, split in by_role.items()}

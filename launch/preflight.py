@@ -112,12 +112,14 @@ def _model(config: RunConfig) -> Iterator[PreflightError]:
     path = config.model.path
     folder = Path(path).expanduser()
     if path == "tiny":
+        yield from _chat_format(config)
         return
     if folder.exists():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             yield PreflightError(f"model.path: {path} is no model folder: it has no config.json", MISSING_MODEL)
         else:
             yield from _requirements(config, folder)
+            yield from _chat_format(config)
     elif HUB_NAME.fullmatch(path) and not path.startswith("."):
         if _offline() and not _in_cache("models", path):
             text = f"{path} is no folder here, and not in the local cache of the hub (HF_HUB_OFFLINE)"
@@ -129,7 +131,8 @@ def _model(config: RunConfig) -> Iterator[PreflightError]:
 
 def _requirements(config: RunConfig, folder: Path) -> Iterator[PreflightError]:
     """What the configuration of a model on this disk says against the run."""
-    from rlhf.models.pretrained import adapter_base, is_adapter, load_config
+    from rlhf.models.folders import adapter_base, is_adapter
+    from rlhf.models.pretrained import load_config
     from rlhf.models.requirements import misfits
 
     try:
@@ -139,6 +142,21 @@ def _requirements(config: RunConfig, folder: Path) -> Iterator[PreflightError]:
             yield PreflightError(text, exit_code)
     except UserError as error:
         yield PreflightError(f"model.path: {error.message}", error.exit_code)
+
+
+def _chat_format(config: RunConfig) -> Iterator[PreflightError]:
+    """Whether the tokenizer of a model on this disk can encode dialogues in the format that is set."""
+    if config.model.path == "tiny" and config.model.chat_format != "tokenizer":
+        return  # which needs no transformers to be loaded
+    from rlhf.models.chat_format import run_format
+    from rlhf.models.folders import has_tokenizer
+
+    if config.model.path != "tiny" and not has_tokenizer(Path(config.model.path).expanduser()):
+        return
+    try:
+        run_format(config)
+    except UserError as error:
+        yield PreflightError(error.message, error.exit_code)
 
 
 def _where_smollm2_comes_from(path: str) -> str:

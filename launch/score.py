@@ -17,7 +17,7 @@ from rich.table import Table
 import reward_data
 from launch.model_folder import model_folder
 from reward_data import DataError, Demonstration, Preference, prompt_of
-from rlhf import chat
+from rlhf.chat import format_of
 from rlhf.data import pad
 from rlhf.errors import UserError
 from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
@@ -94,11 +94,12 @@ def encode(
     tokenizer: Any, rows: Sequence[Row], limit: int | None, bad_rows: Literal["refuse", "skip"]
 ) -> tuple[list[Text], list[str]]:
     """The texts of each row, chosen before rejected. Rows that the format or the model cannot hold: see `bad_rows`."""
+    chat = format_of(tokenizer)
     texts: list[Text] = []
     unfit: list[str] = []
     for number, row in enumerate(rows):
         try:
-            encoded = [chat.encode_answer(tokenizer, prompt_of(row), answer) for answer in answers(row)]
+            encoded = [chat.encode_response(prompt_of(row), answer) for answer in answers(row)]
             longest = max(map(len, encoded))
             if limit is not None and longest > limit:
                 raise UserError(f"{longest} tokens, and the model has {limit} positions", 3)

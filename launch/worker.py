@@ -31,6 +31,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     from rlhf.distributed.engine import prepare_environment
     from rlhf.kernels import enable_kernels
     from rlhf.models import resolve
+    from rlhf.models.chat_format import check_inputs
     from rlhf.runs.context import Progress, StageContext
     from rlhf.tracking import open_tracker
 
@@ -58,6 +59,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
         )
         collectives.rank_zero_only(lambda: _record(config, context), "reading the data")
         resolve(config)  # one rank makes the tiny model, and the others wait for it
+        check_inputs(config, {name: artifact.path for name, artifact in context.inputs.items()})
         artifact = stage_of(stage).run(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
         tracker.close("FINISHED")

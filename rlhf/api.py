@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from reward_data import Message, Prompt
-from rlhf.chat import decode_answer, encode_answer
+from rlhf.chat import format_of
 from rlhf.config import RunConfig, SamplingConfig
 from rlhf.data import pad, prompt_batch
 from rlhf.data.batches import to
@@ -44,8 +44,9 @@ class RewardModel:
         """A score for each response to its prompt: the model's logit, less its mean over SFT responses."""
         if len(prompts) != len(responses):
             raise UserError(f"{len(prompts)} prompts, but {len(responses)} responses")
+        chat = format_of(self.tokenizer)
         rows = [
-            encode_answer(self.tokenizer, _messages(prompt), response)
+            chat.encode_response(_messages(prompt), response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         scores: list[float] = []
@@ -66,7 +67,8 @@ class Policy:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.sampler = InProcessSampler(model, tokenizer.eos_token_id, tokenizer.pad_token_id, device=_device())
+        self.chat = format_of(tokenizer)
+        self.sampler = InProcessSampler(model, self.chat.stop_ids, tokenizer.pad_token_id, device=_device())
 
     def generate(
         self, prompts: Sequence[Conversation], max_new_tokens: int = 256, temperature: float = 1.0, seed: int = 0
@@ -78,7 +80,7 @@ class Policy:
         rollout = self.sampler.sample(batch, settings, seed, iteration=0)
         R, lengths = max_new_tokens, rollout.response_mask_BR.sum(1).tolist()
         rows_of_tokens = rollout.tokens_BT[:, -R:].tolist()
-        return [decode_answer(self.tokenizer, row[:n]) for row, n in zip(rows_of_tokens, lengths, strict=True)]
+        return [self.chat.decode(row[:n]) for row, n in zip(rows_of_tokens, lengths, strict=True)]
 
 
 def load_policy(path: str | Path) -> Policy:

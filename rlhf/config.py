@@ -61,6 +61,9 @@ class TinyConfig(Settings):
 class ModelConfig(Settings):
     path: str = "tiny"
     """A folder, a hub name, or `tiny`: made from `model.tiny` with a tokenizer trained on the run's demonstrations."""
+    chat_format: Literal["auto", "llama2", "tokenizer"] = "auto"
+    """How dialogues become tokens: `tokenizer` by the tokenizer's own chat template, `auto` by that where there is one,
+    else as Llama 2-Chat does. Artifacts keep theirs."""
     tiny: TinyConfig = TinyConfig()
     lora: LoraConfig | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

@@ -18,7 +18,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from reward_data import Preference, normalised_prompt
 from rlhf.algorithms.losses import safety_loss
-from rlhf.chat import encode_answer
+from rlhf.chat import format_of
 from rlhf.config import RunConfig
 from rlhf.data import draw_rows, encode_demonstrations, encode_preferences, mix_preferences, pad
 from rlhf.distributed import collectives
@@ -127,7 +127,8 @@ class HeldOut:
     """Held-out pairs that fit into the length, and the report on them."""
 
     def __init__(self, tokenizer: Any, rows: Sequence[Preference], own_tag: str, max_length: int) -> None:
-        encoded = [[encode_answer(tokenizer, r.prompt, side) for side in (r.chosen, r.rejected)] for r in rows]
+        encode = format_of(tokenizer).encode_response
+        encoded = [[encode(r.prompt, side) for side in (r.chosen, r.rejected)] for r in rows]
         fitting = [(r, *sides) for r, sides in zip(rows, encoded, strict=True) if max(map(len, sides)) <= max_length]
         if not fitting:
             raise UserError(f"all held-out preferences are over {max_length} tokens; raise reward.max_length", 3)

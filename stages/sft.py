@@ -1,4 +1,4 @@
-"""Stage 1, supervised fine-tuning on TRL: Llama-2 chat encoding, loss on answers alone, packing, held-out loss.
+"""Stage 1, supervised fine-tuning on TRL: chat encoding, loss on answers alone, packing, held-out loss.
 
 Llama 2, §3.1.
 """
@@ -72,7 +72,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     """Fine-tunes the base model on demonstrations; the artifact is an ordinary causal model folder."""
     silence()
     base = resolve(config)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, config.model.chat_format)
     roles = provenance.stage_data(config, context.roles)
     data = roles["demonstrations"]
     train = _labelled(encode_demonstrations(tokenizer, data.train, config.sft.max_length))

@@ -1,33 +1,10 @@
-"""Chat formats: messages to token ids, and back."""
+"""Chat formats: messages to token ids, and back.
 
-from rlhf.chat.llama2 import (
-    B_INST,
-    B_SYS,
-    E_INST,
-    E_SYS,
-    TAGS,
-    TEMPLATE,
-    ChatMessage,
-    Turn,
-    decode_answer,
-    encode_answer,
-    encode_dialogue,
-    encode_prompt,
-    validate,
-)
+formats.py   the interface, the registry, and which format a tokenizer has      llama2.py    exact, by hand
+template.py  the tokenizer's own Jinja template, masked by rendered prefixes    messages.py  what they share
+"""
 
-__all__ = [
-    "B_INST",
-    "B_SYS",
-    "E_INST",
-    "E_SYS",
-    "TAGS",
-    "TEMPLATE",
-    "ChatMessage",
-    "Turn",
-    "decode_answer",
-    "encode_answer",
-    "encode_dialogue",
-    "encode_prompt",
-    "validate",
-]
+from rlhf.chat.formats import FORMATS, ChatFormat, check_format, format_of
+from rlhf.chat.messages import ChatMessage
+
+__all__ = ["FORMATS", "ChatFormat", "ChatMessage", "check_format", "format_of"]

@@ -11,8 +11,10 @@ A system text stands between `<<SYS>>\n` and `\n<</SYS>>\n\n` in front of the fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+from rlhf.chat.messages import ChatMessage, Turn, decode_response, eos_ids, require_last
 from rlhf.errors import UserError
 
 B_INST, E_INST = "[INST]", "[/INST]"
@@ -34,45 +36,48 @@ TEMPLATE = (
 )
 
 
-class ChatMessage(Protocol):
-    @property
-    def role(self) -> str: ...
-    @property
-    def content(self) -> str: ...
-
-
-class Turn(NamedTuple):
+class Exchange(NamedTuple):
     user: str
     answer: str | None  # None: the turn is open
 
 
-def encode_dialogue(tokenizer: Any, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-    """Ids of a dialogue that ends with an answer, and a mask that is 1 on each answer, its closing space and its EOS.
+@dataclass(frozen=True)
+class Llama2:
+    """The chat format `llama2` with the ids of a tokenizer. Methods raise UserError (3) for what it cannot hold."""
 
-    Raises UserError (3) for roles out of order, for tags inside a message, and where the tokenizer merges the end of
-    the prompt with the start of the answer, so that no mask could be right.
-    """
-    turns = _turns(messages)
-    if turns[-1].answer is None:
-        raise UserError("a dialogue to train on must end with an assistant message, this one ends with the user", 3)
-    return _encode_turns(tokenizer, turns)
+    tokenizer: Any
+    name: ClassVar[str] = "llama2"
+    template: ClassVar[str | None] = TEMPLATE
 
+    @property
+    def stop_ids(self) -> list[int]:
+        return eos_ids(self.tokenizer)
 
-def encode_prompt(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[int]:
-    """Ids of a dialogue whose last turn is open: what the model reads before it answers."""
-    turns = _turns(messages)
-    if turns[-1].answer is not None:
-        raise UserError("a prompt must end with a user message, this one ends with the assistant", 3)
-    return _encode_turns(tokenizer, turns)[0]
+    def encode(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
+        """Ids of a dialogue that ends with an answer, and a mask that is 1 on each answer, its closing space and its EOS.
 
+        Raises UserError (3) for roles out of order, for tags inside a message, and where the tokenizer merges the end of
+        the prompt with the start of the answer, so that no mask could be right.
+        """
+        turns = _turns(messages)
+        require_last(messages, "assistant")
+        return _encode_turns(self.tokenizer, turns)
 
-def encode_answer(tokenizer: Any, messages: Sequence[ChatMessage], answer: str) -> list[int]:
-    """Ids of a prompt together with one answer to it: what a reward model reads."""
-    *earlier, last = _turns(messages)
-    if last.answer is not None:
-        raise UserError("a prompt must end with a user message, this one ends with the assistant", 3)
-    _refuse_tags(answer, "the answer")
-    return _encode_turns(tokenizer, [*earlier, Turn(last.user, answer)])[0]
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        turns = _turns(messages)
+        require_last(messages, "user")
+        return _encode_turns(self.tokenizer, turns)[0]
+
+    def encode_response(self, messages: Sequence[ChatMessage], response: str) -> list[int]:
+        require_last(messages, "user")
+        _refuse_tags(response, "the answer")
+        return self.encode([*messages, Turn("assistant", response)])[0]
+
+    def validate(self, messages: Sequence[ChatMessage]) -> None:
+        validate(messages)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return decode_response(self.tokenizer, ids, self.stop_ids)
 
 
 def validate(messages: Sequence[ChatMessage]) -> None:
@@ -80,15 +85,7 @@ def validate(messages: Sequence[ChatMessage]) -> None:
     _turns(messages)
 
 
-def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of sampled ids up to the first EOS, without special tokens and outer spaces."""
-    ids = list(ids)
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-
-
-def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:
+def _turns(messages: Sequence[ChatMessage]) -> list[Exchange]:
     """User and answer by turn, the system text folded into the first user text."""
     for number, message in enumerate(messages, 1):
         _refuse_tags(message.content, f"message {number} ({message.role})")
@@ -105,7 +102,7 @@ def _turns(messages: Sequence[ChatMessage]) -> list[Turn]:
             3,
         )
     answers = [*texts[1::2], None]
-    return [Turn(user, answer) for user, answer in zip(texts[::2], answers, strict=False)]
+    return [Exchange(user, answer) for user, answer in zip(texts[::2], answers, strict=False)]
 
 
 def _refuse_tags(text: str, where: str) -> None:
@@ -114,7 +111,7 @@ def _refuse_tags(text: str, where: str) -> None:
         raise UserError(f"{where} contains {found!r}, a tag of the chat format itself; remove the tag or the row", 3)
 
 
-def _encode_turns(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[int]]:
+def _encode_turns(tokenizer: Any, turns: list[Exchange]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     mask: list[int] = []
     for number, turn in enumerate(turns, 1):
@@ -124,7 +121,7 @@ def _encode_turns(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[in
     return ids, mask
 
 
-def _encode_turn(tokenizer: Any, turn: Turn, number: int) -> tuple[list[int], int]:
+def _encode_turn(tokenizer: Any, turn: Exchange, number: int) -> tuple[list[int], int]:
     """Ids of one turn, and the position of its first answer token."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     opening = f"{B_INST} {turn.user.strip()} {E_INST}"

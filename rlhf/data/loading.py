@@ -19,7 +19,7 @@ from torch import Tensor
 import reward_data
 from reward_data import DataError, Demonstration, Message, Preference, Prompt, normalised_prompt, prompt_of
 from reward_data.files import is_hub_name
-from rlhf import chat
+from rlhf.chat import ChatMessage, format_of, llama2
 from rlhf.config import DataConfig, RewardModelConfig, RoleConfig, RunConfig, SourceConfig
 from rlhf.data import batches
 from rlhf.data.batches import PromptBatch
@@ -28,6 +28,7 @@ from rlhf.errors import UserError
 log = logging.getLogger(__name__)
 
 Row = TypeVar("Row", Demonstration, Preference, Prompt)
+Validate = Callable[[Sequence[ChatMessage]], None]
 
 MARGINS: dict[str, dict[str, float]] = {  # Llama 2, table 27
     "none": {"significantly": 0.0, "better": 0.0, "slightly": 0.0, "negligibly": 0.0, "unrated": 0.0},
@@ -45,35 +46,38 @@ class Split:
     findings: list[str]  # what was left out or looks wrong, for people
 
 
-def load_demonstrations(config: RunConfig) -> Split:
-    """Demonstrations of the run. UserError (3) names file, line and reason of what cannot be used."""
-    return _load("demonstrations", config.data.demonstrations, config.data)
+def load_demonstrations(config: RunConfig, validate: Validate = llama2.validate) -> Split:
+    """Demonstrations of the run. UserError (3) names file, line and reason of what cannot be used.
+
+    `validate` raises UserError for messages that the chat format cannot hold.
+    """
+    return _load("demonstrations", config.data.demonstrations, config.data, validate)
 
 
-def load_preferences(config: RunConfig) -> Split:
+def load_preferences(config: RunConfig, validate: Validate = llama2.validate) -> Split:
     """Preferences of the run, without safety pairs that prefer an unsafe answer to a safe one (Llama 2, §3.2.1)."""
-    split = _load("preferences", config.data.preferences, config.data)
+    split = _load("preferences", config.data.preferences, config.data, validate)
     train, held_out = ([row for row in rows if not _prefers_unsafe(row)] for rows in (split.train, split.held_out))
     dropped = len(split.train) + len(split.held_out) - len(train) - len(held_out)
     findings = [f"preferences: {dropped} pairs left out that prefer an unsafe answer to a safe one"] if dropped else []
     return Split(train, held_out, split.digests, split.findings + findings)
 
 
-def load_prompts(config: RunConfig) -> Split:
+def load_prompts(config: RunConfig, validate: Validate = llama2.validate) -> Split:
     """Prompts of the run."""
-    return _load("prompts", config.data.prompts, config.data)
+    return _load("prompts", config.data.prompts, config.data, validate)
 
 
 def _prefers_unsafe(row: Preference) -> bool:
     return row.tag == "safety" and row.chosen_safety == "unsafe" and row.rejected_safety == "safe"
 
 
-def _load(kind: Any, role: RoleConfig | None, data: DataConfig) -> Split:
+def _load(kind: Any, role: RoleConfig | None, data: DataConfig, validate: Validate) -> Split:
     if role is None:
         raise UserError(f"data.{kind} is missing: name a source to train on", 3)
-    train, digests, findings = _read(kind, role.train, data)
+    train, digests, findings = _read(kind, role.train, data, validate)
     if role.held_out:
-        held_out, more_digests, more_findings = _read(kind, role.held_out, data)
+        held_out, more_digests, more_findings = _read(kind, role.held_out, data, validate)
         digests, findings = digests | more_digests, findings + more_findings
         findings += [f"{kind}: {_said(f)}" for f in reward_data.check(train, held_out)]
         train, _ = _without_shared(kind, train, _prompts_of(held_out), "also held out", data)
@@ -86,13 +90,15 @@ def _load(kind: Any, role: RoleConfig | None, data: DataConfig) -> Split:
     return Split(train, held_out, digests, findings)
 
 
-def _read(kind: Any, sources: Sequence[SourceConfig], data: DataConfig) -> tuple[list, dict[str, str], list[str]]:
+def _read(
+    kind: Any, sources: Sequence[SourceConfig], data: DataConfig, validate: Validate
+) -> tuple[list, dict[str, str], list[str]]:
     rows: list = []
     digests: dict[str, str] = {}
     findings: list[str] = []
     for source in sources:
         loaded = _load_source(kind, source, data)
-        fit, unfit = _without_unfit(loaded.rows, data)
+        fit, unfit = _without_unfit(loaded.rows, data, validate)
         rows += fit
         name = ":".join(filter(None, (source.path, source.config, source.split, source.select_key)))
         digests[name] = loaded.digest
@@ -136,13 +142,13 @@ def _place(path: str, root: Path) -> str:
     return str(place) if place.exists() or not is_hub_name(path) else path
 
 
-def _without_unfit(rows: list, data: DataConfig) -> tuple[list, list[str]]:
+def _without_unfit(rows: list, data: DataConfig, validate: Validate) -> tuple[list, list[str]]:
     """Rows that the chat format can hold, and what is wrong with the others."""
     fit, unfit = [], []
     for row in rows:
         try:
             for messages in _dialogues(row):
-                chat.validate(messages)
+                validate(messages)
             fit.append(row)
         except UserError as error:
             unfit.append(f"{row.source}: {error.message}")
@@ -276,8 +282,10 @@ def mix_preferences(rows: Sequence[Preference], model: RewardModelConfig, seed: 
 def encode_demonstrations(tokenizer: Any, rows: Sequence[Demonstration], max_length: int) -> list[dict[str, list[int]]]:
     """`input_ids` and `assistant_masks` of each row, as TRL's SFTTrainer names them; rows over `max_length` left out."""
 
+    chat = format_of(tokenizer)
+
     def encode(row: Demonstration) -> dict[str, list[int]]:
-        ids, mask = chat.encode_dialogue(tokenizer, row.messages)
+        ids, mask = chat.encode(row.messages)
         return {"input_ids": ids, "assistant_masks": mask}
 
     return _encode_all("demonstrations", rows, encode, lambda row: len(row["input_ids"]), max_length)
@@ -290,10 +298,12 @@ def encode_preferences(
     `max_length` left out. `chosen_is_safe` and `rejected_is_safe` are 1, 0, or -1 where nobody said.
     """
 
+    chat = format_of(tokenizer)
+
     def encode(row: Preference) -> dict[str, Any]:
         return {
-            "chosen_ids": chat.encode_answer(tokenizer, row.prompt, row.chosen),
-            "rejected_ids": chat.encode_answer(tokenizer, row.prompt, row.rejected),
+            "chosen_ids": chat.encode_response(row.prompt, row.chosen),
+            "rejected_ids": chat.encode_response(row.prompt, row.rejected),
             "margin": MARGINS[margin][row.rating],
             "chosen_is_safe": SAFETY[row.chosen_safety],
             "rejected_is_safe": SAFETY[row.rejected_safety],
@@ -307,10 +317,11 @@ def encode_preferences(
 
 def short_prompts(tokenizer: Any, prompts: Sequence[Prompt], max_prompt_length: int) -> list[Prompt]:
     """The prompts that fit into `max_prompt_length` tokens."""
+    chat = format_of(tokenizer)
     encoded = _encode_all(
         "prompts",
         prompts,
-        lambda row: (row, chat.encode_prompt(tokenizer, row.messages)),
+        lambda row: (row, chat.encode_prompt(row.messages)),
         lambda pair: len(pair[1]),
         max_prompt_length,
     )
@@ -338,7 +349,8 @@ def _with_source(row: Any, encode: Callable[[Any], Any]) -> Any:
 
 def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], max_prompt_length: int) -> PromptBatch:
     """Open prompts, left-padded. `ids`: keys of their answers. UserError (3) for one that is too long."""
-    encoded = [_with_source(row, lambda row: chat.encode_prompt(tokenizer, row.messages)) for row in prompts]
+    chat = format_of(tokenizer)
+    encoded = [_with_source(row, lambda row: chat.encode_prompt(row.messages)) for row in prompts]
     for row, tokens in zip(prompts, encoded, strict=True):
         if len(tokens) > max_prompt_length:
             raise UserError(f"{row.source}: the prompt has {len(tokens)} tokens, over {max_prompt_length}", 3)

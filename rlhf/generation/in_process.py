@@ -6,7 +6,7 @@ reading of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rlhf.generation.counter_rng import keyed_uniform, pick_token
 from rlhf.generation.decoder import CausalDecoder, Decoder
 from rlhf.generation.kv_cache import SlotCache, rows_that_fit
 from rlhf.generation.llama import LlamaDecoder, is_plain_llama
-from rlhf.generation.sampler import rollout_of
+from rlhf.generation.sampler import is_stop, rollout_of
 from rlhf.models import weights_that_fit
 from rlhf.profiling.memory import free_bytes
 from rlhf.profiling.roofline import ModelSize, size_of
@@ -37,12 +37,12 @@ CACHE_SHARE, CACHE_SHARE_BESIDE = 0.8, 0.4
 
 
 class InProcessSampler:
-    """Samples from `model`, any causal language model of transformers. `eos_id` ends an answer, `pad_id` fills it up."""
+    """Samples from `model`, any causal language model of transformers. Each of `stop_ids` ends an answer, `pad_id` fills it up."""
 
     def __init__(
         self,
         model: nn.Module,
-        eos_id: int,
+        stop_ids: Sequence[int],
         pad_id: int,
         precision: str = "float32",
         device: torch.device | None = None,
@@ -52,7 +52,7 @@ class InProcessSampler:
         of what is free if not given."""
         self.cache_bytes = cache_bytes
         self.model = model.eval().requires_grad_(False)
-        self.eos_id, self.pad_id = eos_id, pad_id
+        self.stop_ids, self.pad_id = stop_ids, pad_id
         self.positions = (0, 0)  # that the model computed in the last `sample`: in prompts, in steps of one token
         if precision == "bf16":
             for parameter in model.parameters():  # not the buffers: rounded rotary frequencies misplace every token
@@ -107,13 +107,13 @@ class InProcessSampler:
         decoder = decoder_of(self.model, alone)
         longest = int(prompts.mask_BP.sum(1).max()) if len(prompts.ids_B) else 0
         slots = self.rows_at_once(longest, settings, alone)
-        run = _Run(decoder, self.eos_id, self.pad_id, prompts, settings, (seed, iteration), slots)
+        run = _Run(decoder, self.stop_ids, self.pad_id, prompts, settings, (seed, iteration), slots)
         while run.unfinished:
             if go_on is not None:
                 go_on()
             run.admit() if run.has_room else run.step()
         self.positions = (run.prompt_positions, run.step_positions)
-        return rollout_of(prompts, run.tokens_BR, run.logprobs_BR, run.length_B, self.eos_id)
+        return rollout_of(prompts, run.tokens_BR, run.logprobs_BR, run.length_B, self.stop_ids)
 
     def rows_at_once(self, prompt_length: int, settings: SamplingConfig, alone: bool = True) -> int:
         """Rows of up to so long a prompt that are sampled together. UserError (5) where there is no room for one.
@@ -152,7 +152,7 @@ class _Run:
     def __init__(
         self,
         decoder: Decoder,
-        eos_id: int,
+        stop_ids: Sequence[int],
         pad_id: int,
         prompts: PromptBatch,
         settings: SamplingConfig,
@@ -161,7 +161,7 @@ class _Run:
     ) -> None:
         B, R, device = len(prompts.ids_B), settings.max_new_tokens, prompts.tokens_BP.device
         self.decoder, self.prompts, self.key = decoder, prompts, key
-        self.eos_id, self.temperature, self.R = eos_id, settings.temperature, R
+        self.stop_ids, self.temperature, self.R = stop_ids, settings.temperature, R
         self.tokens_BR = torch.full((B, R), pad_id, dtype=torch.int64, device=device)
         self.logprobs_BR = torch.zeros((B, R), dtype=torch.float32, device=device)
         self.length_B = torch.zeros(B, dtype=torch.int64, device=device)
@@ -229,7 +229,7 @@ class _Run:
 
     def _release(self) -> None:
         """Rows that have ended, or are as long as they may be, leave their slots."""
-        alive_S = (self.token_S != self.eos_id) & (self.length_B[self.index_S] < self.R)
+        alive_S = ~is_stop(self.token_S, self.stop_ids) & (self.length_B[self.index_S] < self.R)
         if not alive_S.all():
             from_S = self.cache.keep(alive_S)
             self.index_S, self.token_S = self.index_S[from_S], self.token_S[from_S]

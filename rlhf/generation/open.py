@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rlhf.chat import format_of
 from rlhf.config import RunConfig
 from rlhf.generation.in_process import InProcessSampler
 from rlhf.generation.sampler import Sampler
@@ -19,7 +20,7 @@ def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.
     All ranks must call it.
     """
     ppo, precision = config.ppo, config.hardware.precision
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = format_of(tokenizer).stop_ids, tokenizer.pad_token_id
     if ppo.sampling.engine == "vllm":
         from rlhf.generation.vllm import VLLMSampler
 
@@ -40,5 +41,5 @@ def sampler_of(
         return sampler
     sampler.close()
     model: Any = load_causal(path, attention=config.model.attention)
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = format_of(tokenizer).stop_ids, tokenizer.pad_token_id
     return InProcessSampler(model, *ends, config.hardware.precision, device)

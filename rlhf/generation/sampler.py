@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -14,6 +15,8 @@ from rlhf.profiling.roofline import ModelSize
 
 
 class Sampler(Protocol):
+    stop_ids: Sequence[int]
+    """Each ends an answer, and is its last token."""
     positions: tuple[int, int]
     """That the model computed in the last `sample`: in prompts, in steps of one token."""
 
@@ -46,7 +49,9 @@ class Sampler(Protocol):
         ...
 
 
-def rollout_of(prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, length_B: Tensor, eos_id: int) -> Rollout:
+def rollout_of(
+    prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, length_B: Tensor, stop_ids: Sequence[int]
+) -> Rollout:
     """Prompts with their answers, whose tokens are the first `length_B` of a row."""
     mask_BR = torch.arange(tokens_BR.shape[1], device=length_B.device) < length_B[:, None]
     return Rollout(
@@ -54,5 +59,10 @@ def rollout_of(prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, len
         mask_BT=torch.cat([prompts.mask_BP, mask_BR], 1),
         response_mask_BR=mask_BR,
         behaviour_logprobs_BR=logprobs_BR,
-        finished_B=((tokens_BR == eos_id) & mask_BR).any(1),
+        finished_B=(is_stop(tokens_BR, stop_ids) & mask_BR).any(1),
     )
+
+
+def is_stop(tokens: Tensor, stop_ids: Sequence[int]) -> Tensor:
+    """True where a token ends a response; `stop_ids` are a handful, and at least one."""
+    return reduce(torch.logical_or, (tokens == stop for stop in stop_ids))

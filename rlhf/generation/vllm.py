@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,16 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, folder: Path, eos_id: int, pad_id: int, precision: str, device: torch.device, rows: int, max_length: int
+        self,
+        folder: Path,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        precision: str,
+        device: torch.device,
+        rows: int,
+        max_length: int,
     ) -> None:
-        self.eos_id, self.pad_id = eos_id, pad_id
+        self.stop_ids, self.pad_id = stop_ids, pad_id
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(folder), dtype=self.dtype).requires_grad_(False)
@@ -122,7 +129,7 @@ class VLLMSampler:
             self.llm.llm_engine.abort_request([str(row) for row in (length_B == 0).nonzero()[:, 0].tolist()])
             self._sleep()
         self.positions = (int(prompts.mask_BP.sum()), int((length_B - 1).sum()))
-        return rollout_of(prompts, tokens_BR.to(device), logprobs_BR.to(device), length_B.to(device), self.eos_id)
+        return rollout_of(prompts, tokens_BR.to(device), logprobs_BR.to(device), length_B.to(device), self.stop_ids)
 
     def _answers(
         self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
@@ -132,7 +139,7 @@ class VLLMSampler:
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         engine = self.llm.llm_engine
-        ends = [self.eos_id] if self.eos_id < self.vocab_size else []  # vLLM refuses an end that is no token
+        ends = [stop for stop in self.stop_ids if stop < self.vocab_size]  # vLLM refuses an end that is no token
         seeds = keyed_seed(seed, iteration, prompts.ids_B).tolist()
         for row, (tokens_P, mask_P) in enumerate(zip(prompts.tokens_BP, prompts.mask_BP, strict=True)):
             params = SamplingParams(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForSequenceClassification, PretrainedConfig
 
 from rlhf.errors import UserError
-from rlhf.models.pretrained import is_adapter, load_complete, load_config, read_weight
+from rlhf.models.folders import is_adapter
+from rlhf.models.pretrained import load_complete, load_config, read_weight
 
 HEADS = ("classifier.out_proj.weight", "classifier.weight")  # of RoBERTa and its like; of BERT and DeBERTa
 

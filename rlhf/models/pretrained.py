@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -12,89 +11,24 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as sharding
 from transformers.utils import logging as logs
 
-from rlhf import chat
+from rlhf.chat import format_of
 from rlhf.errors import UserError
 from rlhf.kernels.attention import has_windows
 from rlhf.kernels.norm import tune_norms
 from rlhf.models import lora
+from rlhf.models.folders import LOAD_ERRORS, adapter_base, find_model, has_tokenizer, is_adapter
 from rlhf.models.packing import pack
+from rlhf.models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 SHARD = "2GB"  # of a file of weights: safetensors may copy what it writes, and files are hashed side by side
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-
-
-def find_model(name: str | Path) -> Path:
-    """The folder of a model that is named by its folder or on the hub. UserError (4) where there is none."""
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file() or is_adapter(folder):
-        return folder
-    if folder.is_dir():
-        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder.resolve()} is no model folder: it holds no config.json, but {inside}", 4)
-    if folder.is_file():
-        hint = "; `rlhf import-gguf` turns it into one" if folder.suffix == ".gguf" else ""
-        raise UserError(f"{folder.resolve()} is a file, and a model is a folder{hint}", 4)
-    if str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
-        raise UserError(f"there is no model folder {folder.resolve()}", 4)
-    return _download(str(name))
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"there is no model {name!r}: no folder {Path(name).resolve()}, and the hub gave none ({reason})", 4
-        ) from error
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder, with an EOS, a pad token that is not EOS, and the Llama-2 chat template.
-
-    UserError (4) where it cannot be read or has no EOS.
-    """
-    folder = find_model(path)
-    if is_adapter(folder) and not has_tokenizer(folder):
-        return load_tokenizer(adapter_base(folder))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except LOAD_ERRORS as error:
-        raise UserError(f"cannot read a tokenizer from {folder}: {error}", 4) from error
-    if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.sep_token_id is not None:
-        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # as BERT names them
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no EOS token, so no answer could end", 4)
-    _separate_pad_from_eos(tokenizer, folder)
-    tokenizer.chat_template = chat.TEMPLATE
-    return tokenizer
-
-
-def _separate_pad_from_eos(tokenizer: Any, folder: Path) -> None:
-    """With pad = EOS the end of an answer would look like padding to every tool that compares ids."""
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
-        return
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    named = [token for token in special if "pad" in token.lower()]
-    reserved = [token for token in special if "reserved" in token.lower()]
-    taken = (tokenizer.eos_token, tokenizer.bos_token)
-    spare = [t for t in [*named, tokenizer.unk_token, *reserved, *special] if t is not None and t not in taken]
-    pad = spare[0] if spare else "<pad>"
-    tokenizer.add_special_tokens({"pad_token": pad})
-    origin = "a token it had" if spare else "added, so the embeddings grow by one row"
-    log.info("%s: pad was missing or EOS; pad is now %r (%s)", folder, pad, origin)
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -117,10 +51,6 @@ def load_config(folder: Path) -> PretrainedConfig:
         pad = load_tokenizer(folder).pad_token_id
         text.pad_token_id = pad if pad < text.vocab_size else None
     return config
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any(folder.glob("tokenizer*"))
 
 
 def load_causal(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
@@ -203,25 +133,6 @@ def _make_room_for_pad(model: PreTrainedModel, folder: Path) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
-
-
-def adapter_base(folder: Path) -> Path:
-    """The folder of the model that a PEFT adapter was trained on."""
-    file = folder / "adapter_config.json"
-    try:
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
-    except ValueError as error:
-        raise UserError(f"cannot read {file}: {error}", 4) from error
-    if not base:
-        raise UserError(f"{file} does not name its base_model_name_or_path", 4)
-    try:
-        return find_model(base)
-    except UserError as error:
-        raise UserError(f"{file} names its base_model_name_or_path, but {error.message}", 4) from error
-
-
 def merge_adapter(load_base: Any, folder: Path, dtype: torch.dtype, attention: str) -> Any:
     """`load_base` of the adapter's base with the adapter merged in. Read whole on each rank: shards cannot be merged."""
     with _unsharded():
@@ -272,6 +183,8 @@ def save_causal(
     causal = without_adapter_wrapper(model)
     for settings in (causal.config.get_text_config(), causal.generation_config):
         settings.pad_token_id = tokenizer.pad_token_id
+    if ends := format_of(tokenizer).stop_ids:
+        causal.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     with quiet():
         causal.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)

@@ -22,12 +22,10 @@ from transformers import (
 
 from rlhf.errors import UserError
 from rlhf.models import lora
+from rlhf.models.folders import adapter_base, find_model, is_adapter
 from rlhf.models.pretrained import (
     SHARD,
-    adapter_base,
-    find_model,
     hidden_states,
-    is_adapter,
     load_causal,
     load_complete,
     load_config,

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf import chat
+from rlhf.chat import llama2
 from rlhf.config import RunConfig, TinyConfig
 from rlhf.data import load_demonstrations
 from rlhf.errors import UserError
@@ -63,10 +63,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     texts = list(texts)
-    tags = f"{chat.B_INST} {chat.E_INST} {chat.B_SYS}{chat.E_SYS}"
+    tags = f"{llama2.B_INST} {llama2.E_INST} {llama2.B_SYS}{llama2.E_SYS}"
     backend.train_from_iterator([*texts, *[tags] * (len(texts) // 2)], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=POSITIONS, **SPECIAL)
-    tokenizer.chat_template = chat.TEMPLATE
+    tokenizer.chat_template = llama2.TEMPLATE
     return tokenizer
 
 

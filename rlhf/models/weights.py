@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rlhf.models.pretrained import find_model, is_adapter, load_causal
+from rlhf.models.folders import find_model, is_adapter
+from rlhf.models.pretrained import load_causal
 
 
 def weights_that_fit(path: str | Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]] | None:

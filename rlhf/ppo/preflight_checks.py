@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reward_data import Message
-from rlhf.chat import encode_answer
+from rlhf.chat import format_of
 from rlhf.config import PPOConfig
 from rlhf.data import next_prompts
 from rlhf.data.batches import Rollout, Scores, select, to, trim
@@ -25,6 +25,7 @@ from rlhf.distributed.engine import Engine, full_parameters
 from rlhf.distributed.micro_batches import micro_batches_of_shards
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler, Sampler
+from rlhf.generation.sampler import is_stop
 from rlhf.models import load_scalar
 from rlhf.ppo.models import Models
 from rlhf.ppo.rollout_source import records_of
@@ -71,7 +72,7 @@ def run(setup: Setup, fresh: bool) -> dict[str, str]:
     scores = score_responses(rollout, rows, models, setup.rewards, ppo)
     results = [
         first_ratio(models.policy, rollout, scores, ppo, precision),
-        broken_ends(rollout, tokenizer.eos_token_id, tokenizer.pad_token_id),
+        broken_ends(rollout, models.sampler.stop_ids, tokenizer.pad_token_id),
         _sampler_check(models, rollout, scores, precision),
         *rewards_work(setup.rewards, scores),
     ]
@@ -159,18 +160,19 @@ def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> Check
     )
 
 
-def broken_ends(rollout: Rollout, eos_id: int, pad_id: int) -> CheckResult:
-    """EOS is the last real token of every finished answer, and of no other; masks come from lengths."""
+def broken_ends(rollout: Rollout, stop_ids: Sequence[int], pad_id: int) -> CheckResult:
+    """A stop id is the last real token of every finished answer, and of no other; masks come from lengths."""
     mask_BR = rollout.response_mask_BR
     R = mask_BR.shape[1]
     tokens_BR, length_B = rollout.tokens_BT[:, -R:], mask_BR.sum(1)
-    last_B = tokens_BR.gather(1, (length_B - 1).clamp(min=0)[:, None])[:, 0]
+    is_stop_BR = is_stop(tokens_BR, stop_ids)
+    stops_last_B = is_stop_BR.gather(1, (length_B - 1).clamp(min=0)[:, None])[:, 0]
     contiguous_B = (mask_BR == (torch.arange(R, device=mask_BR.device) < length_B[:, None])).all(1)
     seen_by_models_B = (rollout.mask_BT[:, -R:] == mask_BR).all(1)
-    eos_inside_B = ((tokens_BR == eos_id) & mask_BR).sum(1)
-    right_end_B = torch.where(rollout.finished_B, (last_B == eos_id) & (eos_inside_B == 1), eos_inside_B == 0)
+    stops_inside_B = (is_stop_BR & mask_BR).sum(1)
+    right_end_B = torch.where(rollout.finished_B, stops_last_B & (stops_inside_B == 1), stops_inside_B == 0)
     wrong_B = ~(contiguous_B & seen_by_models_B & right_end_B & (length_B > 0))
-    same = eos_id == pad_id
+    same = pad_id in stop_ids
     return CheckResult(
         "eos_in_mask",
         float(len(wrong_B) if same else wrong_B.sum()),
@@ -281,5 +283,5 @@ def _score_of_folder(folder: Path, tokenizer: Any, precision: str) -> float:
 
 def _fixed_text(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """(tokens_1T, mask_1T)"""
-    ids = encode_answer(tokenizer, [Message("user", FIXED_TEXT[0])], FIXED_TEXT[1])
+    ids = format_of(tokenizer).encode_response([Message("user", FIXED_TEXT[0])], FIXED_TEXT[1])
     return torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reward_data import Prompt
-from rlhf.chat import decode_answer
+from rlhf.chat import format_of
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Rollout, Scores, select, trim
 from rlhf.distributed.engine import Engine
@@ -66,7 +66,8 @@ def responses_of(rollout: Rollout, prompts: Sequence[Prompt], tokenizer: Any) ->
     R = rollout.response_mask_BR.shape[1]
     lengths = rollout.response_mask_BR.sum(1).tolist()
     tokens = rollout.tokens_BT[:, -R:].tolist()
-    texts = [decode_answer(tokenizer, row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+    chat = format_of(tokenizer)
+    texts = [chat.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
     return Responses(rollout, prompts, texts)
 
 

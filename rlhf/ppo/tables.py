@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.chat import decode_answer
+from rlhf.chat import format_of
 from rlhf.data.batches import Rollout, Scores
 from rlhf.evaluation.policy_report import Answers
 
@@ -27,7 +27,7 @@ def sampled(
 ) -> list[dict[str, Any]]:
     """The first rows of an iteration's rollout, as text, with what each of the `rewards` gave; None where it failed."""
     R = rollout.response_mask_BR.shape[1]
-    table = []
+    chat, table = format_of(tokenizer), []
     for i in range(min(count, len(rollout.tokens_BT))):
         prompt = rollout.tokens_BT[i, :-R][rollout.mask_BT[i, :-R]].tolist()
         answer = rollout.tokens_BT[i, -R:][rollout.response_mask_BR[i]].tolist()
@@ -36,7 +36,7 @@ def sampled(
             {
                 "iteration": iteration,
                 "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                "answer": decode_answer(tokenizer, answer),
+                "answer": chat.decode(answer),
                 **{name: None if failed else value for name, value, failed in values},
             }
         )

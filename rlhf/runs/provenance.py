@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.config import RunConfig
 from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts
 from rlhf.distributed import collectives
+from rlhf.models.chat_format import message_check
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Artifact, digest_of
 from rlhf.runs.context import StageContext
@@ -23,8 +24,9 @@ def read_data(config: RunConfig) -> dict[str, Split]:
 
     UserError (3) for data that cannot be used.
     """
+    validate = message_check(config)
     named = {role: load for role, load in LOADERS.items() if getattr(config.data, role) is not None}
-    return hold_out_everywhere({role: load(config) for role, load in named.items()}, config.data)
+    return hold_out_everywhere({role: load(config, validate) for role, load in named.items()}, config.data)
 
 
 def stage_data(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:

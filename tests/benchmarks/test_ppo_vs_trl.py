@@ -32,7 +32,7 @@ def test_dictated_answers_are_what_the_sampler_gives(monkeypatch):
     answers = [[*range(20, 20 + number), eos_id] for number in range(len(prompts.ids_B))]
     load_dice(SimpleNamespace(answers=answers, pad=pad_id))  # type: ignore[arg-type]
     settings = SamplingConfig(max_new_tokens=9, batch_size=3)
-    rollout = InProcessSampler(model, eos_id, pad_id).sample(prompts, settings, seed=0, iteration=1)
+    rollout = InProcessSampler(model, [eos_id], pad_id).sample(prompts, settings, seed=0, iteration=1)
     read = zip(rollout.tokens_BT[:, -9:], rollout.response_mask_BR, strict=True)
     assert [tokens[mask].tolist() for tokens, mask in read] == answers
 

@@ -71,7 +71,7 @@ def test_both_sides_count_the_tokens_up_to_the_end_and_no_others():
     """The same greedy answers, so the same lengths, in one order or another."""
     torch.manual_seed(0)
     model, prompts, eos_id, pad_id = sampling.tiny()
-    subject = sampling.Subject(model, sampling.InProcessSampler(model, eos_id, pad_id), prompts, eos_id, pad_id)
+    subject = sampling.Subject(model, sampling.InProcessSampler(model, [eos_id], pad_id), prompts, eos_id, pad_id)
     cold = sampling.Setting("float32", 3, "natural", 20, 1e-4)
     first = sampling.ours(subject, cold, prompts, 0)
     assert sorted(first) == sorted(sampling.generate(subject, cold, prompts, 0))

@@ -15,6 +15,7 @@ from launch import chat as module
 from launch import cli
 from launch.chat import Dialogue, TextStream, command, sample, say
 from reward_data import Message
+from rlhf.chat.llama2 import Llama2
 from rlhf.config import TinyConfig
 from rlhf.models import load_causal, load_tokenizer, save_causal
 from rlhf.models.tiny import train_tokenizer, untrained_llama
@@ -85,18 +86,18 @@ def test_the_likeliest_tokens_are_those_of_generate(model: Path) -> None:
         expected = plain.generate(  # type: ignore[attr-defined]
             torch.tensor([ids]), attention_mask=torch.ones(1, 6), max_new_tokens=20, do_sample=False, eos_token_id=None
         )[0, 6:]
-    assert list(sample(load_causal(model), ids, -1, 0.0, 20)) == expected.tolist()
+    assert list(sample(load_causal(model), ids, [], 0.0, 20)) == expected.tolist()
 
 
 def test_an_answer_stops_before_its_eos(model: Path) -> None:
-    free = list(sample(load_causal(model), [1, 70, 71], -1, 0.0, 8))
+    free = list(sample(load_causal(model), [1, 70, 71], [], 0.0, 8))
     eos = free[3]
-    assert list(sample(load_causal(model), [1, 70, 71], eos, 0.0, 8)) == free[: free.index(eos)]
+    assert list(sample(load_causal(model), [1, 70, 71], [eos], 0.0, 8)) == free[: free.index(eos)]
 
 
 def test_temperature_spreads_the_answers(model: Path) -> None:
     causal = load_causal(model)
-    answers = {tuple(sample(causal, [1, 70, 71], -1, 5.0, 6)) for _ in range(5)}
+    answers = {tuple(sample(causal, [1, 70, 71], [], 5.0, 6)) for _ in range(5)}
     assert len(answers) == 5
 
 
@@ -117,7 +118,7 @@ def test_ctrl_c_keeps_what_was_said(tokenizer, capsys: pytest.CaptureFixture[str
 def test_commands_change_the_dialogue() -> None:
     dialogue = Dialogue()
     command(dialogue, "/system  Be brief. ")
-    dialogue.keep("a", "b")
+    dialogue.keep("a", "b", Llama2(None))
     assert [(m.role, m.content) for m in dialogue.asking("c")] == [
         ("system", "Be brief."),
         ("user", "a"),
@@ -134,7 +135,7 @@ def test_commands_change_the_dialogue() -> None:
 @pytest.mark.parametrize("answer", ["", "b [/INST] c"])
 def test_an_answer_that_the_format_cannot_hold_is_not_kept(answer: str) -> None:
     dialogue = Dialogue()
-    dialogue.keep("a", answer)
+    dialogue.keep("a", answer, Llama2(None))
     assert dialogue.turns == []
 
 
@@ -151,7 +152,7 @@ def heard(model: Path, monkeypatch: pytest.MonkeyPatch, lines: str, answers: lis
     prompts: list[str] = []
     replies = iter(answers)
 
-    def scripted(causal, ids, eos, temperature, room):
+    def scripted(causal, ids, stop_ids, temperature, room):
         prompts.append(tokenizer.decode(ids))
         return iter(tokenizer(next(replies), add_special_tokens=False)["input_ids"])
 

@@ -125,7 +125,7 @@ def iteration(make_llama, make_scalar, models_of, scores_by, prompts, ppo_config
 
     policy, reference = PolicyModel(make_llama(0)), PolicyModel(make_llama(1))
     models = models_of(policy, reference, make_scalar(2), helpful=make_scalar(3, offset=0.5), safety=make_scalar(4))
-    rollout = InProcessSampler(make_llama(0), EOS, PAD).sample(prompts, ppo_config.sampling, seed=0, iteration=1)
+    rollout = InProcessSampler(make_llama(0), [EOS], PAD).sample(prompts, ppo_config.sampling, seed=0, iteration=1)
     scores = scores_by(rollout, models, ppo_config)
     rule = piecewise(0, 1, safety_offset=0.0, threshold=ppo_config.safety_threshold)
     combined = rule(scores.rewards_BN, scores.failed_BN, prompts.is_safety_B)

@@ -14,7 +14,7 @@ import rlhf
 from launch.settings import load
 from reward_data import Message
 from rlhf import PPOConfig, PPOTrainer, RewardModel, UserError, load_policy
-from rlhf.chat import encode_answer
+from rlhf.chat import format_of
 from rlhf.models import ScalarModel, load_causal, load_tokenizer, make_tiny
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
@@ -182,7 +182,7 @@ def test_a_reward_model_scores_as_its_tensors_say(reward_model):
     tokenizer = load_tokenizer(reward_model)
     expected = []
     for prompt, response in zip(PROMPTS, ["a", "bb bb", "c", "dddd d"], strict=True):
-        ids = torch.tensor([encode_answer(tokenizer, [Message("user", prompt)], response)])
+        ids = torch.tensor([format_of(tokenizer).encode_response([Message("user", prompt)], response)])
         values_1T = judge.model(ids, torch.ones_like(ids))
         expected.append(float(values_1T[0, -1]) - 0.5)
     assert judge.score(PROMPTS, ["a", "bb bb", "c", "dddd d"], batch_size=3) == pytest.approx(expected, abs=1e-5)

@@ -114,7 +114,7 @@ def sample(make_llama, prompts, ppo_config):
     def sample(
         device: torch.device, precision: str = "float32", given: PromptBatch = prompts, **settings: Any
     ) -> Rollout:
-        sampler = InProcessSampler(make_llama(0).to(device), EOS, PAD, precision)
+        sampler = InProcessSampler(make_llama(0).to(device), [EOS], PAD, precision)
         settings_ = ppo_config.sampling.model_copy(update=settings)
         return to(sampler.sample(to(given, device), settings_, 0, 1), torch.device("cpu"))
 

@@ -126,7 +126,7 @@ def test_a_model_of_another_shape_gets_a_sampler_of_its_own_when_the_other_has_l
     config = run("sft")
     folder = config.folder / "sft/artifact"
     tokenizer, cpu = load_tokenizer(folder), torch.device("cpu")
-    sampler = InProcessSampler(small_model, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    sampler = InProcessSampler(small_model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
     another = sampler_of(folder, sampler, config, tokenizer, cpu)
     assert another is not sampler and list(sampler.model.parameters()) == []
     assert sum(p.numel() for p in another.model.parameters()) == sum(

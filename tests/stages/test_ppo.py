@@ -190,7 +190,7 @@ def test_a_prompt_that_is_drawn_twice_in_an_iteration_gets_two_answers(run):
     folder = config.folder / "sft/artifact"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = ppo.next_prompts(tokenizer, prompts, config, iteration=2)
-    sampler = InProcessSampler(load_causal(folder), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    sampler = InProcessSampler(load_causal(folder), [tokenizer.eos_token_id], tokenizer.pad_token_id)
     answers = sampler.sample(batch, config.ppo.sampling, config.seed, iteration=2).tokens_BT
     order = (batch.ids_B % 3).argsort(stable=True)
     assert torch.equal(batch.tokens_BP[order[::2]], batch.tokens_BP[order[1::2]])
@@ -308,7 +308,7 @@ def eos_masked_out(patch):
     def without_eos(self, *given, **named):
         rollout = sample(self, *given, **named)
         R = rollout.response_mask_BR.shape[1]
-        rollout.response_mask_BR[rollout.tokens_BT[:, -R:] == self.eos_id] = False
+        rollout.response_mask_BR[rollout.tokens_BT[:, -R:] == self.stop_ids[0]] = False
         return rollout
 
     patch.setattr(InProcessSampler, "sample", without_eos)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_data import Message, Preference
-from rlhf.chat import encode_answer, encode_dialogue
+from rlhf.chat import format_of
 from rlhf.data import MARGINS, draw_rows, load_demonstrations, load_preferences, mix_preferences
 from rlhf.models import load_scalar
 from rlhf.runs.context import Progress, StageContext, read_progress
@@ -50,7 +50,9 @@ def test_the_last_figure_shown_is_the_accuracy_on_held_out_pairs(trained, metric
 def test_other_tools_read_the_same_scores(trained):
     _, config, folder = trained
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [encode_answer(tokenizer, row.prompt, row.chosen) for row in load_preferences(config).held_out[:6]]
+    rows = [
+        format_of(tokenizer).encode_response(row.prompt, row.chosen) for row in load_preferences(config).held_out[:6]
+    ]
     model = load_scalar(folder)
     ours = [float(model.score(torch.tensor([ids]), torch.ones(1, len(ids)).bool())) for ids in rows]
     assert ours == pytest.approx(plain_scores(folder, rows), abs=1e-5)
@@ -61,7 +63,7 @@ def test_sft_answers_average_zero(trained, metrics):
     _, config, folder = trained
     tokenizer, split = AutoTokenizer.from_pretrained(folder), load_demonstrations(config)
     answers, _ = draw_rows([*split.held_out, *split.train], 32, config.seed)
-    rows = [encode_dialogue(tokenizer, row.messages)[0] for row in answers]
+    rows = [format_of(tokenizer).encode(row.messages)[0] for row in answers]
     scores = plain_scores(folder, rows)
     assert sum(scores) / len(scores) == pytest.approx(0.0, abs=1e-5)
     assert metrics(folder)["offset"] != 0
@@ -181,7 +183,9 @@ def test_scores_stand_in_the_order_of_their_rows(run, tmp_path):
     config = run("reward/helpfulness")
     folder = config.folder / "reward/helpfulness/artifact"
     model, tokenizer = load_scalar(folder), AutoTokenizer.from_pretrained(folder)
-    rows = [encode_answer(tokenizer, row.prompt, row.chosen) for row in load_preferences(config).held_out[:7]]
+    rows = [
+        format_of(tokenizer).encode_response(row.prompt, row.chosen) for row in load_preferences(config).held_out[:7]
+    ]
     context = StageContext(
         "reward/helpfulness", 0, 1, torch.device("cpu"), tmp_path, {}, NullTracker(), Progress(tmp_path, False), True
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from rlhf.chat import encode_dialogue
+from rlhf.chat import format_of
 from rlhf.config import SFTConfig
 from rlhf.data import load_demonstrations
 from rlhf.errors import UserError
@@ -36,7 +36,7 @@ def held_out_loss(folder, config):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     total, count = 0.0, 0
     for row in load_demonstrations(config).held_out:
-        ids, mask = encode_dialogue(tokenizer, row.messages)
+        ids, mask = format_of(tokenizer).encode(row.messages)
         logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
         picked = [-float(logprobs[t - 1, ids[t]]) for t in range(1, len(ids)) if mask[t]]
         total, count = total + sum(picked), count + len(picked)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from reward_data import Demonstration, Message, Preference, Prompt
 from reward_data.records import Rating, Safety, Tag
-from rlhf.chat import encode_answer, encode_dialogue, encode_prompt
+from rlhf.chat import format_of
 from rlhf.config import RewardModelConfig, RunConfig
 from rlhf.data import (
     MARGINS,
@@ -337,7 +337,7 @@ def test_margins_are_those_of_the_paper():
 
 def test_demonstrations_have_the_columns_of_trl(tokenizer):
     row = demonstration("hello")
-    ids, mask = encode_dialogue(tokenizer, row.messages)
+    ids, mask = format_of(tokenizer).encode(row.messages)
     assert encode_demonstrations(tokenizer, [row], 100) == [{"input_ids": ids, "assistant_masks": mask}]
 
 
@@ -345,8 +345,8 @@ def test_preferences_have_the_columns_of_trl(tokenizer):
     row = preference("hello", rating="slightly", safety=("safe", "unknown"))
     assert encode_preferences(tokenizer, [row], "large", 100) == [
         {
-            "chosen_ids": encode_answer(tokenizer, row.prompt, "yes"),
-            "rejected_ids": encode_answer(tokenizer, row.prompt, "no"),
+            "chosen_ids": format_of(tokenizer).encode_response(row.prompt, "yes"),
+            "rejected_ids": format_of(tokenizer).encode_response(row.prompt, "no"),
             "margin": 1.0,
             "chosen_is_safe": 1,
             "rejected_is_safe": -1,
@@ -360,7 +360,7 @@ def test_preferences_have_the_columns_of_trl(tokenizer):
 
 def test_long_rows_are_left_out_whole(tokenizer):
     short, long = demonstration("hello"), demonstration("hello", "yes " * 50)
-    limit = len(encode_dialogue(tokenizer, short.messages)[0])
+    limit = len(format_of(tokenizer).encode(short.messages)[0])
     assert encode_demonstrations(tokenizer, [short, long], limit) == encode_demonstrations(tokenizer, [short], 999)
     for pair in (preference("a", chosen="yes " * 50), preference("a", rejected="yes " * 50)):
         assert len(encode_preferences(tokenizer, [pair, preference("a")], "none", 40)) == 1
@@ -379,7 +379,7 @@ def test_a_length_that_no_row_meets_is_refused(tokenizer):
 def test_prompts_are_padded_on_the_left(tokenizer):
     prompts = [Prompt(asked("hello"), "safety", "p:1"), Prompt(asked("hello, how are you?"), "helpful", "p:2")]
     batch = prompt_batch(tokenizer, prompts, [7, 3], max_prompt_length=50)
-    ids = [encode_prompt(tokenizer, prompt.messages) for prompt in prompts]
+    ids = [format_of(tokenizer).encode_prompt(prompt.messages) for prompt in prompts]
     missing = len(ids[1]) - len(ids[0])
     assert missing > 0
     assert batch.tokens_BP.tolist() == [[tokenizer.pad_token_id] * missing + ids[0], ids[1]]

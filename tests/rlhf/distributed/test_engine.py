@@ -434,7 +434,7 @@ def gather(sharded, given):
     from rlhf.generation import InProcessSampler
 
     module.BUCKET_BYTES, most = 4096, 0
-    sampler = InProcessSampler(copy.deepcopy(given["policy"].causal), 2, 0)
+    sampler = InProcessSampler(copy.deepcopy(given["policy"].causal), [2], 0)
     with torch.no_grad():
         for parameter in sampler.model.parameters():
             parameter.zero_()

@@ -15,7 +15,7 @@ def sample(make_llama, prompts, ppo_config):
     """sample(…) answers the prompts; what is not given is the common case."""
 
     def sample(given=prompts, iteration=1, seed=0, eos=EOS, model=None, precision="float32", **settings):
-        sampler = InProcessSampler(model or make_llama(0), eos, PAD, precision)
+        sampler = InProcessSampler(model or make_llama(0), [eos], PAD, precision)
         return sampler.sample(given, ppo_config.sampling.model_copy(update=settings), seed, iteration)
 
     return sample

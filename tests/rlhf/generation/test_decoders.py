@@ -153,10 +153,10 @@ def test_without_packed_weights_the_answers_are_the_same(sample, expect_same_rol
 def test_loaded_weights_reach_the_tuned_forward_pass(prompts, ppo_config, expect_same_rollout):
     torch.manual_seed(3)
     old, new = (llama(num_key_value_heads=2, tie_word_embeddings=True).eval() for _ in range(2))
-    sampler = InProcessSampler(old, EOS, PAD)
+    sampler = InProcessSampler(old, [EOS], PAD)
     sampler.sample(prompts, ppo_config.sampling, 0, 1)
     sampler.load_weights(new.named_parameters())
-    expected = InProcessSampler(new, EOS, PAD).sample(prompts, ppo_config.sampling, 0, 1)
+    expected = InProcessSampler(new, [EOS], PAD).sample(prompts, ppo_config.sampling, 0, 1)
     expect_same_rollout(sampler.sample(prompts, ppo_config.sampling, 0, 1), expected)
 
 

@@ -20,7 +20,7 @@ EOS, PAD, R = 2, 0, 9
 
 
 def test_a_sampler_in_bf16_stays_near_and_reports_float32(make_llama, prompts, ppo_config):
-    rollout = InProcessSampler(make_llama(0), EOS, PAD, "bf16").sample(prompts, ppo_config.sampling, 0, 1)
+    rollout = InProcessSampler(make_llama(0), [EOS], PAD, "bf16").sample(prompts, ppo_config.sampling, 0, 1)
     read_BR, _ = PolicyModel(make_llama(0))(rollout.tokens_BT, rollout.mask_BT, R, 0.7)
     gap_BR = torch.where(rollout.response_mask_BR, read_BR - rollout.behaviour_logprobs_BR, 0.0).abs()
     assert rollout.behaviour_logprobs_BR.dtype == torch.float32
@@ -29,7 +29,7 @@ def test_a_sampler_in_bf16_stays_near_and_reports_float32(make_llama, prompts, p
 
 def test_a_sampler_in_bf16_knows_where_a_token_stands(make_llama):
     """cos(position · θ^(-2i/d)) by hand; with rounded frequencies it is another angle after a few hundred tokens."""
-    rotary: Any = InProcessSampler(make_llama(0), EOS, PAD, "bf16").model.model.rotary_emb  # type: ignore[union-attr]
+    rotary: Any = InProcessSampler(make_llama(0), [EOS], PAD, "bf16").model.model.rotary_emb  # type: ignore[union-attr]
     position, halves = 500, 4
     cos_BTH, _ = rotary(torch.zeros(1, 1, 1, dtype=torch.float32), torch.tensor([[position]]))
     expected = [math.cos(position * 10_000 ** (-i / halves)) for i in range(halves)]
@@ -101,12 +101,12 @@ def test_rows_wait_where_memory_is_short_and_answers_stay_the_same(
 ):
     monkeypatch.setattr(kv_cache, "SPARE_COLUMNS", 2)  # so that the cache is moved often
     settings = ppo_config.sampling.model_copy(update={"max_new_tokens": 20})
-    plenty = InProcessSampler(make_llama(0), EOS, PAD).sample(prompts, settings, 0, 1)
+    plenty = InProcessSampler(make_llama(0), [EOS], PAD).sample(prompts, settings, 0, 1)
     model = make_llama(0)
     columns, layers = int(prompts.mask_BP.sum(1).max()) + 20, model.config.num_hidden_layers
-    each = InProcessSampler(model, EOS, PAD).size.cache_bytes * columns
+    each = InProcessSampler(model, [EOS], PAD).size.cache_bytes * columns
     budget = rows_that_fit * each + rows_that_fit * each // (2 * layers)
-    sampler = InProcessSampler(model, EOS, PAD, cache_bytes=budget)
+    sampler = InProcessSampler(model, [EOS], PAD, cache_bytes=budget)
     tensors_alive[0] = 0
     expect_same_rollout(sampler.sample(prompts, settings, 0, 1), plenty)
     assert sampler.rows_at_once(columns - 20, settings) == rows_that_fit
@@ -114,7 +114,7 @@ def test_rows_wait_where_memory_is_short_and_answers_stay_the_same(
 
 
 def test_a_row_that_cannot_fit_even_alone_is_refused_in_numbers(make_llama, prompts, ppo_config):
-    sampler = InProcessSampler(make_llama(0), EOS, PAD, cache_bytes=1000)
+    sampler = InProcessSampler(make_llama(0), [EOS], PAD, cache_bytes=1000)
     with pytest.raises(
         UserError, match=r"one row of 16 tokens .* lower ppo.max_prompt_length or ppo.sampling"
     ) as caught:
@@ -145,7 +145,7 @@ def test_a_prompt_is_read_once_for_all_its_answers(make_llama, prompts, ppo_conf
     monkeypatch.setattr(in_process, "PREFILL_TOKENS", prefill)
     monkeypatch.setattr(in_process, "ADMIT_SHARE", 0.75)
     given = dataclasses.replace(select(prompts, torch.arange(24) // 3), ids_B=torch.arange(24))
-    sampler = InProcessSampler(make_llama(0), 99, PAD)
+    sampler = InProcessSampler(make_llama(0), [99], PAD)
     rollout = sampler.sample(given, ppo_config.sampling.model_copy(update={"batch_size": slots}), 0, 1)
     assert sampler.positions == (int(prompts.mask_BP.sum()), 24 * (R - 1))
     assert rollout.response_mask_BR.all()
@@ -193,6 +193,18 @@ def test_eos_ends_an_answer_and_nothing_follows(sample):
         assert (logprobs[:length] < 0).all()
 
 
+def test_every_stop_id_ends_an_answer_where_it_first_stands(make_llama, prompts, ppo_config, answers):
+    """The oracle: answers that never end, cut behind the first of the stop ids."""
+    free = InProcessSampler(make_llama(0), [99], PAD).sample(prompts, ppo_config.sampling, 0, 1)
+    stops = [answers(free)[0][3], answers(free)[1][2], EOS]
+    stopped = InProcessSampler(make_llama(0), stops, PAD).sample(prompts, ppo_config.sampling, 0, 1)
+    for whole, cut, finished in zip(answers(free), answers(stopped), stopped.finished_B.tolist(), strict=True):
+        places = [place for place, token in enumerate(whole) if token in stops]
+        assert cut == (whole[: places[0] + 1] if places else whole)
+        assert finished == bool(places)
+    assert len({cut[-1] for cut in answers(stopped)} & set(stops)) > 1
+
+
 def test_an_eos_in_the_very_last_place_counts_as_an_end(sample, answers):
     whole = sample(eos=99)
     last = int(whole.tokens_BT[0, -1])
@@ -217,7 +229,7 @@ def test_the_prompt_stays_what_it_was(sample, prompts):
 def test_sampling_beside_other_work_asks_before_every_forward_pass_and_samples_the_same(
     make_llama, prompts, ppo_config, sample
 ):
-    sampler, told = InProcessSampler(make_llama(0), EOS, PAD), []
+    sampler, told = InProcessSampler(make_llama(0), [EOS], PAD), []
     settings = ppo_config.sampling.model_copy(update={"batch_size": 3})
     passes, go_on = [], lambda: told.append(len(passes))
     sampler.model.register_forward_hook(lambda *_: passes.append(1))
@@ -238,7 +250,7 @@ def test_what_is_asked_can_end_the_sampling(make_llama, prompts, ppo_config):
         if len(asked) == 3:
             raise ValueError("no more")
 
-    sampler = InProcessSampler(make_llama(0), EOS, PAD)
+    sampler = InProcessSampler(make_llama(0), [EOS], PAD)
     with pytest.raises(ValueError, match="^no more$"):
         sampler.sample(prompts, ppo_config.sampling, 0, 1, refuse)
     assert len(asked) == 3
@@ -268,14 +280,14 @@ def test_no_prompts_are_no_answers(sample, prompts):
 
 
 def test_new_weights_make_the_sampler_that_model(make_llama, prompts, ppo_config):
-    sampler, other = InProcessSampler(make_llama(0), EOS, PAD), make_llama(1)
+    sampler, other = InProcessSampler(make_llama(0), [EOS], PAD), make_llama(1)
     moved = sampler.load_weights(other.named_parameters())
     got = sampler.sample(prompts, ppo_config.sampling, 0, 1)
-    expected = InProcessSampler(other, EOS, PAD).sample(prompts, ppo_config.sampling, 0, 1)
+    expected = InProcessSampler(other, [EOS], PAD).sample(prompts, ppo_config.sampling, 0, 1)
     assert torch.equal(got.tokens_BT, expected.tokens_BT)
     assert moved == 4 * sum(p.numel() for p in other.parameters())
 
 
 def test_a_weight_that_the_sampler_does_not_have_is_an_error(make_llama):
     with pytest.raises(KeyError, match="surplus"):
-        InProcessSampler(make_llama(0), EOS, PAD).load_weights([("surplus", torch.zeros(1))])
+        InProcessSampler(make_llama(0), [EOS], PAD).load_weights([("surplus", torch.zeros(1))])

@@ -81,7 +81,7 @@ def engines(tmp_path_factory):
         if precision not in made:
             folder = tmp_path_factory.mktemp(precision)
             make(5, tied=precision == "bf16").save_pretrained(folder)
-            made[precision] = VLLMSampler(folder, EOS, PAD, precision, torch.device("cpu"), SLOTS, 7 + R)
+            made[precision] = VLLMSampler(folder, [EOS], PAD, precision, torch.device("cpu"), SLOTS, 7 + R)
         return made[precision]
 
     with torch._dynamo.config.patch(disable=True):
@@ -131,7 +131,7 @@ def test_logprobs_are_those_of_the_other_sampler_whatever_weights_come(
         model = make(seed, tied=precision == "bf16")
         assert sampler.load_weights(passing(model)) == 4 * sum(p.numel() for p in model.parameters())
         rollout = sampler.sample(many, ppo_config.sampling, 0, 1)
-        other = InProcessSampler(model, EOS, PAD, precision)
+        other = InProcessSampler(model, [EOS], PAD, precision)
         for row, expected in enumerate(plain_logprobs(other.model, rollout, TEMPERATURE)):
             got = rollout.behaviour_logprobs_BR[row][rollout.response_mask_BR[row]]
             torch.testing.assert_close(got, expected, atol=SAME[precision], rtol=0)
@@ -211,7 +211,7 @@ def test_rows_and_positions_are_reported(sampler, many, ppo_config):
     rollout = sampler.sample(many, ppo_config.sampling, 0, 1, take)
     assert [ended[row] for row in range(48)] == rollout.tokens_BT.tolist()
     assert sampler.positions == (int(many.mask_BP.sum()), int(rollout.response_mask_BR.sum()) - 48)
-    assert sampler.size == InProcessSampler(make(0), EOS, PAD).size
+    assert sampler.size == InProcessSampler(make(0), [EOS], PAD).size
 
 
 @installed
@@ -246,7 +246,7 @@ def test_the_trainer_keeps_its_threads_environment_and_random_numbers(tmp_path, 
     make(0).save_pretrained(tmp_path)
     before = torch.set_num_threads, torch.get_num_threads(), dict(os.environ), os.sched_getaffinity(0)
     state = torch.get_rng_state()
-    VLLMSampler(tmp_path, EOS, PAD, "float32", torch.device("cpu"), 2, 7 + R)
+    VLLMSampler(tmp_path, [EOS], PAD, "float32", torch.device("cpu"), 2, 7 + R)
     assert before == (torch.set_num_threads, torch.get_num_threads(), dict(os.environ), os.sched_getaffinity(0))
     assert torch.equal(state, torch.get_rng_state())
 
@@ -284,7 +284,7 @@ def test_an_engine_that_goes_leaves_the_process_group_to_the_trainer(tmp_path):
 def on_a_gpu(monkeypatch) -> Any:
     sampler: Any = VLLMSampler.__new__(VLLMSampler)
     sampler.llm, sampler.sleeps, sampler.asleep = Sleeper(), True, set()
-    sampler.eos_id, sampler.pad_id, sampler.dtype, sampler.tied = EOS, PAD, torch.float32, {}
+    sampler.stop_ids, sampler.pad_id, sampler.dtype, sampler.tied = [EOS], PAD, torch.float32, {}
     monkeypatch.setattr(sampler, "_answers", lambda *_: ((row, [EOS], [-1.0]) for row in range(8)))
     return sampler
 
@@ -323,7 +323,7 @@ def main(folder: Path) -> None:
     """One of the ranks: opens an engine, lets it go, and adds numbers up with the other rank."""
     dist.init_process_group("gloo")
     with torch._dynamo.config.patch(disable=True):
-        sampler = VLLMSampler(folder / "model", EOS, PAD, "float32", torch.device("cpu"), SLOTS, 7 + R)
+        sampler = VLLMSampler(folder / "model", [EOS], PAD, "float32", torch.device("cpu"), SLOTS, 7 + R)
         sampler.close()
     ones = torch.ones(1)
     dist.all_reduce(ones)

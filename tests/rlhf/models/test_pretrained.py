@@ -236,13 +236,13 @@ def test_unknown_hub_name_tells_folder_and_hub():
         find_model("owner/absent")
 
 
-def test_generation_settings_that_cannot_be_saved_leave_their_ids(causal_folder, tmp_path, tokenizer):
+def test_generation_settings_that_cannot_be_saved_leave_their_ids(causal_folder, tmp_path):
     folder = shutil.copytree(causal_folder, tmp_path / "model")
-    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5], "bos_token_id": 1}
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 0], "bos_token_id": 1}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    save_causal(load_causal(folder), tmp_path / "saved", tokenizer)
+    save_causal(load_causal(folder), tmp_path / "saved", load_tokenizer(folder))
     saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
-    assert (saved["eos_token_id"], saved["bos_token_id"], "temperature" in saved) == ([2, 5], 1, False)
+    assert (saved["eos_token_id"], saved["bos_token_id"], "temperature" in saved) == ([2, 0], 1, False)
 
 
 def _adapter(causal_folder, folder):

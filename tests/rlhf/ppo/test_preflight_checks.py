@@ -105,13 +105,13 @@ def with_masks(rollout, mask_BR):
 
 def test_sampled_masks_end_with_eos(iteration):
     assert iteration.rollout.finished_B.any() and not iteration.rollout.finished_B.all()
-    assert passes(preflight_checks.broken_ends(iteration.rollout, EOS, PAD))
+    assert passes(preflight_checks.broken_ends(iteration.rollout, [EOS], PAD))
 
 
 def test_masks_made_by_comparing_with_a_pad_that_is_eos_are_found(iteration):
     rollout = iteration.rollout
     without_eos_BR = rollout.response_mask_BR & (rollout.tokens_BT[:, -9:] != EOS)
-    found = preflight_checks.broken_ends(with_masks(rollout, without_eos_BR), EOS, PAD)
+    found = preflight_checks.broken_ends(with_masks(rollout, without_eos_BR), [EOS], PAD)
     assert found.figure == rollout.finished_B.sum()
 
 
@@ -120,23 +120,33 @@ def test_a_token_after_eos_is_found(iteration):
     length_B = rollout.response_mask_BR.sum(1)
     one_more_BR = torch.arange(9) < (length_B + 1)[:, None]
     longer = rollout.finished_B & (length_B < 9)
-    assert preflight_checks.broken_ends(with_masks(rollout, one_more_BR), EOS, PAD).figure >= longer.sum() > 0
+    assert preflight_checks.broken_ends(with_masks(rollout, one_more_BR), [EOS], PAD).figure >= longer.sum() > 0
 
 
 def test_an_end_that_nobody_noted_is_found(iteration):
     rollout = dataclasses.replace(iteration.rollout, finished_B=torch.zeros(8, dtype=torch.bool))
-    assert preflight_checks.broken_ends(rollout, EOS, PAD).figure == iteration.rollout.finished_B.sum()
+    assert preflight_checks.broken_ends(rollout, [EOS], PAD).figure == iteration.rollout.finished_B.sum()
 
 
 def test_a_mask_that_the_models_do_not_see_is_found(iteration):
     mask_BT = iteration.rollout.mask_BT.clone()
     mask_BT[2, -9] = False
     rollout = dataclasses.replace(iteration.rollout, mask_BT=mask_BT)
-    assert preflight_checks.broken_ends(rollout, EOS, PAD).figure == 1
+    assert preflight_checks.broken_ends(rollout, [EOS], PAD).figure == 1
 
 
 def test_a_pad_token_that_is_eos_is_found(iteration):
-    assert not passes(preflight_checks.broken_ends(iteration.rollout, EOS, EOS))
+    assert not passes(preflight_checks.broken_ends(iteration.rollout, [EOS], EOS))
+    assert not passes(preflight_checks.broken_ends(iteration.rollout, [EOS, PAD], PAD))
+
+
+def test_another_stop_id_inside_an_answer_is_found(iteration):
+    rollout = iteration.rollout
+    inside = int(rollout.tokens_BT[0, -9])  # the first token of an answer
+    found = preflight_checks.broken_ends(rollout, [EOS, inside], PAD).figure
+    answers = [row[-9:][mask].tolist() for row, mask in zip(rollout.tokens_BT, rollout.response_mask_BR, strict=True)]
+    ended = zip(answers, rollout.finished_B.tolist(), strict=True)
+    assert found == sum(inside in (answer[:-1] if done else answer) for answer, done in ended) > 0
 
 
 # --- weights of the sampler -----------------------------------------------------------------------------------------
@@ -144,12 +154,12 @@ def test_a_pad_token_that_is_eos_is_found(iteration):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_synced_sampler_passes_also_in_bf16(make_llama, policy, precision):
-    assert passes(preflight_checks.synced(policy, InProcessSampler(make_llama(0), EOS, PAD, precision).model))
+    assert passes(preflight_checks.synced(policy, InProcessSampler(make_llama(0), [EOS], PAD, precision).model))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_one_weight_that_differs_by_one_bit_is_found(make_llama, policy, precision):
-    sampler = InProcessSampler(make_llama(0), EOS, PAD, precision)
+    sampler = InProcessSampler(make_llama(0), [EOS], PAD, precision)
     model: Any = sampler.model
     weight = model.lm_head.weight
     with torch.no_grad():

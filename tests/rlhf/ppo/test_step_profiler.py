@@ -140,7 +140,7 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     prompts = dataclasses.replace(select(prompts, torch.arange(8) // of_each), ids_B=torch.arange(8))
     ppo = ppo.model_copy(update={"sampling": ppo.sampling.model_copy(update={"batch_size": slots})})
     config = run_config(ppo)
-    sampler = InProcessSampler(make_llama(0), EOS, PAD)
+    sampler = InProcessSampler(make_llama(0), [EOS], PAD)
     policy, critic = PolicyModel(make_llama(0), ppo.packing), make_scalar(2)
     critic.packing = ppo.packing
     trained = learning(policy), learning(critic)

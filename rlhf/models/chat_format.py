@@ -1,0 +1,65 @@
+"""The chat format of a run: `model.chat_format` and what the model's tokenizer brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rlhf.chat import ChatFormat, ChatMessage, check_format, format_of, llama2
+from rlhf.config import RunConfig
+from rlhf.errors import UserError
+from rlhf.models.tokenizer import load_tokenizer
+
+
+def run_format(config: RunConfig) -> ChatFormat | None:
+    """The format in which SFT trains the base model; None for `tiny`, whose tokenizer is made later, in Llama 2's format.
+
+    UserError (2, 4) where the model cannot have the format that the settings ask for, or no dialogue could be masked.
+    """
+    path, setting = config.model.path, config.model.chat_format
+    if path == "tiny":
+        if setting == "tokenizer":
+            raise UserError("model.chat_format: `tiny` is made without a chat template of its own; set auto or llama2")
+        return None
+    chat = format_of(load_tokenizer(path, setting))
+    try:
+        check_format(chat)
+    except UserError as error:
+        text = f"model.chat_format: {chat.name} does not work with the tokenizer of {path}: {error.message}"
+        raise UserError(text) from error
+    return chat
+
+
+def message_check(config: RunConfig) -> Callable[[Sequence[ChatMessage]], None]:
+    """Raises UserError (3) for messages that the run's chat format cannot hold."""
+    chat = run_format(config)
+    return chat.validate if chat else llama2.validate
+
+
+def notice(config: RunConfig) -> str | None:
+    """What `auto` chose, where the model brought a template."""
+    chat = run_format(config)
+    if config.model.chat_format != "auto" or chat is None or chat.name == "llama2":
+        return None
+    return (
+        f"chat format: the template that the tokenizer of {config.model.path} brings (model.chat_format: auto); set "
+        "llama2 to train it in that format instead"
+    )
+
+
+def check_inputs(config: RunConfig, inputs: Mapping[str, Path]) -> None:
+    """UserError (4) where a stage would start from an artifact in another format than the settings ask for.
+
+    With `auto` the format is the artifact's.
+    """
+    if config.model.chat_format == "auto":
+        return
+    chat = run_format(config)
+    template = chat.tokenizer.chat_template if chat else llama2.TEMPLATE
+    for name, folder in inputs.items():
+        if load_tokenizer(folder).chat_template != template:
+            raise UserError(
+                f"model.chat_format is {config.model.chat_format}, but {name} was trained in another chat format "
+                f"({folder}): set model.chat_format to auto, which keeps the artifact's, or run {name} again",
+                4,
+            )
