@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.generation import InProcessSampler, open_sampler, sampler_of
 from rlhf.models import load_causal, load_tokenizer
-from stages import best, ppo
+from rlhf.ppo import best, trainer
+from stages import ppo
 
 pytestmark = pytest.mark.integration
 
@@ -31,8 +32,8 @@ class LiveBytes:
         make: Any = nn.Parameter.__new__
         patch.setattr(nn.Parameter, "__new__", staticmethod(lambda *a, **k: self.noted(make(*a, **k))))
         patch.setattr(best, "full_state", lambda *a, **k: {n: self.noted(t) for n, t in gather(*a, **k).items()})
-        phases = {"opening": (ppo, "open_models"), "iterations": (ppo, "iterate")}
-        phases |= {"saving": (best, "keep"), "end": (best, "finish")}
+        phases = {"opening": (ppo, "open_models"), "iterations": (trainer.PPOTrainer, "step")}
+        phases |= {"saving": (best, "keep"), "end": (ppo, "_report")}
         for phase, (owner, name) in phases.items():
             patch.setattr(owner, name, self.during(phase, getattr(owner, name)))
         hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: self.note(module))

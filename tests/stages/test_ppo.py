@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -15,21 +16,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launch import cli
 from reward_data import Message, Prompt
-from reward_data.records import Tag
 from rlhf.config import RunConfig
-from rlhf.data import load_prompts, split_held_out
+from rlhf.data import load_prompts, next_prompts, split_held_out
 from rlhf.data.batches import select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler, in_process
 from rlhf.models import load_causal, load_scalar, load_tokenizer, scalar
 from rlhf.models.tiny import train_tokenizer
-from rlhf.ppo import preflight_checks
+from rlhf.ppo import models, preflight_checks, trainer
+from rlhf.ppo.evaluator import Evaluator
+from rlhf.ppo.setup import reward_set
 from rlhf.ppo.step_profiler import COMPUTING, PHASES
 from rlhf.runs import checkpoint
 from rlhf.runs.context import read_progress
 from rlhf.tracking import read_metrics
-from stages import ppo
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +52,15 @@ def assert_same_weights(folder, other):
 def series(config):
     """All figures of the stage that do not measure time."""
     return {name: points for name, points in read_metrics(config.folder / "ppo").items() if "perf/" not in name}
+
+
+def opened(config) -> Any:
+    """The models of PPO, as the stage opens them."""
+    context: Any = SimpleNamespace(
+        inputs={"sft": SimpleNamespace(path=config.folder / "sft/artifact")}, device=torch.device("cpu"), local=True
+    )
+    folders = {name: config.folder / "reward" / name / "artifact" for name in ("helpfulness", "safety")}
+    return models.open_models(config, context, folders)
 
 
 # --- what is saved --------------------------------------------------------------------------------------------------
@@ -89,7 +99,7 @@ def lora_ppo(lora_run, make_stage):
     """A run with LoRA that keeps its last policy and critic: adapters that never moved would show nothing."""
     config = lora_run(ALL_BUT_PPO)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo.Judge, "reward", lambda self, prompts, iteration: float(iteration))
+        patch.setattr(Evaluator, "reward", lambda self, prompts, iteration: float(iteration))
         make_stage(config, "ppo")
     return config
 
@@ -107,16 +117,14 @@ def test_lora_is_saved_merged_and_as_an_adapter(lora_ppo):
 def test_lora_adapts_the_critic_too(lora_ppo):
     """Adapters and head learn, and the folder is a whole classifier all the same."""
     config = lora_ppo
-    names = ("sft", "reward/helpfulness", "reward/safety")
-    inputs = {name: SimpleNamespace(path=config.folder / name / "artifact") for name in names}
-    context = SimpleNamespace(inputs=inputs, device=torch.device("cpu"), local=True)
-    critic = ppo.open_models(config, context).critic.module  # type: ignore[arg-type]
+    critic = opened(config).critic.module
     learning = {name for name, parameter in critic.named_parameters() if parameter.requires_grad}
     assert "head.weight" in learning and all(".lora_" in name for name in learning - {"head.weight"})
     assert len(learning) > 1 and series(config)["ppo/critic_grad_norm"][0][1] > 0
     folder, tokens = config.folder / "ppo/artifact/critic", torch.randint(4, 500, (1, 6))
     adapted = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(inputs["reward/helpfulness"].path), str(folder / "adapter")
+        AutoModelForSequenceClassification.from_pretrained(config.folder / "reward/helpfulness/artifact"),
+        str(folder / "adapter"),
     )
     whole = AutoModelForSequenceClassification.from_pretrained(folder)
     torch.testing.assert_close(whole.eval()(tokens).logits, adapted.eval()(tokens).logits, atol=1e-4, rtol=1e-4)
@@ -173,13 +181,13 @@ def test_prompts_come_in_a_new_order_every_time_all_have_been_drawn(run):
     prompts = load_prompts(config).train
     config = config.model_copy(update={"ppo": config.ppo.model_copy(update={"batch_size": 24})})
     tokenizer = AutoTokenizer.from_pretrained(config.folder / "sft/artifact")
-    drawn = [ppo.next_prompts(tokenizer, prompts, config, iteration).ids_B.tolist() for iteration in range(1, 9)]
+    drawn = [next_prompts(tokenizer, prompts, config, iteration).ids_B.tolist() for iteration in range(1, 9)]
     ids = [i for batch in drawn for i in batch]
     assert len(prompts) == 64
     epochs = [[i % 64 for i in ids[start : start + 64]] for start in (0, 64, 128)]
     assert all(Counter(epoch) == Counter(range(64)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    again = ppo.next_prompts(tokenizer, prompts, config, 3).ids_B.tolist()  # as after a restart
+    again = next_prompts(tokenizer, prompts, config, 3).ids_B.tolist()  # as after a restart
     assert again == drawn[2]
 
 
@@ -189,7 +197,7 @@ def test_a_prompt_that_is_drawn_twice_in_an_iteration_gets_two_answers(run):
     config, prompts = config.model_copy(update={"ppo": ppo_settings}), load_prompts(config).train[:3]
     folder = config.folder / "sft/artifact"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    batch = ppo.next_prompts(tokenizer, prompts, config, iteration=2)
+    batch = next_prompts(tokenizer, prompts, config, iteration=2)
     sampler = InProcessSampler(load_causal(folder), [tokenizer.eos_token_id], tokenizer.pad_token_id)
     answers = sampler.sample(batch, config.ppo.sampling, config.seed, iteration=2).tokens_BT
     order = (batch.ids_B % 3).argsort(stable=True)
@@ -204,7 +212,7 @@ def test_a_prompt_has_its_answers_next_to_each_other_and_each_its_own_numbers():
     def drawn(batch_size, answers):
         settings = {"batch_size": batch_size, "minibatch_size": batch_size, "group_size": answers}
         config = RunConfig.model_validate({"name": "x", "data": data, "ppo": settings})
-        return [ppo.next_prompts(tokenizer, prompts, config, iteration) for iteration in (1, 2, 3, 4)]
+        return [next_prompts(tokenizer, prompts, config, iteration) for iteration in (1, 2, 3, 4)]
 
     ids = torch.cat([batch.ids_B for batch in drawn(24, 4)])
     assert len(set(ids.tolist())) == 4 * 24
@@ -235,12 +243,9 @@ def test_several_answers_to_a_prompt_share_what_is_computed_for_it(run, beside, 
 def test_models_that_learn_recompute_their_activations_where_the_settings_say_so(run, wanted):
     config = run(ALL_BUT_PPO)
     config = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": wanted})})
-    names = ("sft", "reward/helpfulness", "reward/safety")
-    inputs = {name: SimpleNamespace(path=config.folder / name / "artifact") for name in names}
-    context = SimpleNamespace(inputs=inputs, device=torch.device("cpu"), local=True)
-    models = ppo.open_models(config, context)  # type: ignore[arg-type]
-    modules = [models.policy, models.critic, models.reference, *models.rewards.values()]
-    assert [recomputes(engine.module) for engine in modules] == [wanted, wanted, False, False, False]
+    found = opened(config)
+    engines = [found.policy, found.critic, found.reference, *found.reward_models.values()]
+    assert [recomputes(engine.module) for engine in engines] == [wanted, wanted, False, False, False]
 
 
 def recomputes(module):
@@ -278,19 +283,19 @@ def test_passed_checks_are_recorded_and_no_alarm_sounds(run, metrics):
 
 
 def scored_off_temperature(patch):
-    read: Any = ppo.score_rollout
+    score: Any = preflight_checks.score_responses
 
     def colder(*given):
-        *models, settings = given
+        *others, settings = given
         colder = settings.sampling.model_copy(update={"temperature": 0.9})
-        return read(*models, settings.model_copy(update={"sampling": colder}))
+        return score(*others, settings.model_copy(update={"sampling": colder}))
 
-    patch.setattr(ppo, "score_rollout", colder)
+    patch.setattr(preflight_checks, "score_responses", colder)
 
 
 def another_reference(patch):
     """The second model that is loaded."""
-    loaded, load = [], ppo.load_causal
+    loaded, load = [], models.load_causal
 
     def other(*given, **named):
         model = load(*given, **named)
@@ -299,7 +304,7 @@ def another_reference(patch):
             model.lm_head.weight.data *= 1.001
         return model
 
-    patch.setattr(ppo, "load_causal", other)
+    patch.setattr(models, "load_causal", other)
 
 
 def eos_masked_out(patch):
@@ -321,14 +326,14 @@ def sync_of_rounded_weights(patch):
 
 
 def another_score_head(patch):
-    load = ppo.load_scalar
+    load = models.load_scalar
 
     def other(*given, **named):
         model = load(*given, **named)
         model.head.weight.data += 0.05
         return model
 
-    patch.setattr(ppo, "load_scalar", other)
+    patch.setattr(models, "load_scalar", other)
 
 
 def positions_that_count_padding(patch):
@@ -394,28 +399,28 @@ def test_a_training_that_explodes_stops_and_keeps_its_checkpoints(run, beside, m
 
 def drifting_sampler(patch):
     """After the checks, which the sync before the first iteration follows."""
-    sync, count = ppo._sync, []
+    sync, count = models.Models.sync, []
 
-    def drift(models):
-        moved = sync(models)
+    def drift(self):
+        moved = sync(self)
         count.append(1)
         if len(count) > 1:
-            models.sampler.model.lm_head.weight.data *= 3
+            self.sampler.model.lm_head.weight.data *= 3
         return moved
 
-    patch.setattr(ppo, "_sync", drift)
+    patch.setattr(models.Models, "sync", drift)
 
 
 def sharpening_policy(patch):
     """Entropy falls after the first iteration, whatever the updates do."""
-    update = ppo.update
+    update = trainer.update
 
     def sharpen(policy, *others):
         metrics = update(policy, *others)
         policy.module.causal.lm_head.weight.data *= 4
         return metrics
 
-    patch.setattr(ppo, "update", sharpen)
+    patch.setattr(trainer, "update", sharpen)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +457,7 @@ def test_an_alarm_can_stop_the_stage_which_goes_on_when_its_limit_is_raised(run,
     checked = []
     raised = config.model_copy(update={"ppo": config.ppo.model_copy(update={"alarms": whole.ppo.alarms})})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo.checkpoint, "save", lambda folder, *_: checked.append((folder, first.exists())))
+        patch.setattr(checkpoint, "save", lambda folder, *_: checked.append((folder, first.exists())))
         make_stage(raised, "ppo")
     assert checked == [(config.folder / "ppo/checkpoints", True)]  # the second iteration alone was made
     assert_same_weights(artifact, whole.folder / "ppo/artifact")
@@ -461,7 +466,7 @@ def test_an_alarm_can_stop_the_stage_which_goes_on_when_its_limit_is_raised(run,
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("place", "name"), [(ppo, "update"), (checkpoint, "save")])
+@pytest.mark.parametrize(("place", "name"), [(trainer, "update"), (checkpoint, "save")])
 def test_an_interrupted_run_goes_on_bit_for_bit(run, beside, make_stage, interrupted, monkeypatch, place, name):
     """Broken off in the second iteration: before the models learn, and when all is done but the checkpoint."""
     whole, config = run("ppo"), beside(run(ALL_BUT_PPO))
@@ -503,34 +508,35 @@ def test_the_best_iteration_is_kept_and_not_the_last(run, beside, make_stage, me
     rewards = iter([0.0, 2.0, 1.0, 1.5])
 
     def reward(self, prompts, iteration):
-        judged[iteration] = self.models.sampler.model.state_dict()["lm_head.weight"].clone()
+        judged[iteration] = self._models.sampler.model.state_dict()["lm_head.weight"].clone()
         return next(rewards)
 
-    monkeypatch.setattr(ppo.Judge, "reward", reward)
+    monkeypatch.setattr(Evaluator, "reward", reward)
     artifact = make_stage(config, "ppo")
     assert metrics(artifact)["best_iteration"] == 1
     kept = weights(artifact)["lm_head.weight"]
     assert [torch.equal(kept, weight) for _, weight in sorted(judged.items())] == [False, True, False, False]
 
 
-def test_judging_weighs_a_safety_prompt_by_its_safety(monkeypatch):
-    """The reward that chooses is the one that PPO maximises."""
-    answers = SimpleNamespace(
-        texts=["a", "b", "c"],
-        lengths=[1, 1, 1],
-        finished=[True] * 3,
-        scores={"reward.h": [1.0, 5.0, 3.0], "reward.s": [0.5, -1.0, -4.0]},
-        kl=[0.0, 0.0, 0.3],
-        flagged=[False, False, True],
+def test_the_reward_that_chooses_is_the_one_that_ppo_maximises(run):
+    """Safety's score for a prompt of safety and for a response that its model calls unsafe, else helpfulness's."""
+    config, sent = run(ALL_BUT_PPO), {}
+    prompts, found = load_prompts(config).held_out, opened(config)
+    context: Any = SimpleNamespace(
+        device=torch.device("cpu"), tracker=SimpleNamespace(metrics=lambda metrics, step: sent.update(metrics))
     )
-    sent: dict[str, float] = {}
-    about: tuple[Tag, ...] = ("helpful", "safety", "helpful")
-    tracker = SimpleNamespace(metrics=lambda metrics, step: sent.update(metrics))
-    settings = SimpleNamespace(ppo=SimpleNamespace(helpfulness_model="h", safety_model="s", safety_threshold=0.15))
-    judge = ppo.Judge(settings, SimpleNamespace(tracker=tracker), SimpleNamespace())  # type: ignore[arg-type]
-    monkeypatch.setattr(judge, "answers", lambda prompts: answers)
-    prompts = [Prompt((Message("user", text),), tag, text) for text, tag in zip("xyz", about, strict=True)]
-    # helpful: 1; a safety prompt: -1; helpful, but the answer is unsafe: -4
-    assert judge.reward(prompts, 0) == pytest.approx(-4 / 3)
-    assert sent["eval/kl"] == pytest.approx(0.1)
-    assert sent["eval/reward_h"] == pytest.approx(3.0)
+    answers: Any = Evaluator(config, context, found, reward_set(config, found)).answers(prompts)
+    helpful, safety = (answers.scores[f"reward.{name}"] for name in ("helpfulness", "safety"))
+    logits = [score + found.reward_models["safety"].module.offset for score in safety]
+    of_helpful = sorted(logit for logit, prompt in zip(logits, prompts, strict=True) if prompt.tag == "helpful")
+    middle = sum(of_helpful[len(of_helpful) // 2 - 1 :][:2]) / 2
+    threshold = {"safety_threshold": 1 / (1 + math.exp(-middle))}
+    config = config.model_copy(update={"ppo": config.ppo.model_copy(update=threshold)})
+    chosen_by = Evaluator(config, context, found, reward_set(config, found)).reward(prompts, 0)
+    by_safety = [prompt.tag == "safety" or logit < middle for prompt, logit in zip(prompts, logits, strict=True)]
+    kinds = {(prompt.tag, branch) for prompt, branch in zip(prompts, by_safety, strict=True)}
+    assert kinds == {("safety", True), ("helpful", True), ("helpful", False)}
+    scores = [s if branch else h for h, s, branch in zip(helpful, safety, by_safety, strict=True)]
+    assert chosen_by == sent["eval/reward"] == pytest.approx(sum(scores) / len(scores))
+    assert sent["eval/reward_helpfulness"] == pytest.approx(sum(helpful) / len(helpful))
+    assert sent["eval/kl"] == pytest.approx(sum(answers.kl) / len(answers.kl), abs=1e-6)

@@ -9,11 +9,12 @@ from reward_data.records import Tag
 from rlhf.evaluation.policy_report import Answers, distinct_bigrams, gain, policy_report
 from rlhf.evaluation.statistics import bootstrap_mean, wilson
 
+SCORES: dict[str, list[float]] = {"gold": [0.5, 1.0, 0.0], "helpfulness": [1, 2, 3]}
 ANSWERS = Answers(
     texts=["the cat sat", "ha ha ha", "yes"],
     lengths=[4, 8, 3],
     finished=[True, False, True],
-    scores={"gold": [0.5, 1.0, 0.0], "helpfulness": [1, 2, 3]},
+    scores=SCORES,
     kl=[0.5, 1.0, 1.5],
     flagged=[True, False, True],
 )
@@ -51,10 +52,28 @@ def test_flagged_answers_are_counted_among_the_prompts_of_each_tag():
     assert "flagged.safety" not in report()
 
 
+def test_without_a_safety_model_nothing_is_flagged():
+    assert not any("flagged" in name for name in report(flagged=None))
+
+
+def test_a_score_that_failed_is_in_no_mean():
+    got = report(scores={"some": [2.0, None, 5.0], "none": [None] * 3})
+    assert got["some"] == bootstrap_mean([2.0, 5.0], ["user: a", "user: c"])
+    assert "none" not in got
+
+
+def test_a_gain_needs_both_scores():
+    after = dataclasses.replace(ANSWERS, scores={"x": [2.0, None, 5.0, 7.0], "y": [1.0, None, 1.0, 1.0]})
+    before = dataclasses.replace(ANSWERS, scores={"x": [1.5, 1.0, None, 4.0], "y": [None, 1.0, None, None]})
+    got = gain(after, before, prompts("a", "b", "c", "d"))
+    assert got["x"] == bootstrap_mean([0.5, 3.0], ["user: a", "user: d"])
+    assert "y" not in got
+
+
 def repeated(times):
     """Every answer so often, to prompts that differ in case and spaces alone."""
     own = vars(ANSWERS)
-    scores = {name: values * times for name, values in ANSWERS.scores.items()}
+    scores = {name: values * times for name, values in SCORES.items()}
     many = dataclasses.replace(ANSWERS, **{n: own[n] * times for n in own if n != "scores"}, scores=scores)
     return many, [
         p for n in range(times) for p in prompts(*(" " * n + (text.upper() if n % 2 else text) for text in "abc"))
@@ -76,7 +95,7 @@ def test_answers_to_prompts_that_repeat_tell_no_more_than_one_of_them():
 def test_a_gain_is_clustered_too():
     many, asked = repeated(10)
     zero = dataclasses.replace(many, scores={name: [0.0] * 30 for name in many.scores})
-    assert gain(many, zero, asked)["gold"] == bootstrap_mean(many.scores["gold"], list("abc") * 10)
+    assert gain(many, zero, asked)["gold"] == bootstrap_mean(SCORES["gold"] * 10, list("abc") * 10)
 
 
 def test_distinct_2_is_the_mean_over_answers_that_have_bigrams():

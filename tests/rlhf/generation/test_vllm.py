@@ -142,7 +142,7 @@ def test_logprobs_are_those_of_the_other_sampler_whatever_weights_come(
 def test_a_run_does_not_start_without_the_trainers_weights(sample, sampler):
     """The check of a run sees a sampler that was given other weights, or none."""
 
-    def check(model) -> preflight_checks.Finding:
+    def check(model) -> preflight_checks.CheckResult:
         rollout = sample()
         logprobs_BR, _ = PolicyModel(model)(rollout.tokens_BT, rollout.mask_BT, R, TEMPERATURE)
         return preflight_checks.sampler_agrees(rollout, SimpleNamespace(logprobs_BR=logprobs_BR.detach()), "float32")  # type: ignore[arg-type]

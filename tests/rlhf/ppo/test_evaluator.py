@@ -60,7 +60,7 @@ def evaluator(tokenizer, llama, models_of):
     """evaluator(gold=…, rewards=…, micro_batch_size=…) of the model, with two reward models, the first one for safety, and
     the model as its own reference. What it tells its tracker stands in `told`."""
 
-    def make(gold="none", rewards=None, **settings):
+    def make(gold: Any = "none", rewards: Any = None, **settings: Any) -> Any:
         ppo = PPOConfig(
             helpfulness_model="two",
             safety_model="one",
@@ -69,7 +69,7 @@ def evaluator(tokenizer, llama, models_of):
         )
         data = DataConfig(demonstrations=EMPTY, preferences=EMPTY, prompts=EMPTY, gold=gold)
         config = RunConfig(name="x", data=data, reward=MODELS, ppo=ppo.model_copy(update=settings))
-        sampler = InProcessSampler(copy.deepcopy(llama), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        sampler = InProcessSampler(copy.deepcopy(llama), [tokenizer.eos_token_id], tokenizer.pad_token_id)
         models = models_of(
             PolicyModel(llama),
             PolicyModel(llama),

@@ -1,8 +1,9 @@
-"""Sampling one iteration ahead, in a world of which every answer is known: who sampled what, and what makes up for it."""
+"""One step off-policy, in a world of which every answer is known: who sampled what, and what makes up for it."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,15 @@ import pytest
 import torch
 
 from benchmarks.closed_form import LENGTH, settings
-from benchmarks.small_world import PAD, PROMPTS, World, alone, open_models, world_config
-from reward_data import Message, Prompt
-from rlhf.ppo.step_profiler import PhaseTimer
-from rlhf.runs import checkpoint
-from stages import ppo
+from benchmarks.gang import one_iteration
+from benchmarks.small_world import PAD, World, trainer_of
+from rlhf.config import PPOConfig
+from rlhf.data import next_prompts
+from rlhf.ppo import trainer as trainer_module
+from rlhf.ppo.trainer import PPOTrainer
 
 ITERATIONS = 4
-GIVEN = [Prompt((Message("user", text),), "helpful", "small world") for text in PROMPTS]
+GROUPS: dict[str, Any] = {"advantage": "grpo", "group_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -26,39 +28,34 @@ def world() -> World:
     return World(LENGTH)
 
 
-def start(world: World, **sampling: Any) -> SimpleNamespace:
-    """A run that has made no iteration yet; `sampling` over the ordinary settings."""
+def settings_of(off_policy: bool, **changed: Any) -> PPOConfig:
     given = settings(0.5, ITERATIONS)
     optim = given.optim.model_copy(update={"lr": 0.03, "schedule": "constant", "warmup_ratio": 0.0})
-    changed = {"sampling": given.sampling.model_copy(update=sampling), "batch_size": 32, "minibatch_size": 16}
-    config = world_config(given.model_copy(update=changed | {"optim": optim, "critic_optim": optim}), seed=0)
-    return SimpleNamespace(
-        config=config,
-        context=alone(),
-        models=open_models(world, config.ppo),
-        state={"iteration": 0, "beta": config.ppo.kl_coef},
-        metrics=[],
-    )
+    sampling = given.sampling.model_copy(update={"one_step_off_policy": off_policy})
+    small = {"sampling": sampling, "batch_size": 32, "minibatch_size": 16, "optim": optim, "critic_optim": optim}
+    return given.model_copy(update=small | changed)
 
 
-def iterate(run: SimpleNamespace, count: int) -> None:
-    for _ in range(count):
-        run.state["iteration"] += 1
-        timer = PhaseTimer(run.context.device)
-        run.metrics.append(ppo.iterate(run.config, run.context, run.models, GIVEN, run.state, timer) | timer.close())
+def start(world: World, off_policy: bool = True, **changed: Any) -> PPOTrainer:
+    """A trainer that has made no iteration yet; `changed` over the ordinary settings."""
+    return trainer_of(world, settings_of(off_policy, **changed))
 
 
-def policy(run: SimpleNamespace) -> Any:
-    return run.models.policy.module.causal
+def iterate(trainer: PPOTrainer, count: int) -> list[dict[str, float]]:
+    return [one_iteration(trainer) for _ in range(count)]
 
 
-def weights(run: SimpleNamespace) -> list[torch.Tensor]:
-    engines = (run.models.policy, run.models.critic)
+def policy(trainer: PPOTrainer) -> Any:
+    return trainer.models.policy.module.causal
+
+
+def weights(trainer: PPOTrainer) -> list[torch.Tensor]:
+    engines = trainer.models.engines().values()
     return [tensor.clone() for engine in engines for tensor in engine.module.state_dict().values()]
 
 
-def assert_same(run: SimpleNamespace, other: SimpleNamespace) -> None:
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights(run), weights(other), strict=True))
+def assert_same(one: PPOTrainer, other: PPOTrainer) -> None:
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights(one), weights(other), strict=True))
 
 
 # --- who sampled what -----------------------------------------------------------------------------------------------
@@ -67,13 +64,12 @@ def assert_same(run: SimpleNamespace, other: SimpleNamespace) -> None:
 @pytest.fixture(scope="module")
 def watched(world: World) -> SimpleNamespace:
     """A run with the policy before each of its updates, and the experience that it learned from."""
-    run = start(world, ahead=True)
-    run.before, run.rollouts, run.experience = [], [], []
+    run = SimpleNamespace(trainer=start(world), before=[], rollouts=[], experience=[])
     with pytest.MonkeyPatch.context() as patch:
-        update, make_experience = ppo.update, ppo.make_experience
+        update, make_experience = trainer_module.update, trainer_module.make_experience
 
         def watch_update(*given: Any, **named: Any) -> Any:
-            run.before.append(copy.deepcopy(policy(run)))
+            run.before.append(copy.deepcopy(policy(run.trainer)))
             run.experience.append(given[2])
             return update(*given, **named)
 
@@ -81,9 +77,9 @@ def watched(world: World) -> SimpleNamespace:
             run.rollouts.append(rollout)
             return make_experience(rollout, *rest)
 
-        patch.setattr(ppo, "update", watch_update)
-        patch.setattr(ppo, "make_experience", watch_rollout)
-        iterate(run, ITERATIONS)
+        patch.setattr(trainer_module, "update", watch_update)
+        patch.setattr(trainer_module, "make_experience", watch_rollout)
+        run.metrics = iterate(run.trainer, ITERATIONS)
     return run
 
 
@@ -136,33 +132,40 @@ def test_its_seconds_are_told_apart(watched):
 
 
 def test_nothing_is_sampled_for_an_iteration_that_does_not_come(watched):
-    assert watched.models.ahead.rollout is None
+    assert watched.trainer.source.prefetched.rollout is None
 
 
 # --- what comes in between --------------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_in_between_changes_nothing(world, watched):
-    run = start(world, ahead=True)
+    trainer, metrics = start(world), []
     for _ in range(ITERATIONS):
-        iterate(run, 1)
-        ppo._sync(run.models)
-        batch = ppo.next_prompts(run.models.tokenizer, GIVEN, run.config, 77)
-        run.models.sampler.sample(batch, run.config.ppo.sampling, 0, 77)
-    assert_same(run, watched)
-    told = [[metrics["perf/tokens_sampling_dropped"] for metrics in each.metrics] for each in (run, watched)]
+        metrics += iterate(trainer, 1)
+        trainer.models.sync()
+        batch = next_prompts(trainer.models.tokenizer, trainer._setup.prompts, trainer.config, 77)
+        trainer.models.sampler.sample(batch, trainer.config.ppo.sampling, 0, 77)
+    assert_same(trainer, watched.trainer)
+    told = [[one["perf/tokens_sampling_dropped"] for one in each] for each in (metrics, watched.metrics)]
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(world, tmp_path: Path, ahead):
-    whole, first, second = (start(world, ahead=ahead) for _ in range(3))
-    iterate(whole, ITERATIONS)
+@pytest.mark.parametrize("changed", [{}, GROUPS], ids=["gae", "grpo"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(world, tmp_path: Path, off_policy, changed):
+    whole, first, second = (start(world, off_policy, **changed) for _ in range(3))
+    for trainer in (first, second):
+        trainer.context = dataclasses.replace(trainer.context, folder=tmp_path)
+    expected = iterate(whole, ITERATIONS)
     iterate(first, 2)
-    checkpoint.save(tmp_path, 2, ppo._parts(first.models), first.state)
-    restored = checkpoint.restore(tmp_path, ppo._parts(second.models))
-    assert restored is not None
-    second.state = restored
-    iterate(second, ITERATIONS - 2)
+    first._save_checkpoint()
+    second._restore()
+    assert second.state == first.state
+    found = iterate(second, ITERATIONS - 2)
     assert_same(second, whole)
-    assert second.metrics[0]["ppo/staleness"] == ahead
+    assert [untimed(one) for one in found] == [untimed(one) for one in expected[2:]]
+    assert found[0]["ppo/staleness"] == off_policy
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith("ppo/")}
