@@ -6,6 +6,12 @@ from tests.mutants.bug import Bug, bugs_in
 
 BUGS = [
     *bugs_in(
+        "rlhf/data/parsed.py",
+        ["rlhf/data/test_parsed.py"],
+        Bug("held-out rows are trained on", "read", "_read_rows(A, B, 'train')", "_read_rows(A, B, 'held_out')"),
+        Bug("data of other settings is taken", "manifest", "A['settings'] == _", "True"),
+    ),
+    *bugs_in(
         "reward_data/converters/hh.py",
         ["reward_data/test_hh.py"],
         Bug(
