@@ -9,7 +9,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -315,17 +315,19 @@ def encode_preferences(
     return _encode_all("preferences", rows, encode, length, max_length)
 
 
-def short_prompts(tokenizer: Any, prompts: Sequence[Prompt], max_prompt_length: int) -> list[Prompt]:
-    """The prompts that fit into `max_prompt_length` tokens."""
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt(Prompt):
+    tokens: list[int] = field(hash=False)
+
+
+def short_prompts(tokenizer: Any, prompts: Sequence[Prompt], max_prompt_length: int) -> list[EncodedPrompt]:
+    """The prompts that fit into `max_prompt_length` tokens, with their tokens: no later batch encodes them again."""
     chat = format_of(tokenizer)
-    encoded = _encode_all(
-        "prompts",
-        prompts,
-        lambda row: (row, chat.encode_prompt(row.messages)),
-        lambda pair: len(pair[1]),
-        max_prompt_length,
-    )
-    return [row for row, _ in encoded]
+
+    def encode(row: Prompt) -> EncodedPrompt:
+        return EncodedPrompt(**vars(row), tokens=chat.encode_prompt(row.messages))
+
+    return _encode_all("prompts", prompts, encode, lambda row: len(row.tokens), max_prompt_length)
 
 
 def _encode_all(
@@ -350,7 +352,11 @@ def _with_source(row: Any, encode: Callable[[Any], Any]) -> Any:
 def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], max_prompt_length: int) -> PromptBatch:
     """Open prompts, left-padded. `ids`: keys of their answers. UserError (3) for one that is too long."""
     chat = format_of(tokenizer)
-    encoded = [_with_source(row, lambda row: chat.encode_prompt(row.messages)) for row in prompts]
+
+    def tokens_of(row: Prompt) -> list[int]:
+        return row.tokens if isinstance(row, EncodedPrompt) else chat.encode_prompt(row.messages)
+
+    encoded = [_with_source(row, tokens_of) for row in prompts]
     for row, tokens in zip(prompts, encoded, strict=True):
         if len(tokens) > max_prompt_length:
             raise UserError(f"{row.source}: the prompt has {len(tokens)} tokens, over {max_prompt_length}", 3)

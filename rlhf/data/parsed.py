@@ -71,7 +71,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _write_rows(path: Path, rows: Iterable[Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(asdict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _read_rows(config: RunConfig, role: str, part: str) -> list[Any]:
