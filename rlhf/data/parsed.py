@@ -13,7 +13,8 @@ from typing import Any
 
 from reward_data import Demonstration, Message, Preference, Prompt
 from rlhf.config import RunConfig
-from rlhf.data.loading import Split, load_demonstrations
+from rlhf.data.loading import load_demonstrations
+from rlhf.data.splitting import Split
 
 MANIFEST = "data.json"
 RECORDS = {"demonstrations": Demonstration, "preferences": Preference, "prompts": Prompt}
