@@ -15,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint proofs mutants install vllm clean
+.PHONY: help quickstart test check lint docs proofs mutants install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ quickstart: $(STAMP)  ## train on the shipped data, from base model to closing r
 	$(BIN)/rlhf run quickstart
 
 # Tests that start processes wait for them much of their time; none of the quick ones is timed beside them.
-test: lint  ## lint, type-check, run the tests
+test: lint docs  ## lint, type-check, build the API reference, run the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof"
 	$(BIN)/pytest -n 2 --dist loadfile -m "integration and not proof"
 
@@ -35,6 +35,9 @@ lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(STAMP)  ## the API reference, as build/api/index.html; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/api/mkdocs.yml
 
 proofs: $(STAMP)  ## the long forms of the proofs that `make test` runs in short
 	$(BIN)/pytest -m proof

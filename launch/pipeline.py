@@ -13,7 +13,7 @@ from launch import gang, report
 from launch.terminal import StageBars, console
 from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf.config import RunConfig
-from rlhf.data import Split
+from rlhf.data import Split, parsed
 from rlhf.errors import UserError
 from rlhf.models.chat_format import notice
 from rlhf.runs import artifacts, provenance
@@ -22,8 +22,8 @@ from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_pare
 from stages.base import parts_of, stage_of
 
 POLL_S = 0.3
-Data = dict[str, dict[str, Split]]
-"""Stage → role → rows."""
+Data = dict[str, Split]
+"""Role → rows, of every role of the run."""
 
 MADE_BY = "made_by.json"  # beside a stage's checkpoints: what they were made with
 
@@ -34,7 +34,7 @@ def run(config: RunConfig, fresh: bool) -> int:
     data = checked_data(config, parts_of(config))
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
-    config.folder.mkdir(parents=True, exist_ok=True)
+    parsed.write(config, data)
     tracker = open_parent(config.folder, config.tracking, config.name)
     tracker.params({"stages": ", ".join(parts_of(config)), "seed": config.seed, "model": config.model.path})
     try:
@@ -59,13 +59,14 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
                 raise UserError(
                     f"{one} starts from {needed}, which is not complete in {config.folder}. Run it first.", 4
                 )
-    data = checked_data(config, chosen)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _run_under_torchrun(config, chosen, data)
+        _run_under_torchrun(config, chosen)
         return 0
+    data = checked_data(config, chosen)
+    parsed.write(config, data)
     for one in chosen:
         if local:
-            _run_local(config, one, data[one])
+            _run_local(config, one, data)
         else:
             with gang.cluster(config), StageBars(config.folder) as bars:
                 _drive(config, [one], data, bars)
@@ -91,16 +92,15 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def checked_data(config: RunConfig, stages: Sequence[str]) -> Data:
-    """The data of each of `stages`. UserError (3) for what one of them could not use: now, not when its turn has come."""
+    """The data of the run. UserError (3) for what one of `stages` could not use: now, not when its turn has come."""
     if chosen := notice(config):
         console.print(chosen, style="yellow", markup=False, highlight=False)
-    splits = provenance.read_data(config)
-    data = {stage: {role: splits[role] for role in stage_of(stage).roles} for stage in stages}
-    read = {role: split for by_role in data.values() for role, split in by_role.items()}
-    for finding in dict.fromkeys(finding for split in read.values() for finding in split.findings):
+    data = provenance.parse_data(config)
+    roles = dict.fromkeys(role for stage in stages for role in stage_of(stage).roles)
+    for finding in dict.fromkeys(finding for role in roles for finding in data[role].findings):
         console.print(f"data: {finding}", style="yellow", markup=False, highlight=False)
     for stage in stages:
-        stage_of(stage).check_data(config, stage, data[stage])
+        stage_of(stage).check_data(config, stage, data)
     return data
 
 
@@ -109,8 +109,12 @@ def complete_artifact(config: RunConfig, stage: str, data: Data) -> Artifact | N
     inputs = {name: complete_artifact(config, name, data) for name in stage_of(stage).inputs(config)}
     if None in inputs.values():
         return None
-    parents = provenance.parents(data[stage], inputs)  # type: ignore[arg-type]
+    parents = _parents(stage, data, inputs)  # type: ignore[arg-type]
     return artifacts.find(config.folder / stage / "artifact", _digest(config, stage), parents)
+
+
+def _parents(stage: str, data: Data, inputs: dict[str, Artifact]) -> dict[str, str]:
+    return provenance.parents({role: data[role] for role in stage_of(stage).roles}, inputs)
 
 
 def _digest(config: RunConfig, stage: str) -> str:
@@ -131,21 +135,28 @@ def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
         return _drive(config, waiting, data, bars)
 
 
-def _run_local(config: RunConfig, stage: str, data: dict[str, Split]) -> None:
+def _run_local(config: RunConfig, stage: str, data: Data) -> None:
     """The stage in this process, for debugging and for machines without a cluster."""
     _prepare(config, stage, data, local=True)
     with StageBars(config.folder) as bars, bars.followed(stage):
         run_rank(config, stage, local=True)
 
 
-def _run_under_torchrun(config: RunConfig, stages: Sequence[str], data: Data) -> None:
+def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
     """The stages, one after the other, as one of the ranks that torchrun started, with the first rank's settings."""
     from rlhf.distributed import collectives
 
+    data: Data = {}  # stays empty on all ranks but the first
+
+    def parse() -> None:
+        data.update(checked_data(of_first, stages))
+        parsed.write(of_first, data)
+
     with torchrun_group(config):
         of_first, stages = collectives.broadcast_result(lambda: (config, stages))
+        collectives.rank_zero_only(parse, "reading the data")
         for stage in stages:
-            collectives.broadcast_result(lambda stage=stage: _prepare(of_first, stage, data[stage]))
+            collectives.broadcast_result(lambda stage=stage: _prepare(of_first, stage, data))
             run_rank(of_first, stage, local=False)
 
 
@@ -155,7 +166,7 @@ def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -
     while waiting or running:
         for stage in [s for s in waiting if not set(stage_of(s).inputs(config)) & {*waiting, *running}]:
             waiting.remove(stage)
-            _prepare(config, stage, data[stage])
+            _prepare(config, stage, data)
             bars.add(stage)
             running[stage] = gang.Gang(config, stage, stage_of(stage).workers(config)), time.monotonic()
         for stage, (one, started) in list(running.items()):
@@ -167,12 +178,12 @@ def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -
     return seconds
 
 
-def _prepare(config: RunConfig, stage: str, data: dict[str, Split], local: bool = False) -> None:
+def _prepare(config: RunConfig, stage: str, data: Data, local: bool = False) -> None:
     """Clears what an earlier attempt left behind; its checkpoints stay if it started from the same and can go on here."""
     folder = config.folder / stage
     made_by = folder / MADE_BY
     inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
-    parents = provenance.parents(data, inputs)
+    parents = _parents(stage, data, inputs)
     attempt = {
         "from": artifacts.digest_of([_digest(config, stage), parents]),
         "layout": _layout(config, stage, local),

@@ -32,6 +32,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     from rlhf.kernels import enable_kernels
     from rlhf.models import resolve
     from rlhf.models.chat_format import check_inputs
+    from rlhf.runs import provenance
     from rlhf.runs.context import Progress, StageContext
     from rlhf.tracking import open_tracker
 
@@ -57,7 +58,8 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
             local=local,
             roles=stage_of(stage).roles,
         )
-        collectives.rank_zero_only(lambda: _record(config, context), "reading the data")
+        provenance.ensure_data(config)
+        collectives.rank_zero_only(lambda: _record(config, context), "recording the settings")
         resolve(config)  # one rank makes the tiny model, and the others wait for it
         check_inputs(config, {name: artifact.path for name, artifact in context.inputs.items()})
         artifact = stage_of(stage).run(config, context)
@@ -118,6 +120,7 @@ def _record(config: RunConfig, context: Any) -> None:
     """What the run history needs before the first step: settings, inputs, and where they came from."""
     import yaml
 
+    from rlhf.data import parsed
     from rlhf.runs import provenance
 
     settings = public(config)  # a record: nothing reads it again
@@ -125,10 +128,12 @@ def _record(config: RunConfig, context: Any) -> None:
     context.tracker.artifact(context.folder / "config.yaml")
     own = provenance.stage_settings(config, context.stage, context.roles)
     context.tracker.params(own | {"hardware": settings["hardware"]})
-    for role, split in provenance.stage_data(config, context.roles).items():
-        for name, digest in split.digests.items():
+    data = parsed.manifest(config) or {}
+    for role in context.roles:
+        for name, digest in data[role]["digests"].items():
             context.tracker.dataset(name, name, digest, role)
-        context.tracker.tags({f"findings.{role}": "; ".join(split.findings)} if split.findings else {})
+        findings = "; ".join(data[role]["findings"])
+        context.tracker.tags({f"findings.{role}": findings} if findings else {})
     context.tracker.tags({f"input.{name}": f"{a.path} {a.digest}" for name, a in context.inputs.items()})
 
 

@@ -1,28 +1,23 @@
 """From records to token batches: load, hold out, mix, encode."""
 
-from rlhf.data.loading import (
+from rlhf.data.encoding import (
     MARGINS,
     SAFETY,
-    Row,
-    Split,
-    draw_rows,
+    EncodedPrompt,
     encode_demonstrations,
     encode_preferences,
-    hold_out_everywhere,
-    load_demonstrations,
-    load_preferences,
-    load_prompts,
-    mix_preferences,
     next_prompts,
     pad,
     prompt_batch,
     short_prompts,
-    split_held_out,
 )
+from rlhf.data.loading import load_demonstrations, load_preferences, load_prompts
+from rlhf.data.splitting import Row, Split, draw_rows, hold_out_everywhere, mix_preferences, split_held_out
 
 __all__ = [
     "MARGINS",
     "SAFETY",
+    "EncodedPrompt",
     "Row",
     "Split",
     "draw_rows",

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.chat import llama2
 from rlhf.config import RunConfig, TinyConfig
-from rlhf.data import load_demonstrations
+from rlhf.data.parsed import training_demonstrations
 from rlhf.errors import UserError
 from rlhf.models.pretrained import save_causal
 
@@ -33,7 +33,7 @@ def make_tiny(config: RunConfig) -> Path:
     """
     tiny, folder = config.model.tiny, config.folder / "base"
     _check_shape(tiny)
-    texts = [m.content for row in load_demonstrations(config).train for m in row.messages]
+    texts = [m.content for row in training_demonstrations(config) for m in row.messages]
     record = {"shape": tiny.model_dump(), "seed": config.seed, "texts": _digest(texts)}
     if _record(folder) == record:
         return folder

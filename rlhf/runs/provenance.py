@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import RunConfig
-from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts
+from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts, parsed
 from rlhf.distributed import collectives
 from rlhf.models.chat_format import message_check
 from rlhf.runs import artifacts
@@ -19,8 +19,9 @@ from rlhf.user_code import source_digest
 LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
 
 
-def read_data(config: RunConfig) -> dict[str, Split]:
-    """The data of the run, by role; every role is read, because what one holds out no other may train on.
+def parse_data(config: RunConfig) -> dict[str, Split]:
+    """The data of the run from the user's files, by role; every role is read, because what one holds out no other may
+    train on.
 
     UserError (3) for data that cannot be used.
     """
@@ -29,10 +30,20 @@ def read_data(config: RunConfig) -> dict[str, Split]:
     return hold_out_everywhere({role: load(config, validate) for role, load in named.items()}, config.data)
 
 
+def ensure_data(config: RunConfig) -> None:
+    """Lets the first rank parse the data where no driver has done so. All ranks must call it."""
+
+    def work() -> None:
+        if parsed.manifest(config) is None:
+            parsed.write(config, parse_data(config))
+
+    collectives.rank_zero_only(work, "reading the data")
+
+
 def stage_data(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:
-    """The data of `roles`, those of a stage. UserError (3) for data that cannot be used."""
-    splits = read_data(config)
-    return {role: splits[role] for role in roles}
+    """The data of `roles`, those of a stage. All ranks must call it. UserError (3) for data that cannot be used."""
+    ensure_data(config)
+    return parsed.read(config, roles)
 
 
 def stage_settings(config: RunConfig, stage: str, roles: Sequence[str]) -> dict[str, Any]:

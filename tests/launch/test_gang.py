@@ -188,7 +188,7 @@ def test_settings_samples_and_the_report_are_kept_with_the_run(finished: Any) ->
         return {entry.path for entry in finished.client.list_artifacts(finished.runs[name].info.run_id)}
 
     assert {"config.yaml", "samples.json", "held_out_answers.json"} <= files("ppo")
-    assert {"report.json", "report.md", "ppo.png"} <= files("smoke")
+    assert {"report.json", "report.md", "held_out.png"} <= files("smoke")
 
 
 def test_a_second_run_finds_all_stages_complete(

@@ -6,6 +6,12 @@ from tests.mutants.bug import Bug, bugs_in
 
 BUGS = [
     *bugs_in(
+        "rlhf/data/parsed.py",
+        ["rlhf/data/test_parsed.py"],
+        Bug("held-out rows are trained on", "read", "_read_rows(A, B, 'train')", "_read_rows(A, B, 'held_out')"),
+        Bug("data of other settings is taken", "manifest", "A['settings'] == _", "True"),
+    ),
+    *bugs_in(
         "reward_data/converters/hh.py",
         ["reward_data/test_hh.py"],
         Bug(
@@ -84,17 +90,44 @@ BUGS = [
         Bug("trimming cuts long answers", "trim", "A.max", "A.min", nth=1),
     ),
     *bugs_in(
-        "rlhf/data/loading.py",
+        "rlhf/data/encoding.py",
         ["stages/test_ppo.py::test_a_prompt_has_its_answers_next_to_each_other_and_each_its_own_numbers"],
         Bug("answers of a prompt draw the same numbers", "next_prompts", "A + _ % _", "A"),
     ),
     *bugs_in(
         "rlhf/data/loading.py",
         ["rlhf/data/test_loading.py"],
+        Bug(
+            "pairs that prefer a safe answer are left out",
+            "_prefers_unsafe",
+            "A and B == 'unsafe' and (C == 'safe')",
+            "A and B == 'safe' and (C == 'unsafe')",
+        ),
+    ),
+    *bugs_in(
+        "rlhf/data/splitting.py",
+        ["rlhf/data/test_loading.py"],
         Bug("choice prompts are the first of the file", "draw_rows", "sorted(A)", "A"),
         Bug("the draw is blind to tags", "draw_rows", "A.tag", "A.source"),
         Bug("the draw follows no seed", "draw_rows.key", "f'{_}/{A}'", "f'{A}'"),
         Bug("what a role holds out others train on", "_without_others", "(_ for _ in _ if _)", "()"),
+        Bug(
+            "prompts that are held out are trained on",
+            "without_shared",
+            "return _, A",
+            "return B, A",
+            given="for _ in B: ...",
+        ),
+        Bug(
+            "the prompts that chose the policy report it too",
+            "split_held_out",
+            "draw_rows(A, B, C)",
+            "(draw_rows(A, B, C)[0], [*A])",
+        ),
+    ),
+    *bugs_in(
+        "rlhf/data/encoding.py",
+        ["rlhf/data/test_loading.py"],
         Bug(
             "margins fall with the rating",
             "",
@@ -110,12 +143,6 @@ BUGS = [
             "A.chosen_safety",
         ),
         Bug("unknown safety is unsafe", "", "SAFETY = _", "SAFETY = {'safe': 1, 'unsafe': 0, 'unknown': 0}"),
-        Bug(
-            "pairs that prefer a safe answer are left out",
-            "_prefers_unsafe",
-            "A and B == 'unsafe' and (C == 'safe')",
-            "A and B == 'safe' and (C == 'unsafe')",
-        ),
         Bug("prompts are padded on the right", "pad", "A if B else C", "A if not B else C"),
         Bug(
             "masks compare with the pad id",
@@ -131,19 +158,6 @@ BUGS = [
             "prompt_batch",
             "torch.tensor(A, dtype=_)",
             "torch.zeros(len(A), dtype=torch.long)",
-        ),
-        Bug(
-            "prompts that are held out are trained on",
-            "_without_shared",
-            "return _, A",
-            "return B, A",
-            given="for _ in B: ...",
-        ),
-        Bug(
-            "the prompts that chose the policy report it too",
-            "split_held_out",
-            "draw_rows(A, B, C)",
-            "(draw_rows(A, B, C)[0], [*A])",
         ),
     ),
 ]

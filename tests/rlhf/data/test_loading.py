@@ -365,7 +365,7 @@ def test_long_rows_are_left_out_whole(tokenizer):
     for pair in (preference("a", chosen="yes " * 50), preference("a", rejected="yes " * 50)):
         assert len(encode_preferences(tokenizer, [pair, preference("a")], "none", 40)) == 1
     prompts = [Prompt(asked(text), "helpful", "") for text in ("hi", "hi " * 50)]
-    assert short_prompts(tokenizer, prompts, 20) == prompts[:1]
+    assert [prompt.messages for prompt in short_prompts(tokenizer, prompts, 20)] == [prompts[0].messages]
 
 
 def test_a_length_that_no_row_meets_is_refused(tokenizer):
@@ -386,6 +386,16 @@ def test_prompts_are_padded_on_the_left(tokenizer):
     assert batch.mask_BP.tolist() == [[False] * missing + [True] * len(ids[0]), [True] * len(ids[1])]
     assert batch.is_safety_B.tolist() == [True, False]
     assert batch.ids_B.tolist() == [7, 3]
+
+
+def test_prompts_are_encoded_once(tokenizer, monkeypatch):
+    prompts = [Prompt(asked(text), "safety", f"p:{text}") for text in ("hi", "hello you")]
+    expected = prompt_batch(tokenizer, prompts, [0, 1], 50)
+    short = short_prompts(tokenizer, prompts, 50)
+    monkeypatch.setattr(type(format_of(tokenizer)), "encode_prompt", lambda *_: pytest.fail("encoded again"))
+    batch = prompt_batch(tokenizer, short, [0, 1], 50)
+    assert all(getattr(batch, name).equal(value) for name, value in vars(expected).items())
+    assert [(row.tag, row.source) for row in short] == [(row.tag, row.source) for row in prompts]
 
 
 def test_prompt_that_is_too_long_for_a_batch_is_refused(tokenizer):

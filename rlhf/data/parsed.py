@@ -1,0 +1,85 @@
+"""The run's data as records in `runs/<run>/data`: parsed once, by the driver or the first rank, and read by every rank.
+
+`data.json` is written last. It holds the settings that the rows were made by, and the digests of the user's files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reward_data import Demonstration, Message, Preference, Prompt
+from rlhf.config import RunConfig
+from rlhf.data.loading import load_demonstrations
+from rlhf.data.splitting import Split
+
+MANIFEST = "data.json"
+RECORDS = {"demonstrations": Demonstration, "preferences": Preference, "prompts": Prompt}
+
+
+def write(config: RunConfig, splits: Mapping[str, Split]) -> None:
+    """`splits` by role, in place of what is there."""
+    folder = _folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for role, split in splits.items():
+        for part in ("train", "held_out"):
+            _write_rows(folder / f"{role}.{part}.jsonl", getattr(split, part))
+    roles = {role: {"digests": split.digests, "findings": split.findings} for role, split in splits.items()}
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps({"settings": _settings(config), "roles": roles}, indent=1), encoding="utf-8")
+    partial.rename(folder / MANIFEST)
+
+
+def manifest(config: RunConfig) -> dict[str, Any] | None:
+    """`digests` and `findings` by role; None where the data was not parsed yet, or by other settings."""
+    try:
+        found = json.loads((_folder(config) / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return found["roles"] if found["settings"] == _settings(config) else None
+
+
+def read(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:
+    """The data of `roles`, which must have been written."""
+    found = manifest(config)
+    assert found is not None, f"{_folder(config)} holds no data of this run"
+    return {
+        role: Split(_read_rows(config, role, "train"), _read_rows(config, role, "held_out"), **found[role])
+        for role in roles
+    }
+
+
+def training_demonstrations(config: RunConfig) -> list[Demonstration]:
+    """For the tokenizer of a tiny model, which may be asked for before a run has data."""
+    if manifest(config) is None:
+        return load_demonstrations(config).train
+    return _read_rows(config, "demonstrations", "train")
+
+
+def _folder(config: RunConfig) -> Path:
+    return config.folder / "data"
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """That the rows depend on: the chat format decides which dialogues can be used."""
+    model = {"path": config.model.path, "chat_format": config.model.chat_format}
+    return {"data": config.data.model_dump(mode="json"), "model": model}
+
+
+def _write_rows(path: Path, rows: Iterable[Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _read_rows(config: RunConfig, role: str, part: str) -> list[Any]:
+    with (_folder(config) / f"{role}.{part}.jsonl").open(encoding="utf-8", newline="\n") as file:
+        return [_record(role, json.loads(line)) for line in file]
+
+
+def _record(role: str, row: dict[str, Any]) -> Any:
+    dialogue = {key: tuple(Message(**m) for m in row[key]) for key in ("messages", "prompt") if key in row}
+    return RECORDS[role](**row | dialogue)
