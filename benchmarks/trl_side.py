@@ -81,42 +81,11 @@ def dictated(job: Job, rank: int) -> AbstractContextManager[Any]:
 
 
 def make_trainer(job: Job, folder: str) -> Any:
-    ppo, optim, bf16 = job.config["ppo"], job.config["ppo"]["optim"], job.config["hardware"]["precision"] == "bf16"
     tokenizer: Any = AutoTokenizer.from_pretrained(job.model)
     tokenizer.pad_token_id, tokenizer.padding_side = job.pad, "left"
     policy = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     policy.generation_config.pad_token_id = job.pad
-    local_rows = ppo["batch_size"] // job.processes
-    settings = PPOConfig(
-        output_dir=folder,
-        total_episodes=ppo["batch_size"] * job.iterations,
-        num_ppo_epochs=ppo["epochs"],
-        per_device_train_batch_size=ppo["micro_batch_size"],
-        gradient_accumulation_steps=local_rows // ppo["micro_batch_size"],
-        local_rollout_forward_batch_size=local_rows,
-        response_length=ppo["sampling"]["max_new_tokens"],
-        temperature=ppo["sampling"]["temperature"],
-        stop_token=None if job.eos is None else "eos",
-        kl_coef=ppo["beta"],
-        gamma=ppo["gamma"],
-        gae_lambda=ppo["lam"],
-        cliprange=ppo["clip_range"],
-        cliprange_value=ppo["value_clip_range"],
-        vf_coef=1.0,  # our critic has an optimizer of its own
-        learning_rate=optim["lr"],
-        lr_scheduler_type="constant",
-        adam_beta1=optim["beta1"],
-        adam_beta2=optim["beta2"],
-        adam_epsilon=optim["eps"],
-        weight_decay=0.0,
-        bf16=bf16,
-        use_cpu=job.device == "cpu",
-        gradient_checkpointing=False,
-        num_sample_generations=0,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    settings = trl_settings(job, folder)
 
     def scalar() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(job.reward, num_labels=1, dtype=torch.float32)
@@ -131,9 +100,45 @@ def make_trainer(job: Job, folder: str) -> Any:
         value_model=scalar(),
         train_dataset=prompts,
     )
-    in_order = DataLoader(prompts, batch_size=local_rows, collate_fn=trainer.data_collator)  # type: ignore[arg-type]
+    rows: Any = prompts
+    in_order = DataLoader(rows, batch_size=settings.local_rollout_forward_batch_size, collate_fn=trainer.data_collator)
     trainer.dataloader = trainer.accelerator.prepare(in_order)
     return trainer
+
+
+def trl_settings(job: Job, folder: str) -> PPOConfig:
+    ppo, optim = job.config["ppo"], job.config["ppo"]["optim"]
+    local_rows = ppo["batch_size"] // job.processes
+    return PPOConfig(
+        output_dir=folder,
+        total_episodes=ppo["batch_size"] * job.iterations,
+        num_ppo_epochs=ppo["epochs"],
+        per_device_train_batch_size=ppo["micro_batch_size"],
+        gradient_accumulation_steps=local_rows // ppo["micro_batch_size"],
+        local_rollout_forward_batch_size=local_rows,
+        response_length=ppo["sampling"]["max_new_tokens"],
+        temperature=ppo["sampling"]["temperature"],
+        stop_token=None if job.eos is None else "eos",
+        kl_coef=ppo["kl_coef"],
+        gamma=ppo["gamma"],
+        gae_lambda=ppo["gae_lambda"],
+        cliprange=ppo["clip_range"],
+        cliprange_value=ppo["value_clip_range"],
+        vf_coef=1.0,  # our critic has an optimizer of its own
+        learning_rate=optim["lr"],
+        lr_scheduler_type="constant",
+        adam_beta1=optim["beta1"],
+        adam_beta2=optim["beta2"],
+        adam_epsilon=optim["eps"],
+        weight_decay=0.0,
+        bf16=job.config["hardware"]["precision"] == "bf16",
+        use_cpu=job.device == "cpu",
+        gradient_checkpointing=False,
+        num_sample_generations=0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf.config import RunConfig
 from rlhf.data import Split, parsed
 from rlhf.errors import UserError
-from rlhf.models.chat_format import notice
 from rlhf.runs import artifacts, provenance
 from rlhf.runs.artifacts import Artifact
+from rlhf.runs.chat_format import notice
 from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
 from stages.base import parts_of, stage_of
 

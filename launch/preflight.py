@@ -148,8 +148,8 @@ def _chat_format(config: RunConfig) -> Iterator[PreflightError]:
     """Whether the tokenizer of a model on this disk can encode dialogues in the format that is set."""
     if config.model.path == "tiny" and config.model.chat_format != "tokenizer":
         return  # which needs no transformers to be loaded
-    from rlhf.models.chat_format import run_format
     from rlhf.models.folders import has_tokenizer
+    from rlhf.runs.chat_format import run_format
 
     if config.model.path != "tiny" and not has_tokenizer(Path(config.model.path).expanduser()):
         return

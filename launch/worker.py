@@ -31,8 +31,8 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     from rlhf.distributed.engine import prepare_environment
     from rlhf.kernels import enable_kernels
     from rlhf.models import resolve
-    from rlhf.models.chat_format import check_inputs
     from rlhf.runs import provenance
+    from rlhf.runs.chat_format import check_inputs
     from rlhf.runs.context import Progress, StageContext
     from rlhf.tracking import open_tracker
 

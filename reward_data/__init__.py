@@ -2,7 +2,7 @@
 
 from reward_data.checks import Finding, check
 from reward_data.errors import DataError
-from reward_data.load import Loaded, load
+from reward_data.load import Loaded, Source, load
 from reward_data.records import Demonstration, Message, Preference, Prompt, normalised_prompt, prompt_of
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Message",
     "Preference",
     "Prompt",
+    "Source",
     "check",
     "load",
     "normalised_prompt",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -32,35 +32,39 @@ class Loaded:
     findings: list[str]  # what of the source was not read, and what looks wrong in it as a whole
 
 
-def load(
-    kind: Kind,
-    path: str | Path,
-    *,
-    format: str = "auto",
-    tag: Tag | None = None,
-    split: str | None = None,
-    config: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    select: tuple[str | Path, str] | None = None,
-    limit: int | None = None,
-    bad_rows: Literal["refuse", "skip"] = "refuse",
-) -> Loaded:
-    """Records of `kind` from a file, a folder, a hub name `owner/name`, or `shipped`.
+@dataclass(frozen=True)
+class Source:
+    """Where rows are, and how they are read."""
 
-    `tag` is for rows that bring none (None: helpful). `split` is train (default) or held_out of the shipped data, or a
-    split of a hub data set or folder (default train), `config` a subset of a hub data set or a folder in a folder.
-    `columns` names the column behind each key of a form: {prompt: question}; others are not read. `select` names a JSON
-    file and a key in it that holds row numbers, counted from 0 over all rows of the source. `limit` keeps the first
-    records. Raises DataError, for bad rows too unless they are skipped.
-    """
+    path: str | Path
+    """A file, a folder, a hub name `owner/name`, or `shipped`."""
+    format: str = "auto"
+    tag: Tag | None = None
+    """For rows that bring none (None: helpful)."""
+    split: str | None = None
+    """train (default) or held_out of the shipped data; a split of a hub data set or a folder (default train)."""
+    config: str | None = None
+    """A subset of a hub data set, or a folder in a folder."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The column behind each key of a form: {prompt: question}; others are not read."""
+    select: tuple[str | Path, str] | None = None
+    """A JSON file and a key in it that holds row numbers, counted from 0 over all rows of the source."""
+    limit: int | None = None
+    """Keeps the first records."""
+
+
+def load(kind: Kind, source: Source | str | Path, *, bad_rows: Literal["refuse", "skip"] = "refuse") -> Loaded:
+    """Records of `kind` from a source or a path. Raises DataError, for bad rows too unless they are skipped."""
+    source = source if isinstance(source, Source) else Source(source)
+    path, format, split = source.path, source.format, source.split
     if str(path) == "shipped":
         path, format, split = _shipped(kind, split or "train"), "native", None
-    tables, read, findings = _tables(path, split, config, columns or {})
-    if select is not None:
-        tables, read = _selected(tables, *select), [*read, Path(select[0])]
+    tables, read, findings = _tables(path, split, source.config, source.columns)
+    if source.select is not None:
+        tables, read = _selected(tables, *source.select), [*read, Path(source.select[0])]
     refused: list[BadRow] = []
-    made = (r for table in tables for r in _records(kind, table, format, tag or "helpful", refused))
-    records = list(islice(made, limit))
+    made = (r for table in tables for r in _records(kind, table, format, source.tag or "helpful", refused))
+    records = list(islice(made, source.limit))
     if refused and bad_rows == "refuse":
         raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; mend them, or skip them (bad_rows: skip)"))
     if not records:

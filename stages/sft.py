@@ -106,18 +106,13 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         causal.config.get_text_config().output_router_logits = False  # TRL turned it on for a loss that is not ours
     causal.forward = partial(answer_logprobs, causal)  # in place of TRL's, and inside whatever wraps the model
 
-    def measure() -> dict[str, float]:
-        return {"held_out_loss": held_out_loss(model, held_out, config, context, tokenizer.pad_token_id)}
+    def measure() -> float:
+        return held_out_loss(model, held_out, config, context, tokenizer.pad_token_id)
 
     names = {"loss": "sft/loss", "grad_norm": "sft/grad_norm", "learning_rate": "sft/lr"}
-    fit(
-        trainer,
-        Reporter(
-            context, names, "sft/loss", config.sft.evals, lambda: {"sft/held_out_loss": measure()["held_out_loss"]}
-        ),
-    )
+    fit(trainer, Reporter(context, names, "sft/loss", config.sft.evals, lambda: {"sft/held_out_loss": measure()}))
 
-    metrics = measure() | {"steps": steps, "sequences": len(train)}
+    metrics = {"held_out_loss": measure(), "steps": steps, "sequences": len(train)}
     return _seal(config, context, model, tokenizer, provenance.parents(roles, context.inputs), metrics)
 
 

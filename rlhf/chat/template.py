@@ -64,7 +64,11 @@ class TokenizerTemplate:
 
     def validate(self, messages: Sequence[ChatMessage]) -> None:
         if messages and messages[-1].role == "assistant":
-            self._render_checked(messages)
+            responses = [message.content for message in messages if message.role == "assistant"]
+            if any(text != text.strip() for text in responses):  # which tokens like to merge with
+                self.encode(messages)
+            else:
+                self._render_checked(messages)
         else:
             require_last(messages, "user")
             self._refuse_special_tokens(messages)

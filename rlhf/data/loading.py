@@ -89,8 +89,7 @@ def _load_source(kind: Any, source: SourceConfig, data: DataConfig) -> reward_da
             raise UserError(f"data.{kind}: {source.path} has a select_file and no select_key")
         select = (data.root / source.select_file, source.select_key)
     try:
-        return reward_data.load(
-            kind,
+        place = reward_data.Source(
             _place(source.path, data.root),
             format=source.format,
             tag=source.tag,
@@ -99,8 +98,8 @@ def _load_source(kind: Any, source: SourceConfig, data: DataConfig) -> reward_da
             columns=source.columns,
             select=select,
             limit=source.limit,
-            bad_rows=data.bad_rows,
         )
+        return reward_data.load(kind, place, bad_rows=data.bad_rows)
     except DataError as error:
         raise UserError(error.message, 3) from error
 

@@ -10,9 +10,9 @@ from typing import Any
 from rlhf.config import RunConfig
 from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts, parsed
 from rlhf.distributed import collectives
-from rlhf.models.chat_format import message_check
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Artifact, digest_of
+from rlhf.runs.chat_format import message_check
 from rlhf.runs.context import StageContext
 from rlhf.user_code import source_digest
 

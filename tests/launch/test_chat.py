@@ -4,6 +4,7 @@ import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rlhf.chat.llama2 import Llama2
 from rlhf.config import TinyConfig
 from rlhf.models import load_causal, load_tokenizer, save_causal
 from rlhf.models.tiny import train_tokenizer, untrained_llama
+from tests.rlhf.chat.templates import tokenizer_with
 
 TINY = TinyConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2)
 
@@ -168,6 +170,26 @@ def test_history_is_encoded_as_llama_2_does(
     opening = "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST]"
     assert prompts == [opening, f"{opening} hello </s><s>[INST] how are you? [/INST]"]
     assert capsys.readouterr().out.splitlines()[-2:] == ["hello", "fine"]
+
+
+def test_an_artifact_with_a_template_of_its_own_is_asked_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, tokenizer = tmp_path / "model", tokenizer_with("chatml")
+    save_causal(untrained_llama(TINY, tokenizer, seed=0), folder, tokenizer)
+    prompts = heard(folder, monkeypatch, "/system kind\nhi\n<|im_end|>\nand?\n", ["yo", "never said"])
+    opening = "<|im_start|>system\nkind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts == [opening, f"{opening}yo<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"]
+    assert "'<|im_end|>', a special token" in capsys.readouterr().err
+
+
+def test_the_template_s_end_of_a_turn_ends_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, tokenizer = tmp_path / "model", tokenizer_with("llama3")
+    save_causal(untrained_llama(TINY, tokenizer, seed=0), folder, tokenizer)
+    given: list[Any] = []
+    monkeypatch.setattr(module, "sample", lambda causal, ids, stop_ids, *_: given.append(stop_ids) or iter(()))
+    module.chat(str(folder), 0.0, 8, io.StringIO("hi\n"))
+    assert given == [tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])]
 
 
 def test_a_message_with_a_tag_is_refused_and_the_dialogue_goes_on(

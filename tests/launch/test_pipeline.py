@@ -23,6 +23,7 @@ from rlhf.runs import artifacts, provenance
 from rlhf.runs.context import StageContext
 from stages import base
 from stages.base import Stage, stage_of
+from tests.rlhf.chat.templates import tokenizer_with
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
@@ -282,3 +283,15 @@ def test_a_new_stage_is_a_module_and_a_line_of_the_registry(
     assert started == []
     pipeline.run(settings(tmp_path, "--pipeline", "[sft, tune]", "--sft.epochs", "5"), False)
     assert started == ["sft", "tune"]
+
+
+def test_the_template_that_auto_keeps_is_said_before_the_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer_with("chatml").save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{}")
+    config = load("quickstart", ["--model.path", str(tmp_path / "model")])
+    pipeline.checked_data(config, ["sft"])
+    assert capsys.readouterr().out.count("chat format: the template that the tokenizer of") == 1
+    pipeline.checked_data(load("quickstart", []), ["sft"])
+    assert "chat format" not in capsys.readouterr().out

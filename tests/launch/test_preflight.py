@@ -6,13 +6,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from transformers import GraniteConfig
+from transformers import GraniteConfig, LlamaConfig
 
 from launch import preflight as module
 from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, multiplies_bf16, obstacles, preflight
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
+from tests.rlhf.chat.templates import tokenizer_with
 
 DATA = "{demonstrations: {train: [{path: %s}]}, preferences: {train: []}, prompts: {train: []}}"
 
@@ -102,6 +103,28 @@ def test_all_that_a_model_on_this_disk_cannot_do_is_said_before_the_first_stage(
     message = obstacle(settings("--model.path", "model")).message
     for part in ("sft.max_length", "reward.max_length", "ppo.max_prompt_length", "no sequence classifier", "logits_sc"):
         assert part in message
+
+
+def test_a_template_that_cannot_be_masked_is_told_with_what_to_do(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path / "model")
+    tokenizer_with("forgetful").save_pretrained(tmp_path / "model")
+    message = obstacle(settings("--model.path", "model")).message
+    assert "model.chat_format: tokenizer does not work with the tokenizer of model: response 1 of 2" in message
+    assert "set model.chat_format to llama2" in message
+    assert obstacles(settings("--model.path", "model", "--model.chat_format", "llama2")) == []
+    tokenizer_with("chatml").save_pretrained(tmp_path / "model")
+    assert obstacles(settings("--model.path", "model")) == []
+
+
+def test_a_template_that_is_not_there_cannot_be_the_format(tmp_path: Path) -> None:
+    own = ("--model.chat_format", "tokenizer")
+    assert "`tiny` is made without a chat template" in obstacle(settings(*own)).message
+    LlamaConfig().save_pretrained(tmp_path / "model")
+    tokenizer = tokenizer_with("chatml")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    error = obstacle(settings(*own, "--model.path", "model"))
+    assert error.exit_code == 2 and "brings no chat template: set llama2" in error.message
 
 
 def test_an_adapter_without_its_base_is_told_before_the_first_stage(tmp_path: Path) -> None:

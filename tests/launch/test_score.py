@@ -14,6 +14,7 @@ from reward_data import Demonstration, Message, Preference
 from rlhf.config import TinyConfig
 from rlhf.models import ScalarModel, load_scalar, load_tokenizer, save_causal
 from rlhf.models.tiny import train_tokenizer, untrained_llama
+from tests.rlhf.chat.templates import tokenizer_with
 
 TEXTS = ["what is 2 + 2? it is 4", "sort the words: pear, apple. apple, pear", "say hello. hello!"] * 20
 OFFSET = 0.25
@@ -75,6 +76,20 @@ def test_pairs_are_scored_as_plain_transformers_scores_them(reward_model: Path, 
         assert line["chosen"] == pytest.approx(plain_transformers(reward_model, prompt, row["chosen"]), abs=1e-4)
         assert line["rejected"] == pytest.approx(plain_transformers(reward_model, prompt, row["rejected"]), abs=1e-4)
         assert line["margin"] == pytest.approx(line["chosen"] - line["rejected"])
+
+
+def test_a_reward_model_reads_texts_in_the_template_that_it_has(tmp_path: Path) -> None:
+    """As its authors' model cards score: the template's ids, up to the end of the turn."""
+    tokenizer = tokenizer_with("chatml")
+    causal = untrained_llama(TinyConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2), tokenizer, seed=0)
+    ScalarModel(causal.base_model, torch.randn(1, 32)).save(tmp_path / "model", tokenizer)
+    assert score(tmp_path / "model", write(tmp_path / "rows.jsonl", COMPLETIONS), tmp_path / "out.jsonl") == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    for line, row in zip(read(tmp_path / "out.jsonl"), COMPLETIONS, strict=True):
+        ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        with torch.no_grad():
+            expected = plain(torch.tensor([ids[: len(ids) - 1]])).logits.item()  # without the line end
+        assert line["score"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_completions_have_one_score(reward_model: Path, tmp_path: Path) -> None:

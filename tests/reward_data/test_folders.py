@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from reward_data import DataError, load
+from reward_data import DataError, Source, load
 
 
 def write(folder, *names):
@@ -16,7 +16,7 @@ def write(folder, *names):
 
 
 def read(folder, **asked):
-    loaded = load("prompts", folder, **asked)
+    loaded = load("prompts", Source(folder, **asked))
     return sorted(row.messages[0].content for row in loaded.rows), " ".join(loaded.findings)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import reward_data
-from reward_data import DataError, Demonstration, Message, Preference, Prompt, load
+from reward_data import DataError, Demonstration, Message, Preference, Prompt, Source, load
 
 PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -136,20 +136,21 @@ def test_numbers_and_lists_in_cells(tmp_path, table, kind, rating):
 
 def test_the_tag_is_for_rows_that_bring_none(tmp_path):
     tagged = {"messages": [{"role": "user", "content": "Hi"}], "tag": "helpful"}
-    assert load("prompts", write(tmp_path, [tagged]), tag="safety").rows[0].tag == "helpful"
-    assert load("prompts", write(tmp_path, [PAIR]), tag="safety").rows[0].tag == "safety"
+    assert load("prompts", Source(write(tmp_path, [tagged]), tag="safety")).rows[0].tag == "helpful"
+    assert load("prompts", Source(write(tmp_path, [PAIR]), tag="safety")).rows[0].tag == "safety"
     assert load("prompts", write(tmp_path, [PAIR])).rows[0].tag == "helpful"
 
 
 def test_a_named_format_overrides_what_the_keys_say(tmp_path):
     assert (
-        load("prompts", write(tmp_path, [PAIR | {"rejected": 5}]), format="prompts").rows[0].messages[0].content == "Hi"
+        load("prompts", Source(write(tmp_path, [PAIR | {"rejected": 5}]), format="prompts")).rows[0].messages[0].content
+        == "Hi"
     )
 
 
 def test_limit_keeps_the_first_records_and_reads_no_further(tmp_path):
     file = write(tmp_path, [PAIR, {**PAIR, "prompt": "Bye"}, {**PAIR, "chosen": 3}])
-    assert [row.prompt[0].content for row in load("preferences", file, limit=2).rows] == ["Hi", "Bye"]
+    assert [row.prompt[0].content for row in load("preferences", Source(file, limit=2)).rows] == ["Hi", "Bye"]
 
 
 def test_every_file_of_a_folder_has_its_own_form(tmp_path):
@@ -172,14 +173,14 @@ class TestSelect:
 
     def test_row_numbers_count_from_zero(self, tmp_path):
         chosen = self.selection(tmp_path, {"train": [3, 0]})
-        loaded = load("prompts", self.rows(tmp_path), select=(chosen, "train"))
+        loaded = load("prompts", Source(self.rows(tmp_path), select=(chosen, "train")))
         assert [row.messages[0].content for row in loaded.rows] == ["0", "3"]
         assert loaded.files[-1] == str(chosen)
 
     def test_bad_rows_outside_the_selection_do_not_matter(self, tmp_path):
         file = write(tmp_path, [PAIR, {**PAIR, "chosen": ""}, PAIR])
         chosen = self.selection(tmp_path, {"train": [0, 2]})
-        assert len(load("preferences", file, select=(chosen, "train")).rows) == 2
+        assert len(load("preferences", Source(file, select=(chosen, "train"))).rows) == 2
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -194,11 +195,11 @@ class TestSelect:
     )
     def test_wrong_selection(self, tmp_path, content, message):
         with pytest.raises(DataError, match=message):
-            load("prompts", self.rows(tmp_path), select=(self.selection(tmp_path, content), "train"))
+            load("prompts", Source(self.rows(tmp_path), select=(self.selection(tmp_path, content), "train")))
 
     def test_missing_selection(self, tmp_path):
         with pytest.raises(DataError, match="no.json: cannot be read: No such file"):
-            load("prompts", self.rows(tmp_path), select=(tmp_path / "no.json", "train"))
+            load("prompts", Source(self.rows(tmp_path), select=(tmp_path / "no.json", "train")))
 
 
 class TestHub:
@@ -210,7 +211,7 @@ class TestHub:
     def test_reads_the_named_split(self, monkeypatch):
         asked = []
         self.hub(monkeypatch, lambda name, split: asked.append((name, split)) or [PAIR])
-        loaded = load("preferences", "owner/pairs", split="test")
+        loaded = load("preferences", Source("owner/pairs", split="test"))
         assert asked == [("owner/pairs", "test")]
         assert [row.source for row in loaded.rows] == ["owner/pairs[test]:1"]
         assert len(loaded.digest) == 64 and loaded.files == ["owner/pairs"]
@@ -228,7 +229,7 @@ class TestHub:
 
 def test_split_of_a_local_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="split 'test' is for shipped data, hub data sets and folders"):
-        load("prompts", write(tmp_path, [PAIR]), split="test")
+        load("prompts", Source(write(tmp_path, [PAIR]), split="test"))
 
 
 def test_digest_is_that_of_the_file(tmp_path):
@@ -245,7 +246,7 @@ def test_digest_is_that_of_the_file(tmp_path):
     ],
 )
 def test_shipped_data(kind, record, train, held_out):
-    one, other = load(kind, "shipped"), load(kind, "shipped", split="held_out")
+    one, other = load(kind, "shipped"), load(kind, Source("shipped", split="held_out"))
     assert len(one.rows) >= train and len(other.rows) >= held_out
     assert {type(row) for row in one.rows + other.rows} == {record}
     assert reward_data.check(one.rows, other.rows) == []
@@ -253,4 +254,4 @@ def test_shipped_data(kind, record, train, held_out):
 
 def test_shipped_data_has_no_other_split():
     with pytest.raises(DataError, match="the splits train and held_out, not 'test'"):
-        load("prompts", "shipped", split="test")
+        load("prompts", Source("shipped", split="test"))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from reward_data import DataError, load
+from reward_data import DataError, Source, load
 
 
 def write(folder, *rows):
@@ -75,7 +75,7 @@ def test_preference(tmp_path, row, rating):
 
 
 def test_the_safer_answer_is_chosen_for_safety(tmp_path):
-    (read,) = load("preferences", write(tmp_path, PKU), tag="safety").rows
+    (read,) = load("preferences", Source(write(tmp_path, PKU), tag="safety")).rows
     assert (read.chosen, read.chosen_safety, read.rejected_safety) == ("bad", "safe", "unsafe")
 
 
@@ -102,10 +102,10 @@ def test_demonstration(tmp_path, row, prompt):
 def test_columns_of_ones_own(tmp_path):
     file = write(tmp_path, {"ask": "Q", "up": "good", "down": "bad", "chosen": 7})
     columns = {"prompt": "ask", "chosen": "up", "rejected": "down"}
-    (read,) = load("preferences", file, columns=columns).rows
+    (read,) = load("preferences", Source(file, columns=columns)).rows
     assert (read.prompt[0].content, read.chosen, read.rejected) == ("Q", "good", "bad")
     with pytest.raises(DataError, match=r"x.jsonl:1: .*no column 'no' .*the row has ask, up"):
-        load("preferences", file, columns={**columns, "prompt": "no"})
+        load("preferences", Source(file, columns={**columns, "prompt": "no"}))
 
 
 def test_a_form_that_is_unknown_is_refused_with_a_way_out(tmp_path):

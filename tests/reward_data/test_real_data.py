@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_data import DataError, check, load
+from reward_data import DataError, Source, check, load
 
 FOLDER = Path(os.environ.get("RLHF_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data")
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no folder of real data")
@@ -83,13 +83,13 @@ def test_genuine_ratings(name, ratings):
 @pytest.mark.parametrize(("part", "rows"), [("sft", 460), ("rm_train", 1148), ("rm_val", 214), ("ppo_prompts", 481)])
 def test_hh_split_selects_good_rows_alone(part, rows):
     select = (FOLDER / "hh_harmless_test/split.json", part)
-    assert len(load("preferences", FOLDER / "hh_harmless_test/test.jsonl", select=select).rows) == rows
+    assert len(load("preferences", Source(FOLDER / "hh_harmless_test/test.jsonl", select=select)).rows) == rows
 
 
 def test_hh_edge_cases_are_all_refused():
     select = (FOLDER / "hh_harmless_test/split.json", "edge_cases")
     with pytest.raises(DataError, match="9 bad rows"):
-        load("preferences", FOLDER / "hh_harmless_test/test.jsonl", select=select)
+        load("preferences", Source(FOLDER / "hh_harmless_test/test.jsonl", select=select))
 
 
 def test_replies_that_are_not_text_are_named_with_their_line():

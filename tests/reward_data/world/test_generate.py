@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from reward_data import load
+from reward_data import Source, load
 from reward_data.gold import gold_score
 from reward_data.load import SHIPPED
 from reward_data.world.generate import generate, main, rating_of
@@ -16,7 +16,7 @@ from reward_data.world.generate import generate, main, rating_of
 
 @cache
 def shipped(kind, split="train"):
-    return load(kind, "shipped", split=split).rows
+    return load(kind, Source("shipped", split=split)).rows
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.chat import check_format, format_of
 from rlhf.chat.template import TokenizerTemplate
 from rlhf.errors import UserError
-from tests.rlhf.chat.templates import ENDS, tokenizer_with
+from tests.rlhf.chat.templates import CHATML, ENDS, tokenizer_with
 from tests.rlhf.chat.test_llama2 import Message, assistant, user
 
 
@@ -111,6 +111,20 @@ def test_a_merge_over_the_seam_is_refused_with_its_response():
     tokenizer.chat_template = tokenizer_with("mistral").chat_template.replace("message['content'] +", "' yo' +")
     with pytest.raises(UserError, match="response 1: the tokenizer merges"):
         format_of(tokenizer).encode([user("hi"), assistant("yo")])
+
+
+def test_white_space_that_merges_with_the_prompt_is_told_before_rows_are_encoded():
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
+    backend = Tokenizer(models.BPE({letter: id for id, letter in enumerate(letters)}, merges=[("Ċ", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = CHATML
+    chat = format_of(tokenizer)
+    chat.validate([user("hi"), assistant("yo\n\n")])
+    with pytest.raises(UserError, match="response 1: the tokenizer merges"):
+        chat.validate([user("hi"), assistant("\nyo")])
 
 
 def test_a_template_that_ends_no_turn_is_refused():

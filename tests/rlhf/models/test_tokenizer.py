@@ -13,7 +13,7 @@ from rlhf.chat import format_of, llama2
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.models import load_causal, load_tokenizer, save_causal
-from rlhf.models.chat_format import check_inputs, message_check, notice
+from rlhf.runs.chat_format import check_inputs, message_check, notice
 from tests.rlhf.chat.templates import CHATML, tokenizer_with
 from tests.rlhf.chat.test_llama2 import Message, assistant, user
 

@@ -1,4 +1,7 @@
-"""The chat format of a run: `model.chat_format` and what the model's tokenizer brings."""
+"""The chat format of a run: `model.chat_format` and what the model's tokenizer brings.
+
+The driver imports this; only models that are not `tiny` make it load transformers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from pathlib import Path
 from rlhf.chat import ChatFormat, ChatMessage, check_format, format_of, llama2
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.models.tokenizer import load_tokenizer
 
 
 def run_format(config: RunConfig) -> ChatFormat | None:
@@ -21,6 +23,8 @@ def run_format(config: RunConfig) -> ChatFormat | None:
         if setting == "tokenizer":
             raise UserError("model.chat_format: `tiny` is made without a chat template of its own; set auto or llama2")
         return None
+    from rlhf.models import load_tokenizer
+
     chat = format_of(load_tokenizer(path, setting))
     try:
         check_format(chat)
@@ -54,6 +58,8 @@ def check_inputs(config: RunConfig, inputs: Mapping[str, Path]) -> None:
     """
     if config.model.chat_format == "auto":
         return
+    from rlhf.models import load_tokenizer
+
     chat = run_format(config)
     template = chat.tokenizer.chat_template if chat else llama2.TEMPLATE
     for name, folder in inputs.items():
