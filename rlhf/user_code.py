@@ -30,7 +30,10 @@ def source_digest(code: str) -> str:
     """SHA-256 of the file that holds the code; "" where it is in no readable file."""
     place = code.rpartition(":")[0]
     if not place.endswith(".py"):
-        spec = importlib.util.find_spec(place)
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):  # no such package; a module without a file, as a notebook's
+            spec = None
         place = spec.origin if spec and spec.origin else ""
     return hashlib.sha256(Path(place).read_bytes()).hexdigest() if Path(place).is_file() else ""
 

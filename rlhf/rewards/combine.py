@@ -46,8 +46,9 @@ def weighted_sum(weights: Sequence[float]) -> Combine:
     def combine(rewards_BN: Tensor, failed_BN: Tensor, is_safety_B: Tensor) -> Combined:
         del is_safety_B
         weight_N = torch.tensor(weights, dtype=torch.float32)
-        failed_B = failed_BN[:, weight_N != 0].any(1)
-        return Combined(torch.where(failed_B, 0.0, rewards_BN @ weight_N), failed_B)
+        counts_N = weight_N != 0  # 0 · NaN is NaN
+        failed_B = failed_BN[:, counts_N].any(1)
+        return Combined(torch.where(failed_B, 0.0, rewards_BN[:, counts_N] @ weight_N[counts_N]), failed_B)
 
     return combine
 
@@ -61,8 +62,9 @@ def piecewise(helpful: int, safety: int, safety_offset: float, threshold: float)
     def combine(rewards_BN: Tensor, failed_BN: Tensor, is_safety_B: Tensor) -> Combined:
         helpful_B, safety_B = rewards_BN[:, helpful], rewards_BN[:, safety]
         flagged_B = flagged_unsafe(safety_B + safety_offset, threshold)
-        score_B = piecewise_reward(helpful_B, safety_B, is_safety_B, flagged_B)
-        return Combined(score_B, failed_BN.any(1), flagged_B, _safety_metrics(is_safety_B, flagged_B))
+        failed_B, score_B = failed_BN.any(1), piecewise_reward(helpful_B, safety_B, is_safety_B, flagged_B)
+        metrics = _safety_metrics(is_safety_B, flagged_B)
+        return Combined(torch.where(failed_B, 0.0, score_B), failed_B, flagged_B, metrics)
 
     return combine
 

@@ -127,7 +127,8 @@ def _parameters(name: str, function: Any) -> list[inspect.Parameter]:
         parameters = [*inspect.signature(function).parameters.values()]
     except (TypeError, ValueError) as error:
         raise UserError(f"the reward {name} is {function!r}, whose arguments cannot be read: {error}") from error
-    unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    if unnamed:
+    if unnamed := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
         raise UserError(f"the reward {name} takes {', '.join(unnamed)} by position; it is called with names")
+    if all(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise UserError(f"the reward {name} takes nothing by name; it is called with names, those of {', '.join(OWN)}")
     return parameters
