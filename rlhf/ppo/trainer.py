@@ -1,6 +1,6 @@
 """PPOTrainer: sample → score → experience → update, with held-out evaluation, checkpoints, checks and alarms.
 
-Llama 2, §3.2.3; what was not published is marked in rlhf/config.py.
+Llama 2, §3.2.3; what was not published is marked in rlhf/config.
 """
 
 from __future__ import annotations

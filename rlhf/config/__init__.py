@@ -1,0 +1,53 @@
+"""Every setting of a run, one model per concern. An unknown key is an error; nothing here imports torch.
+
+Marks: [P] published for Llama 2-Chat (arXiv 2307.09288), [O] our choice where nothing was published.
+
+base.py  types          data.py  rows             supervised.py  SFT, reward models, DPO
+ppo.py   PPO, rewards   run.py   the whole run, models, hardware, tracking
+"""
+
+from rlhf.config.base import Code, Count, Folder, Fraction, Name, OptimConfig, Positive, Settings, Tag
+from rlhf.config.data import DataConfig, RoleConfig, SourceConfig
+from rlhf.config.ppo import AlarmConfig, KLTargetConfig, PPOConfig, RewardSource, SamplingConfig
+from rlhf.config.run import (
+    HardwareConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TinyConfig,
+    TrackingConfig,
+    public,
+    without_secrets,
+)
+from rlhf.config.supervised import RewardConfig, RewardModelConfig, SFTConfig
+
+__all__ = [
+    "AlarmConfig",
+    "Code",
+    "Count",
+    "DataConfig",
+    "Folder",
+    "Fraction",
+    "HardwareConfig",
+    "KLTargetConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Name",
+    "OptimConfig",
+    "PPOConfig",
+    "Positive",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RewardSource",
+    "RoleConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "Settings",
+    "SourceConfig",
+    "Tag",
+    "TinyConfig",
+    "TrackingConfig",
+    "public",
+    "without_secrets",
+]

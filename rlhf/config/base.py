@@ -1,0 +1,45 @@
+"""What settings are made of: their types, and the settings of an optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Also a folder's name and a part of dotted names."""
+
+Tag = Literal["helpful", "safety"]
+
+
+def _absolute_file(code: str) -> str:
+    """`my/file.py:name` with the whole path: workers have other working directories."""
+    file, _, name = code.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}:{name}" if file.endswith(".py") else code
+
+
+Code = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$"), AfterValidator(_absolute_file)]
+"""`module:name`, or `path/to/file.py:name`."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class OptimConfig(Settings):
+    lr: Annotated[float, Field(ge=0.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-5
+    max_grad_norm: Positive = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: Fraction = 0.1
+    """The cosine ends at this share of `lr`."""
+    warmup_ratio: Fraction = 0.0
+    min_warmup_steps: Annotated[int, Field(ge=0)] = 0

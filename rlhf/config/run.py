@@ -1,0 +1,184 @@
+"""Settings of a whole run, and how they are shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, model_validator
+
+from rlhf.config.base import Count, Folder, Name, Positive, Settings
+from rlhf.config.data import DataConfig
+from rlhf.config.ppo import GROUPED, PPOConfig
+from rlhf.config.supervised import RewardConfig, SFTConfig
+
+CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+SECRET_KEY = re.compile(r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key)=)[^&#\s'\"]*", re.IGNORECASE)
+
+
+class LoraConfig(Settings):
+    rank: Count = 16
+    alpha: Count = 32
+    targets: str | list[str] = "all-linear"
+
+
+class TinyConfig(Settings):
+    """Shape of the Llama that `model.path: tiny` makes on the spot, and of its tokenizer."""
+
+    vocab_size: Count = 768
+    hidden_size: Count = 128
+    intermediate_size: Count = 352
+    layers: Count = 4
+    heads: Count = 4
+
+
+class ModelConfig(Settings):
+    path: str = "tiny"
+    """A folder, a hub name, or `tiny`: made from `model.tiny` with a tokenizer trained on the run's demonstrations."""
+    chat_format: Literal["auto", "llama2", "tokenizer"] = "auto"
+    """How dialogues become tokens: `tokenizer` by the tokenizer's own chat template, `auto` by that where there is one,
+    else as Llama 2-Chat does. Artifacts keep theirs."""
+    tiny: TinyConfig = TinyConfig()
+    lora: LoraConfig | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+class HardwareConfig(Settings):
+    workers: Count = 1
+    workers_per_reward_model: Count | None = None
+    """None: as many as `workers`. Fewer leave room for reward models side by side."""
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    offload_to_cpu: bool = False
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: float32 master weights, bfloat16 autocast in forward and backward; heads and losses stay float32."""
+    ray_address: str | None = None
+    """None: a private Ray on this machine. `auto` or `ray://…`: the cluster that is already there."""
+    placement_timeout_s: Positive = 600.0
+    collective_timeout_s: Positive = 600.0
+    max_restarts: Annotated[int, Field(ge=0)] = 1
+
+
+class TrackingConfig(Settings):
+    uri: str | None = "sqlite:///mlflow.db"
+    """Any MLflow tracking URI; null keeps the run's own JSONL files alone."""
+    experiment: str = "rlhf"
+
+
+class RunConfig(Settings):
+    name: Name
+    pipeline: Annotated[list[str], Field(min_length=1)] = ["sft", "reward", "ppo"]
+    """Stages in their order; `stages/base.py` lists those that there are."""
+    seed: int = 0
+    runs_dir: Folder = Path("runs")
+    model: ModelConfig = ModelConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    data: DataConfig
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return self.runs_dir / self.name
+
+    @property
+    def reward_workers(self) -> int:
+        return self.hardware.workers_per_reward_model or self.hardware.workers
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self, info: ValidationInfo) -> RunConfig:
+        """All misfits in one error, a line each that begins with the dotted name of the setting to change.
+
+        The caller may find more: those of the pipeline, whose stages are not known here (`context["misfits"]`).
+        """
+        misfits = [*self._uneven_batches(), *(info.context["misfits"](self) if info.context else ())]
+        if "ppo" in self.pipeline:
+            misfits += [*self._unknown_reward_models(), *self._uneven_minibatches()]
+            misfits += [*self._unshared_prompts(), *self._adapters_for_vllm()]
+        if misfits:
+            raise ValueError("\n".join(misfits))
+        return self
+
+    def _unknown_reward_models(self) -> Iterator[str]:
+        for key, name in self.ppo.reward_models.items():
+            if name not in self.reward.models:
+                yield f"ppo.{key} is {name!r}, but reward.models has {', '.join(self.reward.models)}"
+        if self.ppo.rewards and not any(source.weight for source in self.ppo.rewards.values()):
+            yield "ppo.rewards gives every reward the weight 0, so there is nothing to maximise"
+
+    def _adapters_for_vllm(self) -> Iterator[str]:
+        if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:
+            yield "ppo.sampling.engine is vllm, which samples from whole weights alone, but model.lora is set; use inprocess"
+
+    def _uneven_batches(self) -> Iterator[str]:
+        """Under ZeRO-3 every rank must make the same number of forward passes, or all of them wait for ever."""
+        own = self.hardware.workers_per_reward_model is not None
+        for stage, (total, workers) in self._batches().items():
+            name = "ppo.minibatch_size" if stage == "ppo" else f"{stage}.batch_size"
+            key = "hardware.workers_per_reward_model" if stage == "reward" and own else "hardware.workers"
+            if total % workers:
+                yield f"{name} is {total}, which is not a multiple of {workers} workers ({key})"
+
+    def _batches(self) -> dict[str, tuple[int, int]]:
+        """Rows of an optimizer step of each stage of the pipeline, and the workers that share them."""
+        workers = self.hardware.workers
+        batches = {
+            "sft": (self.sft.batch_size, workers),
+            "reward": (self.reward.batch_size, self.reward_workers),
+            "ppo": (self.ppo.minibatch_size, workers),
+        }
+        return {stage: batch for stage, batch in batches.items() if stage in self.pipeline}
+
+    def _uneven_minibatches(self) -> Iterator[str]:
+        share, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
+        if left == 0 and share % self.ppo.group_size:
+            yield (
+                f"ppo.group_size is {self.ppo.group_size}, which does not divide the {share} rows that a "
+                "worker has of a minibatch (ppo.minibatch_size, hardware.workers)"
+            )
+        if self.ppo.group_size < 2 and self.ppo.advantage in GROUPED:
+            yield (
+                f"ppo.group_size is {self.ppo.group_size}, but {self.ppo.advantage} (ppo.advantage) compares responses to "
+                "one prompt; it needs at least 2, and 4 to 16 are usual"
+            )
+        if self.ppo.batch_size % self.ppo.minibatch_size:
+            yield f"ppo.batch_size is {self.ppo.batch_size}, not a multiple of minibatch_size {self.ppo.minibatch_size}"
+
+    def _unshared_prompts(self) -> Iterator[str]:
+        ppo, attention = self.ppo, self.model.attention
+        if ppo.packing and ppo.group_size > 1 and attention == "flash_attention_2":
+            yield (
+                f"model.attention is {attention}, which takes no mask by which packed answers could share their prompt "
+                "(ppo.packing, ppo.group_size); use sdpa"
+            )
+
+    def with_fitting_micro_batches(self) -> RunConfig:
+        """Each stage's micro_batch_size lowered to the nearest that divides a worker's share of the batch."""
+
+        def fit(stage: SFTConfig | RewardConfig | PPOConfig, share: int) -> Settings:
+            sizes = range(min(stage.micro_batch_size, share), 0, -1)
+            return stage.model_copy(update={"micro_batch_size": next(size for size in sizes if share % size == 0)})
+
+        shares = {stage: total // workers for stage, (total, workers) in self._batches().items()}
+        return self.model_copy(update={stage: fit(getattr(self, stage), share) for stage, share in shares.items()})
+
+
+def without_secrets(value: Any) -> Any:
+    """`value` as it may be shown and stored: texts in it lose what stands before the host of an address, a user's name
+    and password, and the values of keys like `token` behind a `?`."""
+    if isinstance(value, str):
+        return SECRET_KEY.sub(r"\1***", CREDENTIALS.sub("", value))
+    if isinstance(value, Mapping):
+        return {without_secrets(key): without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def public(config: RunConfig) -> dict[str, Any]:
+    """All settings, as they may be shown and stored."""
+    return without_secrets(config.model_dump(mode="json"))

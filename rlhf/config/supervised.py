@@ -1,0 +1,45 @@
+"""Settings of the stages that learn from given responses: SFT, reward models, DPO."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf.config.base import Count, Fraction, Name, OptimConfig, Positive, Settings, Tag
+
+
+class SFTConfig(Settings):
+    epochs: Positive = 2.0  # [P]
+    batch_size: Count = 64  # sequences per optimizer step over all workers [P]
+    micro_batch_size: Count = 8  # rows at once on a worker, at most
+    max_length: Count = 4096  # [P]
+    packing: bool = True  # [P]
+    optim: OptimConfig = OptimConfig(lr=2e-5, eps=1e-8, schedule="cosine", warmup_ratio=0.03)
+    evals: Count = 4  # held-out loss so many times in the stage
+    checkpoints: Annotated[int, Field(ge=0)] = 2
+
+
+class RewardModelConfig(Settings):
+    own_tag: Tag
+    other_fraction: Fraction = 0.0
+    """Share of the training set that comes from the other tag (helpfulness 0.5, safety 0.1) [P]."""
+    safety_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """λ of the auxiliary safe/unsafe loss [O]."""
+
+
+class RewardConfig(Settings):
+    models: dict[Name, RewardModelConfig] = {
+        "helpfulness": RewardModelConfig(own_tag="helpful", other_fraction=0.5),
+        "safety": RewardModelConfig(own_tag="safety", other_fraction=0.1, safety_loss_weight=0.5),
+    }
+    margin: Literal["none", "small", "large"] = "small"  # [P]: all three were compared
+    epochs: Positive = 1.0  # [P]
+    batch_size: Count = 512  # pairs per optimizer step over all workers [P]
+    micro_batch_size: Count = 8  # rows at once on a worker, at most
+    max_length: Count = 4096
+    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_ratio=0.03, min_warmup_steps=5)  # [P]
+    evals: Count = 4
+    checkpoints: Annotated[int, Field(ge=0)] = 2
+    center_rows: Count = 256
+    """SFT answers over which the mean reward is taken and subtracted; drawn by hash, of every tag and source."""
