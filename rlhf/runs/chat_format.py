@@ -41,14 +41,18 @@ def message_check(config: RunConfig) -> Callable[[Sequence[ChatMessage]], None]:
 
 
 def notice(config: RunConfig) -> str | None:
-    """What `auto` chose, where the model brought a template."""
-    chat = run_format(config)
-    if config.model.chat_format != "auto" or chat is None or chat.name == "llama2":
+    """What becomes of the template that the model brings, unless the settings ask for it by name."""
+    path, setting = config.model.path, config.model.chat_format
+    if path == "tiny" or setting == "tokenizer":
         return None
-    return (
-        f"chat format: the template that the tokenizer of {config.model.path} brings (model.chat_format: auto); set "
-        "llama2 to train it in that format instead"
-    )
+    from rlhf.models import load_tokenizer
+
+    if format_of(load_tokenizer(path)).name == "llama2":
+        return None
+    template = f"the template that the tokenizer of {path} brings"
+    if setting == "llama2":
+        return f"chat format: llama2 replaces {template} (model.chat_format)"
+    return f"chat format: {template} (model.chat_format: auto); set llama2 to replace it"
 
 
 def check_inputs(config: RunConfig, inputs: Mapping[str, Path]) -> None:

@@ -1,9 +1,9 @@
-"""Run history. JSONL files in a run's own folder are the truth; a thread mirrors them in MLflow as well as it can.
+"""Run history: JSONL files in the run's folder, which a background thread uploads to MLflow.
 
-tracker.py  what stages and the driver call; writes metrics.jsonl and events.jsonl
-lines.py    JSONL files that survive a killed writer
-mirror.py   what MLflow has of a folder (mlflow.json), the thread that sends the rest, and `fill_in`
-client.py   the only file that speaks MLflow
+base.py           what stages and the driver call; writes metrics.jsonl and events.jsonl
+jsonl.py          JSONL files that survive a killed writer
+mlflow_sync.py    what MLflow already has of a folder (mlflow.json), the thread that uploads the rest, `fill_in`
+mlflow_client.py  the only file that calls MLflow
 """
 
 from rlhf.tracking.base import NullTracker, Tracker, mark_failed, open_parent, open_tracker, read_metrics

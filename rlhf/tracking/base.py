@@ -1,4 +1,4 @@
-"""What stages and the driver call to record a run. Every call writes to a file and returns; none waits for MLflow."""
+"""What stages and the driver call to record a run. Every call writes to a file and returns without waiting for MLflow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Tracker(Protocol):
     def params(self, values: Mapping[str, Any]) -> None: ...  # nested mappings become dotted names
     def tags(self, values: Mapping[str, str]) -> None: ...
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
-    def rewind(self, step: int) -> None: ...  # drops the metrics after `step`, which are made again
+    def rewind(self, step: int) -> None: ...  # drops the metrics after `step`; the stage makes them again
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...  # added to earlier rows of that name
     def dataset(self, name: str, path: str, digest: str, role: str) -> None: ...
     def artifact(self, path: Path) -> None: ...  # a small file, for instance a plot; never weights
@@ -30,9 +30,9 @@ class Tracker(Protocol):
 def open_tracker(
     folder: Path, settings: TrackingConfig, run_name: str, parent_run_id: str | None, is_writer: bool
 ) -> Tracker:
-    """The tracker of one run. Opened again, it goes on in the same files and the same MLflow run.
+    """The tracker of one run. If the run exists, it continues in the same files and the same MLflow run.
 
-    `parent_run_id` None: a run of its own. "": nested, and the parent is looked up in the folders above once it exists.
+    `parent_run_id` None: a top-level run. "": a nested run, whose parent is looked up in the folders above once it exists.
     """
     if not is_writer:
         return NullTracker()
@@ -42,12 +42,12 @@ def open_tracker(
 
 
 def open_parent(folder: Path, settings: TrackingConfig, run_name: str) -> Tracker:
-    """The tracker of a whole pipeline. Its `run_id` appears when its thread has reached MLflow; do not wait for it."""
+    """The tracker of a pipeline. Its `run_id` appears when its thread has reached MLflow; do not wait for it."""
     return open_tracker(folder, settings, run_name, parent_run_id=None, is_writer=True)
 
 
 def mark_failed(folder: Path, reason: str) -> None:
-    """Note that the run in `folder` failed, where its own process died too early to say so. `fill_in` sends it."""
+    """Records that the run in `folder` failed, if its process died too early to do so. `fill_in` uploads it."""
     states = [event["status"] for event, _ in read_lines(folder / EVENTS) if event["event"] == "status"]
     if states and states[-1] == "RUNNING":
         events = Lines(folder / EVENTS)
@@ -56,7 +56,7 @@ def mark_failed(folder: Path, reason: str) -> None:
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every series in `folder`, by step; where a step was done twice, the later value."""
+    """(step, value) of every metric in `folder`, by step; if a step was recorded twice, the later value."""
     series: dict[str, dict[int, float]] = {}
     for line, _ in read_lines(folder / METRICS):
         for name, value in line.items():
@@ -81,7 +81,7 @@ class NullTracker:
 
 
 class FileTracker:
-    """Adds to the folder's JSONL files; with a tracking URI, a follower thread mirrors them."""
+    """Appends to the folder's JSONL files; with a tracking URI, a thread uploads them."""
 
     def __init__(self, folder: Path, settings: TrackingConfig, watch_system: bool) -> None:
         self._folder = folder
@@ -89,7 +89,7 @@ class FileTracker:
         self._is_open = True
         self._event("status", status="RUNNING", reason="")
         self._record_code()
-        self._follower = None if settings.uri is None else SyncThread(folder, settings, watch_system)
+        self._sync = None if settings.uri is None else SyncThread(folder, settings, watch_system)
 
     @property
     def run_id(self) -> str | None:
@@ -108,7 +108,7 @@ class FileTracker:
         rewind(self._folder, step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows that are there already come from a stage that goes on and makes them again; they are not added twice."""
+        """A resumed stage makes the same rows again; they are not added twice."""
         event = {"event": "table", "name": name, "rows": plain(rows)}
         earlier = ({key: old.get(key) for key in event} for old, _ in read_lines(self._folder / EVENTS))
         if event not in earlier:
@@ -121,14 +121,14 @@ class FileTracker:
         self._event("artifact", path=path.absolute())
 
     def close(self, status: Status = "FINISHED", reason: str = "") -> None:
-        """Note how the run ended and give the follower some seconds to catch up. A second call changes nothing."""
+        """Records how the run ended and gives the upload some seconds to catch up. A second call changes nothing."""
         if self._is_open:
             self._is_open = False
             self._event("status", status=status, reason=reason)
             self._metrics.close()
             self._events.close()
-            if self._follower:
-                self._follower.close()
+            if self._sync:
+                self._sync.close()
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._events.append({"event": kind, **without_secrets(fields)})

@@ -1,4 +1,4 @@
-"""JSONL files that are only added to. A line that a killed process left half-written is never read."""
+"""Append-only JSONL files. A line that a killed process left half-written is never read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Lines:
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The whole lines from byte `start` on, each with the byte after it. Nothing where there is no file."""
+    """The complete lines from byte `start` on, each with its end offset. Nothing if there is no file."""
     if not path.exists():
         return
     with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""The only file that speaks MLflow: one line of our files in, the calls for it out. MLflow is imported at first use."""
+"""The only file that calls MLflow: turns lines of the JSONL files into its calls. MLflow is imported at first use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # MLflow's limits for one ca
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # MLflow's limits, characters
 SYSTEM_SAMPLE_S = 5
 FAILURE = "failure.reason"
-ENVIRONMENT = {  # soon back from a server that is down, and quiet
+ENVIRONMENT = {  # give up early on a server that is down; print nothing
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -57,13 +57,13 @@ class Client:
         self._mlflow = MlflowClient(tracking_uri=self._uri)
 
     def experiment_id(self) -> str:
-        """The experiment, made if need be."""
+        """The experiment, created if it does not exist."""
         from mlflow.exceptions import MlflowException
 
         if found := self._mlflow.get_experiment_by_name(self._experiment):
             return found.experiment_id
         database = _database(self._uri)
-        files = None if database is None else (database.parent / "mlruns").as_uri()  # not where the process stands
+        files = None if database is None else (database.parent / "mlruns").as_uri()  # not in the working folder
         try:
             return self._mlflow.create_experiment(self._experiment, artifact_location=files, tags=EXPERIMENT_TAGS)
         except MlflowException:
@@ -81,7 +81,7 @@ class Client:
         return self._mlflow.create_run(self.experiment_id(), int(1000 * started), tags, name).info.run_id
 
     def has_run(self, run_id: str) -> bool:
-        """False when it was deleted or the store is a new one."""
+        """False if the run was deleted or the store is new."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -128,7 +128,7 @@ class Client:
         return monitor
 
     def _send_params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """MLflow's parameters never change, so those of a resumed run stay what they were."""
+        """MLflow's parameters are immutable, so those of a resumed run stay as they are."""
         from mlflow.entities import Param
 
         known = self._mlflow.get_run(run_id).data.params
@@ -180,7 +180,7 @@ def _import_quietly() -> None:
 
 
 def _make_database(database: Path) -> None:
-    """A new SQLite store, whole or not at all: MLflow fills it in 60 steps and cannot mend one that was left half-way."""
+    """A new SQLite store, by rename: MLflow fills it in 60 steps and cannot repair a partial one."""
     from mlflow import MlflowClient
 
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def _make_database(database: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Alone with a file or folder; BlockingIOError if another process or thread is there and we do not `wait`."""
+    """An exclusive lock on a file or folder; without `wait`, BlockingIOError if another process or thread has it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -79,7 +79,7 @@ BUGS = [
             "if A: ...",
             "pass",
         ),
-        Bug("BOS of a template stands twice", "TokenizerTemplate._ids", "A(_, add_special_tokens=False)", "A(_)"),
+        Bug("BOS of a template stands twice", "TokenizerTemplate._ids", "A(B, add_special_tokens=False)", "A(B)"),
     ),
     *bugs_in(
         "rlhf/data/batches.py",

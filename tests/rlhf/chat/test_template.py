@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.chat import check_format, format_of
@@ -74,6 +74,14 @@ def test_a_response_ends_at_every_eos_and_at_the_end_of_its_turn(name):
     assert chat.stop_ids == list(dict.fromkeys([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ENDS[name])]))
     for stop in chat.stop_ids:
         assert chat.decode([*tokenizer(" yo")["input_ids"], stop, *tokenizer("never read")["input_ids"]]) == "yo"
+
+
+def test_a_tokenizer_that_adds_bos_itself_gives_the_one_of_the_template():
+    tokenizer = tokenizer_with("llama3")
+    bos = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    assert tokenizer("hi")["input_ids"][0] == tokenizer.bos_token_id
+    assert format_of(tokenizer).encode(DIALOGUE)[0].count(tokenizer.bos_token_id) == 1
 
 
 def test_eos_ids_of_the_model_are_stop_ids():

@@ -125,8 +125,10 @@ def test_plain_transformers_talks_with_an_artifact_and_stops_where_we_do(folder_
 def test_the_run_says_what_auto_chose(folder_with):
     own = folder_with(tokenizer_with("chatml"))
     assert "the template that the tokenizer of" in (notice(run(own)) or "")
-    assert notice(run(own, "llama2")) is None
+    assert "llama2 replaces the template" in (notice(run(own, "llama2")) or "")
     assert notice(run(own, "tokenizer")) is None
+    load_tokenizer(own, "llama2").save_pretrained(own)
+    assert notice(run(own)) is None and notice(run(own, "llama2")) is None
 
 
 def test_messages_are_checked_by_the_runs_format(folder_with):
