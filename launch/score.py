@@ -107,7 +107,7 @@ def encode(
         except UserError as error:
             unfit.append(f"{row.source}: {error.message}")
     if unfit and (bad_rows == "refuse" or not texts):
-        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; mend them, or leave them out: --bad-rows skip)", 3)
+        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; fix them, or leave them out: --bad-rows skip)", 3)
     return texts, unfit
 
 

@@ -183,17 +183,17 @@ def _parse_overrides(overrides: list[str]) -> tuple[list[tuple[Keys, Node]], lis
 
 
 def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[ConfigError]]:
-    """All mistakes: pydantic skips its cross checks where a field is bad, so bad fields are mended and it goes again.
+    """All mistakes: pydantic skips its cross checks where a field is bad, so bad fields are replaced by their defaults and it validates again.
 
-    Cross checks that speak of a mended setting, or of a section whose layer is missing, are left out.
+    Cross checks of a replaced setting, or of a section whose layer is missing, are left out.
     """
-    defaults, mistakes, mended = _defaults(), [], set[Keys]()
+    defaults, mistakes, replaced = _defaults(), [], set[Keys]()
     while True:
         try:
             return RunConfig.model_validate(yaml_tree.plain(tree), context={"misfits": misfits}), mistakes
         except ValidationError as error:
             details = error.errors(include_url=False)
-        suspect = [_dotted(keys) for keys in mended] + [f"{section}." for section in incomplete]
+        suspect = [_dotted(keys) for keys in replaced] + [f"{section}." for section in incomplete]
         faulty: set[Keys] = set()
         for detail in details:
             keys = _keys(tree, detail)
@@ -202,8 +202,8 @@ def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[
                 mistakes += [_misfit(tree, line) for line in lines if not any(name in line for name in suspect)]
             elif detail["type"] == "missing":
                 mistake = ConfigError(yaml_tree.where(tree, keys), _dotted(keys), "is missing")
-                mistakes += [] if keys in mended or mistake in mistakes else [mistake]
-                faulty |= {keys} & STAND_INS.keys() - mended
+                mistakes += [] if keys in replaced or mistake in mistakes else [mistake]
+                faulty |= {keys} & STAND_INS.keys() - replaced
             else:
                 faulty.add(keys)
                 mistakes.append(ConfigError(yaml_tree.where(tree, keys), _dotted(keys), _explain(keys, detail)))
@@ -212,7 +212,7 @@ def _validate(tree: Node, incomplete: set[str]) -> tuple[RunConfig | None, list[
         for keys in sorted(faulty, key=str, reverse=True):
             default = STAND_INS.get(keys) or yaml_tree.find(defaults, keys)
             tree = yaml_tree.put(tree, keys, default) if default else yaml_tree.drop(tree, keys)
-        mended |= faulty
+        replaced |= faulty
 
 
 def _keys(tree: Node, detail: ErrorDetails) -> Keys:

@@ -1,4 +1,4 @@
-"""What should not be in data but often is: found and counted, so that a run can report or refuse it."""
+"""Common faults of data, found and counted, so that a run can report or refuse them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Finding:
 def check(train: Sequence[Record], held_out: Sequence[Record] = ()) -> list[Finding]:
     """Findings over both parts: identical pairs, empty replies, and training rows whose prompt is also held out.
 
-    Prompts are compared without regard to case and white space. Unequal prompts cannot stand in a record: `load`
-    refuses such rows and counts them in `Loaded.refused_kinds`.
+    Case and white space of prompts are ignored. A record cannot hold two different prompts: `load` refuses such rows and
+    counts them in `Loaded.refused_kinds`.
     """
     everything = [*train, *held_out]
     known = {normalised_prompt(prompt_of(record)) for record in held_out}

@@ -1,4 +1,4 @@
-"""Rows of a table in text: commas, semicolons or tabs; numbers and lists in the columns that hold them."""
+"""Rows of a CSV file: separated by commas, semicolons or tabs, with numbers and lists in their columns."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def csv_rows(file: Path, text: str) -> Iterator[Row]:
 
 
 def _delimiter(header: str) -> str:
-    """What parts the header into most columns; the comma, where that is the same."""
+    """The delimiter that gives the header most columns; the comma if several do."""
     return max(DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
 
 
@@ -103,7 +103,7 @@ def _cell(column: str, cell: str) -> Any:
 
 
 def _number(cell: str) -> Any:
-    """The number in the cell; None for an empty cell, and the text itself where it is no number."""
+    """The number in the cell; None for an empty cell, and the text itself if it is not a number."""
     if not cell.strip():
         return None
     for kind in (int, float):

@@ -1,10 +1,10 @@
-"""What is wrong with data: `DataError` for the reader, `BadRow` for one row on its way there."""
+"""Errors in data: `DataError` for people, `BadRow` for a single row."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """The text with halves of characters (lone surrogates) spelt out, since no terminal or file takes them."""
+    """The text with lone surrogates escaped, because no terminal or file accepts them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,6 +1,6 @@
-"""Rows of a file, a saved data set or a hub data set, each with the place that it came from.
+"""Rows of a file, a saved data set or a hub data set, each with its place.
 
-A row is whatever the file holds (usually a dict of keys to values); what it means is the business of `converters`.
+A row is whatever the file holds, usually a dict; `converters` interpret it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """Rows of one file, or of one folder of `save_to_disk`. DataError where it cannot be read as a whole."""
+    """Rows of one file, or of one folder of `save_to_disk`. DataError if the file itself cannot be read."""
     if file.is_dir():
         return _saved_rows(file)
     name, data = file.name.lower(), _bytes_of(file)
@@ -61,7 +61,7 @@ def digest_of(files: list[Path]) -> str:
 
 
 def digest_of_rows(rows: Iterable[Row]) -> str:
-    """SHA-256 of rows that came without a file."""
+    """SHA-256 of rows without a file."""
     lines = (json.dumps(row.value, sort_keys=True, default=str) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

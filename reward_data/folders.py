@@ -1,4 +1,4 @@
-"""Which files a path means: one file, a hub data set, or those of a folder that belong to the split."""
+"""Which files a path means: one file, a hub data set, or the files of a folder that belong to the split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = 5  # files named in one finding
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: `files` on disk, or one hub data set. `findings` tell what of a folder is not read."""
+    """Where rows come from: `files` on disk, or one hub data set. `findings` list what is not read of a folder."""
 
     files: tuple[Path, ...]
     hub: str = ""
@@ -34,9 +34,9 @@ class Source:
 
 
 def find(path: str | Path, split: str | None = None, config: str | None = None) -> Source:
-    """The data behind a file, a folder (searched deeply) or a hub name `owner/name`; DataError if none.
+    """The data behind a file, a folder (searched with its subfolders) or a hub name `owner/name`; DataError if none.
 
-    `split` picks files of a folder by the words in their names (without it: train, and those that name no split),
+    `split` picks files of a folder by the words in their names (default: train, and files that name no split),
     `config` a folder in it.
     """
     place = Path(path)
@@ -78,8 +78,8 @@ def _folder(folder: Path, split: str | None) -> Source:
 
 
 def _walk(folder: Path, seen: set[Path]) -> Iterator[tuple[Path, bool]]:
-    """(file, whether it is read), deeply and in order. Hidden ones are left out; a link to what was seen is not read
-    again."""
+    """(file, whether it is read), recursively and in order. Hidden files are left out, and so are links to files that were
+    already seen."""
     seen.add(folder.resolve())
     if is_saved(folder):
         yield folder, True
@@ -98,7 +98,7 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[tuple[Path, bool]]:
 
 
 def _split_of(file: Path) -> tuple[str, str]:
-    """The split that a name means, and the name itself without the number of its shard: hub sets call one train_sft."""
+    """The split that a name means, and the name without its shard number: hub data sets have names such as train_sft."""
     parts = [*file.parts[:-1], file.name.split(".")[0]]
     label = re.sub(r"-\d+-of-\d+$", "", parts[-1])
     found = [SPLITS[word[0]] for part in reversed(parts) for word in WORD.finditer(part.lower())]

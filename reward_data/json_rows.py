@@ -1,4 +1,4 @@
-"""Rows of JSON text, whatever its name says: one value a line, one list, or values one after the other."""
+"""Rows of JSON text, whatever the file's name: one value per line, one list, or concatenated values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPEAKERS = ("role", "from")  # keys of a message: a list of messages is one row,
 
 
 class _Twice(ValueError):
-    """A key that stands twice in one object: nobody knows which value is meant."""
+    """A duplicate key in one object: it is unclear which value is meant."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ BROKEN = (ValueError, RecursionError)  # ValueError also for a whole number of m
 
 
 def json_rows(file: Path, text: str) -> Iterator[Row]:
-    """Rows of a JSON file. A broken line is a fault of its row; a broken list is a broken file (DataError)."""
+    """Rows of a JSON file. A broken line makes a bad row; a broken list makes a broken file (DataError)."""
     start = _skip(text, 0, BLANK)
     named_lines = not {".jsonl", ".ndjson"}.isdisjoint(suffix.lower() for suffix in file.suffixes)
     first, *rest = text[start:].strip().split("\n", 1)
@@ -45,7 +45,7 @@ def json_rows(file: Path, text: str) -> Iterator[Row]:
 
 
 def _is_row(head: Row, named_lines: bool, rest: list[str]) -> bool:
-    """Whether a first line that begins with a bracket is one row among lines, and not the list of all rows."""
+    """Whether a first line that begins with a bracket is one of many rows, and not the list of all rows."""
     if head.fault:
         return named_lines and bool(rest) and _has_row(rest[0], "[")
     value = head.value
@@ -76,7 +76,7 @@ def _odd_rows(file: Path, text: str, start: int, named_lines: bool) -> Iterator[
 
 
 def _has_row(text: str, bracket: str) -> bool:
-    """Whether a line is a row of its own: then the file is lines, some of them broken."""
+    """Whether any line is a row: then the file consists of lines, some of them broken."""
     return any(line.startswith(bracket) and not _parsed(line, "").fault for line in text.split("\n"))
 
 
@@ -87,7 +87,7 @@ def _line_rows(file: Path, text: str) -> Iterator[Row]:
 
 
 def _parsed(line: str, place: str) -> Row:
-    """The row of one line; a comma after it, as in a list that lost its brackets, is no fault."""
+    """The row of one line. A trailing comma is allowed, as in a list without its brackets."""
     line = line.strip()
     try:
         return Row(STRICT.decode(line[:-1] if line.endswith(("},", "],")) else line), place)
@@ -98,7 +98,7 @@ def _parsed(line: str, place: str) -> Row:
 
 
 def _stream_rows(file: Path, text: str, start: int) -> list[Row] | None:
-    """Objects that follow one another; None if anything else stands between them."""
+    """Concatenated objects; None if there is anything else between them."""
     rows: list[Row] = []
     position, line = start, 1 + text.count("\n", 0, start)
     while position < len(text):

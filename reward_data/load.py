@@ -1,4 +1,4 @@
-"""`load`: a path in, checked records out, with every refused row named."""
+"""`load`: checked records from a path, with a list of refused rows."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Loaded:
     rows: list
     refused: list[str]  # "file:line: reason", one per row left out
     refused_kinds: dict[str, int]  # how many of each: empty_reply, unequal_prompts, bad_row, …
-    digest: str  # SHA-256 of the files read
+    digest: str  # SHA-256 of the files that were read
     files: list[str]
-    findings: list[str]  # what of the source was not read, and what looks wrong in it as a whole
+    findings: list[str]  # what was not read of the source, and what looks wrong in it
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Source:
 
 
 def load(kind: Kind, source: Source | str | Path, *, bad_rows: Literal["refuse", "skip"] = "refuse") -> Loaded:
-    """Records of `kind` from a source or a path. Raises DataError, for bad rows too unless they are skipped."""
+    """Records of `kind` from a source or a path. DataError if it cannot be read, or for bad rows unless they are skipped."""
     source = source if isinstance(source, Source) else Source(source)
     path, format, split = source.path, source.format, source.split
     if str(path) == "shipped":
@@ -66,7 +66,7 @@ def load(kind: Kind, source: Source | str | Path, *, bad_rows: Literal["refuse",
     made = (r for table in tables for r in _records(kind, table, format, source.tag or "helpful", refused))
     records = list(islice(made, source.limit))
     if refused and bad_rows == "refuse":
-        raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; mend them, or skip them (bad_rows: skip)"))
+        raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; fix them, or skip them (bad_rows: skip)"))
     if not records:
         raise DataError(_message(refused, f"{path}: no usable row{_why_nothing(tables, format, refused)}"))
     rows = [meaning.opened(row) for table in tables for row in table.rows]
@@ -82,7 +82,7 @@ def load(kind: Kind, source: Source | str | Path, *, bad_rows: Literal["refuse",
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one file. `first` shows the form of most of them, even where a selection leaves it out."""
+    """The rows of one file. `first` shows the form of most of them, even if it is not selected."""
 
     first: Row
     rows: list[Row]
@@ -91,7 +91,7 @@ class Table:
 def _tables(
     path: str | Path, split: str | None, config: str | None, columns: Mapping[str, str]
 ) -> tuple[list[Table], list[Path], list[str]]:
-    """Rows by file, the files, and what of the source was not read."""
+    """Rows by file, the files, and what was not read of the source."""
     source = folders.find(path, split, config)
     if source.hub:
         rows = [list(files.hub_rows(source.hub, split or "train", config))]
@@ -103,7 +103,7 @@ def _tables(
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with the named columns alone, under the keys of a form."""
+    """The row with only the named columns, under the keys of a form."""
     if row.fault or not isinstance(row.value, dict):
         return row
     for column in columns.values():
@@ -145,14 +145,14 @@ def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadR
     converter = converter_for(format, table.first)
     group = getattr(converter, "group", None)  # forms whose record needs several rows
     rows = [meaning.opened(row) for row in table.rows]
-    judge = meaning.Judge(rows)
+    verdicts = meaning.Verdicts(rows)
     for row in group(rows) if group else rows:
         try:
             if row.fault:
                 raise BadRow(row.fault)
             if not (group or isinstance(row.value, dict) or converter.matches(row.value)):
                 raise BadRow(f"the row is {shown(row.value)}, not an object with keys")
-            made = _converted(kind, converter, row, tag, judge)
+            made = _converted(kind, converter, row, tag, verdicts)
         except BadRow as bad:
             bad.place = bad.place or row.place
             refused.append(bad)
@@ -160,8 +160,8 @@ def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadR
             yield from dict.fromkeys(made)  # pairs of one row share a prompt
 
 
-def _converted(kind: Kind, converter: ModuleType, row: Row, tag: Tag, judge: meaning.Judge) -> list[Record]:
-    """Records of one row; BadRow where they do not say what the row says."""
+def _converted(kind: Kind, converter: ModuleType, row: Row, tag: Tag, verdicts: meaning.Verdicts) -> list[Record]:
+    """Records of one row; BadRow if they would lose or change what the row says."""
     members = row.value if hasattr(converter, "group") else [row]
     for member in members if kind != "prompts" else []:
         meaning.refuse_outranked(member)
@@ -170,7 +170,7 @@ def _converted(kind: Kind, converter: ModuleType, row: Row, tag: Tag, judge: mea
         for record in made:
             meaning.refuse_lost_context(member, record, getattr(converter, "SPLIT_KEYS", ()))
             if kind == "demonstrations" and isinstance(record, Demonstration):
-                judge.refuse_unwanted(member)
+                verdicts.refuse_unwanted(member)
     for record in made:
         meaning.refuse_transcripts(record)
     records = [_whole(_as_kind(kind, record)) for record in made]
@@ -178,7 +178,7 @@ def _converted(kind: Kind, converter: ModuleType, row: Row, tag: Tag, judge: mea
 
 
 def _why_nothing(tables: list[Table], format: str, refused: list[BadRow]) -> str:
-    """Why no row gave a record, where no row was refused."""
+    """Why no row gave a record although none was refused."""
     count = sum(len(table.rows) for table in tables)
     if refused or not count:
         return "" if refused else ": the selection holds no row"
@@ -187,7 +187,7 @@ def _why_nothing(tables: list[Table], format: str, refused: list[BadRow]) -> str
 
 
 def _as_kind(kind: Kind, record: Record) -> Record:
-    """A preference is also a demonstration (its chosen answer), and both hold a prompt; the way back does not exist."""
+    """A preference is also a demonstration (its chosen response), and both contain a prompt; the reverse does not hold."""
     if kind == "prompts":
         return Prompt(prompt_of(record), record.tag, record.source)
     if kind in ("demonstrations", "answers") and isinstance(record, Preference):
@@ -228,7 +228,7 @@ def _as_json(entry: Any) -> Any:
 
 
 def _whole(record: Record) -> Record:
-    """The record, if its texts can be encoded: a JSON escape may hold one half of a character."""
+    """The record, if its texts can be encoded: a JSON escape may contain half of a character."""
     texts = [message.content for message in prompt_of(record)]
     texts += [record.chosen, record.rejected] if isinstance(record, Preference) else []
     texts += [record.messages[-1].content] if isinstance(record, Demonstration) else []

@@ -1,4 +1,4 @@
-"""What a row says beside what its converter read: context, verdicts, a dialogue inside a text. Nothing is lost silently."""
+"""What a row says beyond what its converter reads: context, verdicts, a dialogue inside a text. None is dropped silently."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SPEAKER = re.compile(r"^(?:Human|User|USER|Assistant|ASSISTANT|### (?:Instructio
 
 
 def opened(row: Row) -> Row:
-    """The row with every text that is wholly a list of messages, as JSON or as Python writes it, read as that list."""
+    """The row with every text that is nothing but a list of messages, in JSON or Python syntax, parsed into that list."""
     if isinstance(row.value, Mapping):
         value: Any = {key: _opened(text) for key, text in row.value.items()}
     else:
@@ -52,7 +52,7 @@ def _opened(text: Any) -> Any:
 
 
 def turns_in(text: str) -> list[dict[str, Any]] | None:
-    """The messages that the whole text is; None for any other text, one that quotes messages included."""
+    """The messages if the text is nothing but a list of messages, else None."""
     text = text.strip()
     if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
         return None
@@ -78,7 +78,7 @@ def _is_message(value: Any) -> bool:
 
 
 def refuse_outranked(row: Row) -> None:
-    """BadRow where a rejected answer is scored above the chosen one."""
+    """BadRow if a rejected response has a higher score than the chosen one."""
     value = row.value
     if not isinstance(value, Mapping):
         return
@@ -103,7 +103,7 @@ def _figure(value: Any) -> float | None:
 
 
 def refuse_lost_context(row: Row, record: Record, held_elsewhere: Sequence[str] = ()) -> None:
-    """BadRow where a key of context holds text that stands nowhere in the record."""
+    """BadRow if a key of context holds text that is not in the record."""
     if not isinstance(row.value, Mapping):
         return
     read = [_squeezed(text) for _, text in _texts_of(record)]
@@ -142,7 +142,7 @@ def _texts_of(record: Record) -> list[tuple[str, str]]:
 
 
 def refuse_transcripts(record: Record) -> None:
-    """BadRow where a text of the record is itself a dialogue, or an answer goes on with a turn of the human."""
+    """BadRow if a text of the record is itself a dialogue, or a response continues with a turn of the human."""
     for role, text in _texts_of(record):
         found = SPECIAL.search(text) or ENDS.search(text) or ALPACA.search(text)
         if role == "assistant":
@@ -155,15 +155,15 @@ def refuse_transcripts(record: Record) -> None:
             )
 
 
-class Judge:
-    """Tells the answers of a file that somebody disliked. All rows are looked at first: a label may be 0, 1 or 2."""
+class Verdicts:
+    """Finds responses that people rejected. It first looks at all rows of a file, because a label may be 0, 1 or 2."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         values = [row.value for row in rows if isinstance(row.value, Mapping)]
         self.binary = {key for key in (*VERDICTS, *GRADES) if _is_verdict([v.get(key) for v in values])}
 
     def refuse_unwanted(self, row: Row) -> None:
-        """BadRow for an answer under a verdict such as `label: false`, or under a grade below zero."""
+        """BadRow for a response with a verdict such as `label: false`, or a grade below zero."""
         if not isinstance(row.value, Mapping):
             return
         for key in (*VERDICTS, *GRADES):
@@ -187,7 +187,7 @@ def _word(value: Any) -> str:
 
 
 def suspicions(records: Sequence[Record], rows: Sequence[Row], kind: str) -> list[str]:
-    """What looks wrong in a whole file, though no row of it is certainly bad."""
+    """What looks wrong in a file although no single row is certainly bad."""
     answers = [a for record in records for a in _answers_of(record)]
     repeats = sum(1 for prompt, answer in answers if len(answer) > len(prompt) and answer.startswith(prompt))
     spoken = sum(1 for _, answer in answers if SPEAKER.search(answer))

@@ -1,4 +1,4 @@
-"""The three kinds of record that training reads: demonstrations, preferences, prompts."""
+"""The three kinds of records for training: demonstrations, preferences, prompts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 Rating = Literal["significantly", "better", "slightly", "negligibly", "unrated"]
-"""By how much the chosen answer is better; the four grades of Llama 2 (arXiv 2307.09288, §3.2.1)."""
+"""By how much the chosen response is better; the four grades of Llama 2 (arXiv 2307.09288, §3.2.1)."""
 Tag = Literal["helpful", "safety"]
 Safety = Literal["safe", "unsafe", "unknown"]
 Kind = Literal["demonstrations", "preferences", "prompts", "answers"]
-"""`answers` are demonstrations that nobody learns: those with a bad verdict are among them."""
+"""`answers` are demonstrations that are only scored, so those that people rejected are included."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ Record = Demonstration | Preference | Prompt
 
 
 def prompt_of(record: Record) -> tuple[Message, ...]:
-    """The messages that the answer of this record replies to."""
+    """The messages that the response of this record replies to."""
     if isinstance(record, Preference):
         return record.prompt
     return record.messages[:-1] if isinstance(record, Demonstration) else record.messages
 
 
 def normalised_prompt(messages: Sequence[Message]) -> str:
-    """One text for prompts that differ only in case and white space, to tell whether two records share a prompt."""
+    """One text for prompts that differ only in case and white space, to find records with the same prompt."""
     return "\n".join(f"{m.role}: {' '.join(m.content.lower().split())}" for m in messages)

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that its reader can mend. Shown as one message without a traceback; the process exits with `exit_code`.
+    """A mistake that its reader can fix. Shown as one message without a traceback; the process exits with `exit_code`.
 
     Exit codes: 2 for a mistake in settings or on the command line, 3 for bad data, 4 for a missing or broken model or
     artifact, 5 for a machine that is too small (CPUs, disk), 6 for training that had to stop.

@@ -123,7 +123,7 @@ def _without_unfit(rows: list, data: DataConfig, validate: Validate) -> tuple[li
         except UserError as error:
             unfit.append(f"{row.source}: {error.message}")
     if unfit and data.bad_rows == "refuse":
-        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; mend them, or leave them out: data.bad_rows: skip)", 3)
+        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; fix them, or leave them out: data.bad_rows: skip)", 3)
     return fit, unfit
 
 

@@ -34,7 +34,7 @@ def without_shared(kind: str, train: list, held_out: set[str], where: str, data:
     if shared and data.shared_prompts == "refuse":
         raise UserError(
             f"data.{kind}: {len(shared)} training rows have a prompt that is {where}, the first is "
-            f"{shared[0].source}; mend the files, or leave these rows out (data.shared_prompts: drop)",
+            f"{shared[0].source}; fix the files, or leave these rows out (data.shared_prompts: drop)",
             3,
         )
     return kept, shared

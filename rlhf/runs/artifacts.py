@@ -1,4 +1,4 @@
-"""What passes between stages: a folder of files whose manifest is written last, so that its existence means complete."""
+"""Artifacts, which pass between stages: folders whose manifest is written last, so a folder with one is complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HASHED_AT_ONCE = 8  # files
 @dataclass(frozen=True)
 class Artifact:
     kind: str  # "sft", "reward/helpfulness", "ppo"
-    path: Path  # the folder; not in the manifest, so it may be moved
+    path: Path  # the folder; not in the manifest, so it can be renamed
     digest: str  # of the kind and every file's name and content
     parents: dict[str, str]  # name of each artifact or data set it was made from -> its digest
     config_digest: str
@@ -36,7 +36,7 @@ class Artifact:
 
 
 def begin(folder: Path) -> Path:
-    """Empty `folder` for a new artifact. An older manifest goes first: a half-removed artifact is never a whole one."""
+    """Empties `folder` for a new artifact. An old manifest goes first, so a half-removed artifact is never complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
@@ -47,9 +47,9 @@ def begin(folder: Path) -> Path:
 def complete(
     folder: Path, kind: str, parents: Mapping[str, str], config_digest: str, metrics: Mapping[str, Any]
 ) -> Artifact:
-    """Seal the files in `folder` with a manifest. Raises UserError(4) when there are none, UserError(5) on a full disk."""
+    """Commits the files in `folder` with a manifest. UserError(4) if there are none, UserError(5) on a full disk."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing and reading hold no lock of Python's
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing and reading release Python's lock
         digests = pool.map(partial(sha256_of, to_disk=True), paths)
         files = {
             path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
@@ -72,7 +72,7 @@ def complete(
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """The files of `source` in the existing folder `target`, without a second copy where the file system can link."""
+    """Puts the files of `source` into the existing folder `target`, as hard links if the file system has them."""
     shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
 
 
@@ -84,10 +84,10 @@ def _link(source: str, target: str) -> None:
 
 
 def load(folder: Path, *, verify: bool = False) -> Artifact:
-    """The finished artifact in `folder`; UserError(4) when it is absent or torn. `verify` also hashes every file."""
+    """The artifact in `folder`; UserError(4) if it is missing or damaged. `verify` also hashes every file."""
     manifest = _manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder} holds no finished artifact ({MANIFEST} is missing). Run the stage that makes it.", 4)
+        raise UserError(f"{folder} holds no complete artifact ({MANIFEST} is missing). Run the stage that makes it.", 4)
     _check_files(folder, manifest, verify)
     return _artifact(folder, manifest)
 
@@ -95,7 +95,7 @@ def load(folder: Path, *, verify: bool = False) -> Artifact:
 def find(folder: Path, config_digest: str, parents: Mapping[str, str]) -> Artifact | None:
     """The artifact in `folder` if it was made from these settings and these parents, else None.
 
-    Raises UserError(4) when it should be usable but a file of it is missing or changed.
+    UserError(4) if it should be usable but a file of it is missing or changed.
     """
     manifest = _manifest(folder)
     if manifest is None or manifest["config_digest"] != config_digest or manifest["parents"] != dict(parents):
@@ -105,7 +105,7 @@ def find(folder: Path, config_digest: str, parents: Mapping[str, str]) -> Artifa
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON-able value; the order of keys does not matter."""
+    """SHA-256 of a JSON value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -126,7 +126,7 @@ def code_revision() -> str:
     """Git commit of this code, with `+changes` when tracked files differ; outside git the version of the package."""
     here = Path(__file__).parent
     try:
-        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # not merely inside somebody's repository
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # not just inside another repository
         changed = _git(here, "status", "--porcelain", "--untracked-files=no")
         return _git(here, "rev-parse", "HEAD").strip() + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -157,12 +157,12 @@ def require_disk(folder: Path, needed: int) -> None:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Write `value` as JSON so that a reader sees the old file or the new one, never a part of either."""
+    """Writes `value` as JSON. A reader sees the old file or the new one, never a part."""
     write_atomic(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", durable=durable)
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write beside `path`, wait for the disk if `durable`, rename over it. A full disk becomes UserError(5)."""
+    """Writes next to `path`, waits for the disk if `durable`, and renames. UserError(5) on a full disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -182,7 +182,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types: NaN and infinities become null, NumPy and torch scalars become numbers."""
+    """`value` in JSON types: NaN and infinities become null, NumPy and torch scalars become numbers."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -215,7 +215,7 @@ def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> Non
         elif (size := path.stat().st_size) != entry["size"]:
             fault = f"has {size} bytes instead of {entry['size']}"
         elif verify and sha256_of(path) != entry["sha256"]:
-            fault = "has other content than when it was finished"
+            fault = "has other content than when it was committed"
         else:
             continue
         raise UserError(f"The artifact in {folder} is damaged: {name} {fault}. Remove {folder} and run again.", 4)

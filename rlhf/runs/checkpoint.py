@@ -1,6 +1,6 @@
-"""Checkpoints: whole or not there. A partial one is never taken for a whole one, and the last two whole ones are kept.
+"""Checkpoints, which are committed by their last file. Partial ones are removed, and the last two complete ones kept.
 
-Random numbers need no place in them: every draw is keyed by seed, iteration, prompt and position.
+They hold no random state: every draw is keyed by seed, iteration, prompt and position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STATE = "state.json"
 
 
 class Part(Protocol):
-    """What has a folder of its own in a checkpoint, an engine for instance. Every rank saves and loads its share."""
+    """What has its own folder in a checkpoint, such as an engine. Every rank saves and loads its shard."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -28,23 +28,23 @@ class Part(Protocol):
 
 
 def save(folder: Path, iteration: int, parts: Mapping[str, Part], state: dict[str, Any]) -> None:
-    """Writes `folder/iteration-N`: all that a PPO stage needs to go on. All ranks must call it."""
+    """Writes `folder/iteration-N`: all that PPO needs to resume. All ranks must call it."""
     target = folder / f"iteration-{iteration:06d}"
 
     def begin() -> None:
         _remove(target)
         target.mkdir(parents=True)
 
-    collectives.rank_zero_only(begin, f"making room for {target}")
+    collectives.rank_zero_only(begin, f"clearing {target}")
     for name, part in parts.items():
         part.save(target / name)
     commit(target, state | {"iteration": iteration, "world_size": collectives.world_size()})
 
 
 def commit(target: Path, state: dict[str, Any]) -> None:
-    """Says that every rank has written its part of `target`, and lets go of older checkpoints. All ranks must call it.
+    """Commits `target` when every rank has written its part, and removes older checkpoints. All ranks must call it.
 
-    `state.json` is written last, so its existence means whole.
+    `state.json` is written last, so a folder with it is complete.
     """
 
     def finish() -> None:
@@ -53,7 +53,7 @@ def commit(target: Path, state: dict[str, Any]) -> None:
             _remove(old)
 
     collectives.barrier()
-    collectives.rank_zero_only(finish, f"sealing {target} and removing older checkpoints")
+    collectives.rank_zero_only(finish, f"committing {target} and removing older checkpoints")
 
 
 def complete(folder: Path) -> list[Path]:
@@ -67,9 +67,9 @@ def number(checkpoint: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint that the first rank sees; partial ones are removed. All ranks must call it.
+    """The newest complete checkpoint that the first rank sees; partial ones are removed. All ranks must call it.
 
-    UserError (5), on every rank, where one of them does not see it.
+    UserError (5) on every rank if one of them does not see it.
     """
 
     def choose() -> Path | None:
@@ -80,7 +80,7 @@ def newest(folder: Path) -> Path | None:
 
     chosen = collectives.rank_zero_only(choose, f"removing partial checkpoints from {folder}")
     missing = [
-        rank for rank, there in enumerate(collectives.gather_objects(not chosen or _sealed(chosen))) if not there
+        rank for rank, there in enumerate(collectives.gather_objects(not chosen or _is_committed(chosen))) if not there
     ]
     if missing:
         raise UserError(
@@ -90,7 +90,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:
-    """Loads the newest whole checkpoint of `save` into `parts` and returns its state; None when there is none."""
+    """Loads the newest complete checkpoint of `save` into `parts` and returns its state; None if there is none."""
     found = newest(folder)
     if found is None:
         return None
@@ -100,19 +100,19 @@ def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:
 
 
 def best_folder(folder: Path, iteration: int) -> Path:
-    """Where the policy of an iteration is kept that was the best so far. Each has its own: a checkpoint may go back to
-    an older one."""
+    """Where the policy of an iteration is kept if it was the best so far. Each iteration has its own folder, because a
+    resume may go back to an older one."""
     return folder / f"best-{iteration:06d}"
 
 
 def forget_bests(folder: Path, current: int) -> None:
-    """Removes the kept policies that neither a whole checkpoint nor the run, whose best is `current`, still names."""
+    """Removes kept policies that no complete checkpoint names, except that of iteration `current`."""
     named = {current, *(_state(path)["best_iteration"] for path in complete(folder))}
     for path in {*folder.glob("best-*")} - {best_folder(folder, iteration) for iteration in named}:
         shutil.rmtree(path)
 
 
-def _sealed(checkpoint: Path) -> bool:
+def _is_committed(checkpoint: Path) -> bool:
     return (checkpoint / STATE).is_file()
 
 
@@ -121,6 +121,6 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """What says that it is whole goes first: a removal may be broken off too."""
+    """Removes `state.json` first, so that an interrupted removal leaves a partial checkpoint."""
     (checkpoint / STATE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)

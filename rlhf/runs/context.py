@@ -1,4 +1,4 @@
-"""What a stage is told about the place it runs in, and how it says how far it is."""
+"""What a stage knows about the place where it runs, and how it reports progress."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class StageContext:
     world_size: int
     device: torch.device
     folder: Path  # runs/<run>/<stage>, the same on all ranks
-    inputs: Mapping[str, Artifact]  # stage name -> what it left behind
-    tracker: Tracker  # a null object on all ranks but the first
+    inputs: Mapping[str, Artifact]  # stage name -> its artifact
+    tracker: Tracker  # does nothing on all ranks but the first
     progress: Progress
-    local: bool  # alone in this process, without a process group
+    local: bool  # in one process, without a process group
     roles: tuple[str, ...] = ()  # of the data that the stage reads: "demonstrations", "preferences", "prompts"
 
     @property
@@ -48,7 +48,7 @@ class StageContext:
 
 
 class Progress:
-    """Tells the driver, through `<folder>/progress.json`, how far a stage is. Silent on all ranks but the writer."""
+    """Reports a stage's progress to the driver in `<folder>/progress.json`. Only the writer's rank writes."""
 
     def __init__(self, folder: Path, is_writer: bool) -> None:
         self._path = folder / PROGRESS
@@ -57,12 +57,12 @@ class Progress:
         self._warnings: list[str] = []
 
     def warn(self, text: str) -> None:
-        """A line that stays under the stage's bar from the next update on, which comes at once."""
+        """Shows a line under the stage's bar from the next update on, which is written at once."""
         self._warnings.append(text)
         self._next_write = 0.0
 
     def update(self, done: int, total: int, **metrics: float) -> None:
-        """`done` of `total` steps and the figures that matter, e.g. loss=1.2. Written twice a second at most."""
+        """`done` of `total` steps and the main metrics, e.g. loss=1.2. Written at most twice a second."""
         now = time.monotonic()
         if not self._is_writer or (now < self._next_write and done < total):
             return
@@ -77,12 +77,12 @@ class ProgressState:
     done: int
     total: int
     metrics: dict[str, float | None]  # None: was not a finite number
-    warnings: list[str]  # all since the stage began
+    warnings: list[str]  # all since the stage started
     time: float  # seconds since 1970
 
 
 def read_progress(folder: Path) -> ProgressState | None:
-    """What the stage in `folder` last said; None before its first word."""
+    """The last progress of the stage in `folder`; None before the first."""
     try:
         return ProgressState(**json.loads((folder / PROGRESS).read_text()))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What an artifact was made from: its settings, its data, its parents. Equal lineage means that a stage can be skipped."""
+"""What an artifact was made from: settings, data, parents. A stage with equal provenance is skipped."""
 
 from __future__ import annotations
 

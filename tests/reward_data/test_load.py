@@ -28,7 +28,7 @@ def test_bad_rows_are_refused_together_with_file_line_key_and_reason(tmp_path):
     with pytest.raises(DataError) as error:
         load("preferences", file)
     assert error.value.message.splitlines() == [
-        f"{file}: 2 bad rows; mend them, or skip them (bad_rows: skip)",
+        f"{file}: 2 bad rows; fix them, or skip them (bad_rows: skip)",
         f"  {file}:2: key 'chosen' must be text, but is 3",
         f"  {file}:3: key 'rejected' must be text, but is true",
     ]

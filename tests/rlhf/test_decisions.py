@@ -75,7 +75,7 @@ def newest(folder: Path) -> Any:
 def unseen(folder: Path) -> Any:
     """Rank 1 does not see the file that makes a checkpoint whole."""
     if collectives.rank() == 1:
-        checkpoint._sealed = lambda path: False
+        checkpoint._is_committed = lambda path: False
     try:
         checkpoint.newest(folder)
     except UserError as error:

@@ -74,7 +74,7 @@ def test_find_is_none_where_nothing_is(tmp_path):
 def test_files_without_a_manifest_are_no_artifact(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"weights")
     assert artifacts.find(tmp_path, "settings", {}) is None
-    with pytest.raises(UserError, match=r"no finished artifact") as caught:
+    with pytest.raises(UserError, match=r"no complete artifact") as caught:
         artifacts.load(tmp_path)
     assert caught.value.exit_code == 4
 
