@@ -29,15 +29,16 @@ from rlhf.tracking import NullTracker, open_tracker
 def local_setup(
     model: Any,
     rewards: Mapping[str, Any],
-    prompts: Sequence[Any],
+    prompts: tuple[Sequence[Any], Sequence[Any]],
     ppo: PPOConfig,
-    held_out: Sequence[Any],
     folder: str | Path | None,
+    seed: int,
 ) -> Setup:
-    """Models, rewards and prompts of a trainer that is alone in its process. UserError for what cannot be used."""
+    """Models, rewards and (training, held-out) prompts of a trainer that is alone in its process. UserError for what
+    cannot be used."""
     prepare_environment()
     place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="rlhf-ppo-"))
-    config = _run_config(ppo)
+    config = _run_config(ppo, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     context = StageContext(
         stage="ppo",
@@ -56,7 +57,7 @@ def local_setup(
         raise UserError("rewards is empty: name at least one, for example rewards={'short': my_function}")
     kept, chosen_by = (
         short_prompts(models.tokenizer, [_prompt(row, i, name) for i, row in enumerate(rows)], ppo.max_prompt_length)
-        for name, rows in (("prompts", prompts), ("held_out", held_out))
+        for name, rows in zip(("prompts", "held_out"), prompts, strict=True)
     )
     if not kept:
         raise UserError("prompts is empty")
@@ -84,11 +85,11 @@ class Bar(Progress):
             self._bar.close()
 
 
-def _run_config(ppo: PPOConfig) -> RunConfig:
+def _run_config(ppo: PPOConfig, seed: int) -> RunConfig:
     nothing = RoleConfig(train=[])
     data = DataConfig(demonstrations=nothing, preferences=nothing, prompts=nothing)
     try:
-        return RunConfig(name="ppo", data=data, ppo=ppo).with_fitting_micro_batches()
+        return RunConfig(name="ppo", seed=seed, data=data, ppo=ppo).with_fitting_micro_batches()
     except ValidationError as error:
         lines = [line for one in error.errors() for line in one["msg"].removeprefix("Value error, ").splitlines()]
         raise UserError("\n".join(lines)) from error

@@ -72,8 +72,9 @@ class PPOTrainer:
         config: PPOConfig | None = None,
         held_out: Sequence[Any] = (),
         folder: str | Path | None = None,
+        seed: int = 0,
     ) -> None:
-        self._open(local_setup(model, rewards, prompts, config or PPOConfig(), held_out, folder))
+        self._open(local_setup(model, rewards, (prompts, held_out), config or PPOConfig(), folder, seed))
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
