@@ -1,7 +1,7 @@
 """PPO ends at the optimum that a formula gives, on a world of which every answer is known.
 
 π_ref · exp(r / β) / Z maximises E[r] - β KL(π‖π_ref). Sampling, scoring, experience and update are the program's own,
-through `stages.ppo.iterate`; reward and KL are sums over all answers, with probabilities from plain transformers.
+through `PPOTrainer.step`; reward and KL are sums over all answers, with probabilities from plain transformers.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ def test_a_longer_way_ends_nearer_for_every_beta(world, kl_coef):
 
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
-def test_answers_sampled_ahead_lead_to_the_same_end(world):
+def test_answers_of_one_step_off_policy_lead_to_the_same_end(world):
     given = settings(BETA, ITERATIONS)
-    ahead = given.model_copy(update={"sampling": given.sampling.model_copy(update={"ahead": True})})
-    assert furthest(world.errors(train(world, ahead).path[-1], BETA)) < LONG
+    sampling = given.sampling.model_copy(update={"one_step_off_policy": True})
+    off_policy = given.model_copy(update={"sampling": sampling})
+    assert furthest(world.errors(train(world, off_policy).path[-1], BETA)) < LONG
 
 
 # --- faults: the test can fail ----------------------------------------------------------------------------------------
