@@ -78,7 +78,11 @@ class World:
 
     @torch.no_grad()
     def logprobs(self, causal: nn.Module) -> Tensor:
-        """logprobs_QN, float64, of whole answers, by plain forward passes of transformers."""
+        """logprobs_QN, float64, of whole answers."""
+        return self.token_logprobs(causal).sum(2)
+
+    def token_logprobs(self, causal: nn.Module) -> Tensor:
+        """logprobs_QNR, float64, by plain forward passes of transformers; 0 after the end of an answer."""
         rows = []
         for prompt in self.prompts:
             filled = [answer + [PAD] * (self.length - len(answer)) for answer in self.answers]
@@ -86,7 +90,7 @@ class World:
             lengths_N = torch.tensor([len(answer) for answer in self.answers])
             logprobs_NTV = torch.log_softmax(causal(tokens_NT).logits.double(), -1)[:, len(prompt) - 1 : -1]
             of_token_NR = logprobs_NTV.gather(2, tokens_NT[:, len(prompt) :, None])[:, :, 0]
-            rows.append(torch.where(torch.arange(self.length) < lengths_N[:, None], of_token_NR, 0.0).sum(1))
+            rows.append(torch.where(torch.arange(self.length) < lengths_N[:, None], of_token_NR, 0.0))
         return torch.stack(rows)
 
     def best(self, kl_coef: float) -> Tensor:

@@ -1,6 +1,6 @@
 """One seed, one PPO trajectory: ranks, accumulation, forward passes, packing and engine change nothing but rounding.
 
-Every layout runs the program's own `open_models` and `iterate` (sample, score, make_experience, update) on the same
+Every layout runs the program's own `open_models` and `PPOTrainer.step` (sample, score, make_experience, update) on the same
 small Llamas, and is compared with one process of plain torch that reads a minibatch in one padded pass.
 
 The file is also the program of each rank: `test_layout.py FOLDER`. The whole matrix, with its table:
@@ -10,6 +10,7 @@ The file is also the program of each rank: `test_layout.py FOLDER`. The whole ma
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -40,8 +41,7 @@ class Layout:
     packing: bool = False
     recompute: bool = False  # model.gradient_checkpointing
     answers: int = 1  # to each prompt
-    chunks: int = 1  # with more, answers are scored beside the sampling
-    ahead: bool = False  # answers of the next iteration are sampled beside the update
+    off_policy: bool = False  # answers of the next iteration are sampled during the update
     mean_of_means: bool = False  # a planted fault
 
     @property
@@ -51,14 +51,13 @@ class Layout:
     @property
     def kind(self) -> tuple[int, bool]:
         """Layouts of one kind make one trajectory."""
-        return self.answers, self.ahead
+        return self.answers, self.off_policy
 
     def __str__(self) -> str:
         words = [f"{self.ranks} ranks", self.engine, f"accumulation {self.accumulation}"]
         words += ["tokens" if self.by_tokens else "rows", "packed" if self.packing else "padded"]
         words += [f"{self.answers} answers per prompt"] * (self.answers > 1) + ["recompute"] * self.recompute
-        words += [f"{self.chunks} chunks"] * (self.chunks > 1)
-        words += ["ahead"] * self.ahead
+        words += ["one step off-policy"] * self.off_policy
         return ", ".join(words + ["mean of means"] * self.mean_of_means)
 
 
@@ -75,12 +74,12 @@ class Trajectory:
 
 REFERENCE = Layout()
 QUICK = [
-    Layout(accumulation=4, packing=True, chunks=5),
+    Layout(accumulation=4, packing=True),
     Layout(accumulation=2, by_tokens=True, packing=True, recompute=True),
     Layout(ranks=2, zero_stage=0, accumulation=2),
     Layout(ranks=2, zero_stage=2, by_tokens=True),
-    Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, recompute=True, chunks=3),
-    Layout(ranks=2, zero_stage=3, accumulation=2, ahead=True),
+    Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, recompute=True),
+    Layout(ranks=2, zero_stage=3, accumulation=2, off_policy=True),
     Layout(accumulation=2, packing=True, recompute=True, answers=4),
     Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, answers=4),
 ]
@@ -90,7 +89,7 @@ MATRIX = [
     Layout(ranks, stage, accumulation, by_tokens, packing)
     for (ranks, stage), accumulation, by_tokens, packing in product(ENGINES, (1, 2, 4), (False, True), (False, True))
 ]
-MATRIX += [Layout(ranks, stage, 2, True, True, recompute=True, chunks=3) for ranks, stage in ENGINES]
+MATRIX += [Layout(ranks, stage, 2, True, True, recompute=True) for ranks, stage in ENGINES]
 MATRIX += [
     Layout(ranks, stage, 2, by_tokens, True, answers=4) for ranks, stage in ENGINES for by_tokens in (False, True)
 ]
@@ -110,13 +109,13 @@ def settings(layout: Layout) -> RunConfig:
         "micro_batch_size": rows,
         "micro_batch_tokens": rows * LONGEST if layout.by_tokens else None,
         "packing": layout.packing,
-        "scoring_chunks": layout.chunks,
         "sampling": {
-            "ahead": layout.ahead,
+            "one_step_off_policy": layout.off_policy,
             "temperature": 0.7,
             "max_new_tokens": 12,
             "batch_size": BATCH // (layout.ranks * layout.accumulation),
         },
+        "kl_coef": 0.1,
         "kl_target": {"target": 1.0, "horizon": 100.0},
         "optim": LEARN,
         "critic_optim": LEARN,
@@ -138,8 +137,9 @@ def prompts() -> list[Prompt]:
 
 def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
     from rlhf.distributed.engine import full_state
-    from rlhf.ppo.step_profiler import PhaseTimer
-    from stages import ppo
+    from rlhf.ppo.models import open_models
+    from rlhf.ppo.setup import Setup, reward_set
+    from rlhf.ppo.trainer import PPOTrainer
 
     config, found = settings(layout), Trajectory()
     inputs: Any = {name: SimpleNamespace(path=folder / name) for name in MODELS}
@@ -151,8 +151,8 @@ def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
         is_writer=False,
         local=layout.zero_stage is None,
     )
-    models = ppo.open_models(config, context)
-    learners = {"policy": models.policy, "critic": models.critic}
+    models = open_models(config, context, {name: folder / "reward" / name for name in ("helpfulness", "safety")})
+    learners = models.engines()
 
     def weights() -> dict[str, Tensor]:
         states = {name: full_state(engine.module, keep=True) for name, engine in learners.items()}
@@ -160,28 +160,29 @@ def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
 
     for name, engine in learners.items():
         watch_steps(name, engine, found)
-    found.start, state, timer = weights(), {"iteration": 0, "beta": 0.1}, PhaseTimer(context.device)
+    found.start = weights()
+    trainer = PPOTrainer.of(Setup(config, context, models, reward_set(config, models), prompts(), held_out=[]))
     with pytest.MonkeyPatch.context() as patch:
         watch_answers(patch, found)
         if layout.mean_of_means:
             plant_mean_of_means(patch, learners, passes=layout.ranks * layout.accumulation)
         for iteration in range(1, iterations + 1):
-            state["iteration"] = iteration
-            found.metrics.append(ppo.iterate(config, context, models, prompts(), state, timer))
+            trainer.state.iteration = iteration
+            found.metrics.append(trainer.step())
     found.weights = weights()
     return found
 
 
 def watch_answers(patch: pytest.MonkeyPatch, found: Trajectory) -> None:
-    from stages import ppo
+    from rlhf.ppo import trainer
 
-    make_experience = ppo.make_experience
+    make_experience = trainer.make_experience
 
     def watched(rollout: Any, *rest: Any) -> Any:
         found.answers.append(rollout.tokens_BT)
         return make_experience(rollout, *rest)
 
-    patch.setattr(ppo, "make_experience", watched)
+    patch.setattr(trainer, "make_experience", watched)
 
 
 def watch_steps(model: str, engine: Any, found: Trajectory) -> None:
@@ -237,7 +238,9 @@ ROUNDING = (
     "ppo/rollout_logprob_diff",
     "perf/",
 )  # figures that are themselves rounding errors, and those that measure time
-OF_ONE = ("ppo/explained_variance", "ppo/kl")  # small differences of numbers of one or more, which round as those do
+OF_ONE = ("ppo/explained_variance", "ppo/kl", "ppo/policy_loss")
+"""Small differences of numbers of one or more, which round as those do: the policy loss is a mean of advantages that are
+whitened, or centred in their group, so its terms are of order one and nearly cancel."""
 LEARNERS = ("policy", "critic")
 
 
@@ -250,8 +253,8 @@ def differences(found: Trajectory, expected: Trajectory) -> dict[str, float]:
     for name in expected.metrics[0]:
         if not name.startswith(ROUNDING):
             a, b = (torch.tensor([step[name] for step in side.metrics]) for side in (found, expected))
-            scale = 1.0 if name in OF_ONE else b.abs().max()
-            metrics = max(metrics, float((a - b).abs().max() / scale))
+            scale = 1.0 if name in OF_ONE else float(b.abs().max())
+            metrics = max(metrics, relative(float((a - b).abs().max()), scale))
     gradients, weights, worst = [], [], []
     for model in LEARNERS:
         for one, other in zip(found.gradients, expected.gradients, strict=True):
@@ -267,6 +270,13 @@ def differences(found: Trajectory, expected: Trajectory) -> dict[str, float]:
         "weights": max(weights),
         "worst weight": max(worst),
     }
+
+
+def relative(difference: float, scale: float) -> float:
+    """Infinite for NaN, and for a difference from what is 0 throughout."""
+    if difference == 0:
+        return 0.0
+    return difference / scale if scale and not math.isnan(difference) else math.inf
 
 
 def of_model(state: dict[str, Tensor], model: str) -> Tensor:
@@ -305,8 +315,10 @@ def compare_all(layouts: Sequence[Layout], iterations: int, folder: Path) -> dic
     make_models(folder)
     kinds = {layout.kind for layout in layouts}
     expected = {
-        (answers, ahead): run(dataclasses.replace(REFERENCE, answers=answers, ahead=ahead), folder, 0, iterations)
-        for answers, ahead in kinds
+        (answers, off_policy): run(
+            dataclasses.replace(REFERENCE, answers=answers, off_policy=off_policy), folder, 0, iterations
+        )
+        for answers, off_policy in kinds
     }
     here = [layout for layout in layouts if layout.zero_stage is None]
     found = {layout: differences(run(layout, folder, 0, iterations), expected[layout.kind]) for layout in here}

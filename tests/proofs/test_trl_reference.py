@@ -15,6 +15,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from rlhf.models.policy import PolicyModel
 from rlhf.ppo.experience import make_experience
 from rlhf.ppo.scoring import score_rollout
 from rlhf.ppo.update import update
+from rlhf.rewards import ModelReward, Responses, RewardSet, weighted_sum
 
 FILE = Path(__file__).parents[1] / "golden" / "trl_ppo.json"
 GOLDEN = json.loads(FILE.read_text())
@@ -116,18 +118,20 @@ def case(name):
         critic_optim=OptimConfig(lr=0.0),
     )
     rollout = rollout_of(trl)
-    reward = engine(scalar("reward"))
-    scores = score_rollout(
-        rollout,
-        engine(PolicyModel(causal("policy"))),
-        engine(PolicyModel(causal("reference"))),
-        engine(scalar("value")),
-        reward,
-        reward,
-        config,
+    reward = ModelReward(engine(scalar("reward")), config)
+    models: Any = SimpleNamespace(
+        policy=engine(PolicyModel(causal("policy"))),
+        reference=engine(PolicyModel(causal("reference"))),
+        critic=engine(scalar("value")),
     )
-    experience, metrics = make_experience(rollout, scores, torch.zeros(8).bool(), config, config.kl_coef)
-    return SimpleNamespace(trl=trl, config=config, rollout=rollout, scores=scores, experience=experience, **metrics)
+    rewards = RewardSet({"reward": reward}, weighted_sum([1.0]))
+    scores = score_rollout(rollout, models, rewards(Responses(rollout, prompts=[], texts=[])), config)
+    combined = rewards.combine(scores.rewards_BN, scores.failed_BN, torch.zeros(8).bool())
+    experience, metrics = make_experience(rollout, scores, combined, config, config.kl_coef)
+    score_B = combined.score_B
+    return SimpleNamespace(
+        trl=trl, config=config, rollout=rollout, scores=scores, score_B=score_B, experience=experience, **metrics
+    )
 
 
 def rollout_of(trl):
@@ -153,7 +157,7 @@ def updated(given, index=slice(None)):
     config = given.config.model_copy(update={"minibatch_size": 8, "micro_batch_size": 8})
     policy = engine(PolicyModel(causal("policy_moved")), config.optim)
     critic = engine(scalar("value_moved"), config.critic_optim)
-    metrics = update(policy, critic, experience, config, seed=0, iteration=1, rank=0, world=1)
+    metrics = update(policy, critic, experience, config, (0, 1), config.kl_coef)
     return SimpleNamespace(metrics=metrics, policy=policy.gradients, critic=critic.gradients)
 
 
@@ -192,7 +196,7 @@ def test_what_the_models_say_of_each_token(name, quantity):
 def test_scores_less_the_penalty(name):
     given = case(name)
     penalty_B = SETTINGS["missing_eos_penalty"] * (~given.rollout.finished_B).float()
-    assert_near(f"{name} scores", given.scores.helpful_B - penalty_B, given.trl.scores)
+    assert_near(f"{name} scores", given.score_B - penalty_B, given.trl.scores)
 
 
 @pytest.mark.parametrize("name", AGREEING)
@@ -208,7 +212,7 @@ def test_kl_and_its_share_of_the_reward(name):
 
 def our_token_rewards(given):
     kl_BR = k1(given.scores.logprobs_BR, given.scores.ref_logprobs_BR)
-    final_B = given.scores.helpful_B - given.config.missing_eos_penalty * (~given.rollout.finished_B).float()
+    final_B = given.score_B - given.config.missing_eos_penalty * (~given.rollout.finished_B).float()
     return token_rewards(final_B, kl_BR, given.config.kl_coef, given.rollout.response_mask_BR)
 
 
@@ -426,7 +430,7 @@ def test_trl_whitens_token_rewards_with_their_kl_and_we_only_divide_scores():
     whitened_BR = torch.where(mask_p1, whiten(raw, mean, var * n / (n - 1), mask_p1, shift_mean=True) + mean, 0.0)
     assert_near("TRL's whitened rewards", whitened_BR, trl.rewards)
     # With γ = λ = 1 the return of the first token is the whole answer's: score / σ - penalty - β · KL.
-    score_B, kl_BR = given.scores.helpful_B, k1(given.scores.logprobs_BR, given.scores.ref_logprobs_BR)
+    score_B, kl_BR = given.score_B, k1(given.scores.logprobs_BR, given.scores.ref_logprobs_BR)
     kl_B = torch.where(given.rollout.response_mask_BR, kl_BR, 0.0).sum(1)
     expected_B = score_B / score_B.std(correction=0) - 0.9 * (~given.rollout.finished_B).float() - 0.3 * kl_B
     assert_near("our whitened scores", given.experience.returns_BR[:, 0], expected_B)

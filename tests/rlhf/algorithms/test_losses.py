@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.algorithms.losses import importance_weight, policy_loss, safety_loss, value_loss
+from rlhf.algorithms.losses import importance_weight, kl_loss, policy_loss, safety_loss, value_loss
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 ONES = torch.ones(2, 3)
@@ -237,3 +237,51 @@ def test_safety_loss_without_labels_is_attached_to_the_graph():
     total, count = safety_loss(scores, torch.zeros(2), torch.zeros(2))
     total.backward()
     assert total == 0 and count == 0 and scores.grad is not None
+
+
+# --- KL as a loss -----------------------------------------------------------------------------------------------------
+
+
+def test_kl_loss_by_hand():
+    weights = torch.tensor([[1.0, 0.5, 9.0], [2.0, 9.0, 9.0]])
+    k3 = [math.exp(x) - 1 - x for x in (-0.1, 0.5, -0.4)]  # log π_ref - log π
+    assert kl_loss(NEW, OLD, MASK, weights).item() == pytest.approx(k3[0] + 0.5 * k3[1] + 2 * k3[2], abs=1e-6)
+
+
+@given(tokens)
+def test_kl_loss_and_its_gradient_agree_with_a_loop(tokens):
+    new, ref, _, weight, mask = (torch.tensor([list(column)]) for column in zip(*tokens, strict=True))
+    loss = kl_loss(new.requires_grad_(), ref.requires_grad_(), mask, weight.requires_grad_())
+    loss.backward()
+    real = [(n, r, w) if is_real else (0.0, 0.0, 0.0) for n, r, _, w, is_real in tokens]
+    assert loss.item() == pytest.approx(
+        sum(w * (math.exp(r - n) - 1 - (r - n)) for n, r, w in real), rel=1e-4, abs=1e-4
+    )
+    assert new.grad is not None
+    assert new.grad[0].tolist() == pytest.approx([w * (1 - math.exp(r - n)) for n, r, w in real], rel=1e-4, abs=1e-4)
+    assert ref.grad is None
+
+
+def test_kl_loss_of_the_reference_is_zero_and_has_no_slope():
+    new = NEW.clone().requires_grad_()
+    loss = kl_loss(new, NEW, MASK, ONES)
+    loss.backward()
+    assert loss == 0 and new.grad is not None and not new.grad.any()
+
+
+def test_masked_slots_do_not_reach_the_kl_loss(poison):
+    new, ref, weight = (torch.where(MASK, x, poison) for x in (NEW, OLD, ONES))
+    new.requires_grad_()
+    loss = kl_loss(new, ref, MASK, weight)
+    loss.backward()
+    assert torch.equal(loss.detach(), kl_loss(NEW, OLD, MASK, ONES))
+    assert new.grad is not None and not new.grad[~MASK].any() and new.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("far", [30.0, 200.0])
+def test_a_reference_that_is_far_away_pulls_and_breaks_nothing(far):
+    new = torch.tensor([[-far]], requires_grad=True)
+    loss = kl_loss(new, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1))
+    loss.backward()
+    assert loss.isfinite() and new.grad is not None and new.grad.isfinite().all()
+    assert loss > 1e8

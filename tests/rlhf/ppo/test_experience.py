@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, SamplingConfig
 from rlhf.data.batches import Rollout, Scores, select
+from rlhf.errors import UserError
 from rlhf.ppo.experience import make_experience, reward_metrics
 from rlhf.rewards import piecewise
 
@@ -138,6 +139,7 @@ def test_equal_scores_are_not_blown_up():
 def test_what_policy_and_critic_said_is_kept_for_the_update():
     made, _ = experience()
     assert torch.equal(made.old_logprobs_BR, SCORES.logprobs_BR)
+    assert torch.equal(made.ref_logprobs_BR, SCORES.ref_logprobs_BR)
     assert torch.equal(made.old_values_BR, SCORES.values_BR)
     assert torch.equal(made.tokens_BT, ROLLOUT.tokens_BT)
     assert torch.equal(made.response_mask_BR, MASK)
@@ -189,3 +191,124 @@ def test_the_order_of_rows_changes_only_their_order():
     torch.testing.assert_close(made.advantages_BR, expected.advantages_BR[order])
     torch.testing.assert_close(made.returns_BR, expected.returns_BR[order])
     assert metrics == {name: near(value) for name, value in expected_figures.items()}
+
+
+# --- other estimators, and rows whose score failed --------------------------------------------------------------------
+
+LENGTH, FAILED = 8, 1  # max_new_tokens; the row that fails
+OTHERS = [0, 2, 3]
+
+
+def failing(scores=SCORES, rows=(FAILED,)):
+    failed_BN = torch.zeros(4, 2, dtype=torch.bool)
+    failed_BN[list(rows), 0] = True
+    return dataclasses.replace(scores, failed_BN=failed_BN)
+
+
+def of(advantage, scores=None, **settings):
+    """Experience of one group of four, with a failed row unless `scores` say otherwise."""
+    sampling = SamplingConfig(max_new_tokens=LENGTH)
+    return experience(scores=scores or failing(), advantage=advantage, group_size=4, sampling=sampling, **settings)
+
+
+# The scores that count are 1, 1 - 1 and -3: the third row did not end. Their mean is -⅔.
+# rloo has the KL in the reward: 1 - .3, 0 + .1, -3 - .1, less the mean of the two others, -1.5, -1.2 and .4.
+DEVIATION = math.sqrt(((5 / 3) ** 2 + (2 / 3) ** 2 + (7 / 3) ** 2) / 2) + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("advantage", "by_hand"),
+    [
+        ("dr_grpo", [5 / 3, 2 / 3, -7 / 3]),
+        ("grpo", [5 / 3 / DEVIATION, 2 / 3 / DEVIATION, -7 / 3 / DEVIATION]),
+        ("rloo", [2.2, 1.3, -3.5]),
+    ],
+)
+def test_a_group_is_compared_without_its_failed_row_by_hand(advantage, by_hand):
+    made, _ = of(advantage)
+    assert real(made.advantages_BR) == [
+        near([a] * n) for a, n in zip([by_hand[0], 0.0, *by_hand[1:]], [2, 1, 2, 2], strict=True)
+    ]
+
+
+def test_only_gae_divides_scores_by_their_deviation_unless_told_to():
+    """The targets of a critic that says 0 are the rewards to go: at the last token, the score less β · KL."""
+    scores = dataclasses.replace(failing(), values_BR=torch.zeros(4, 2))
+    for advantage, whitened in (("gae", True), ("reinforce++", False)):
+        for setting, expected in ((None, whitened), (True, True), (False, False)):
+            deviation = math.sqrt(32 / 9) if expected else 1.0  # of 1, 1 and -3
+            made, _ = of(advantage, scores, whiten_rewards=setting, missing_eos_penalty=0.0)
+            wanted = [1 / deviation - 0.2, 1 / deviation + 0.1, -3 / deviation]
+            assert made.returns_BR[OTHERS, 1].tolist() == near(wanted), (advantage, setting)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+def test_scores_of_a_group_are_not_divided(advantage):
+    assert torch.equal(of(advantage)[0].advantages_BR, of(advantage, whiten_rewards=False)[0].advantages_BR)
+    assert not torch.equal(of("dr_grpo")[0].advantages_BR, of("dr_grpo", whiten_rewards=True)[0].advantages_BR)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "grpo", "dr_grpo", "rloo", "reinforce++"])
+def test_what_stands_in_a_failed_row_reaches_no_other(advantage):
+    given, wild = failing(), torch.zeros(4, 1).index_fill(0, torch.tensor([FAILED]), 1).bool()
+    garbage = {
+        "rewards_BN": torch.where(wild, 1e9, given.rewards_BN),
+        "values_BR": torch.where(wild, math.nan, given.values_BR),
+        "logprobs_BR": torch.where(wild, -77.0, given.logprobs_BR),
+        "ref_logprobs_BR": torch.where(wild, 5.0, given.ref_logprobs_BR),
+    }
+    got, _ = of(advantage, dataclasses.replace(given, **garbage))
+    expected, metrics = of(advantage)
+    for name in ("advantages_BR", "returns_BR", "weight_BR", "denominator_B"):
+        assert torch.equal(getattr(got, name)[OTHERS], getattr(expected, name)[OTHERS]), name
+        assert not getattr(got, name)[FAILED].any(), name
+    assert got.counted_B.tolist() == [True, False, True, True]
+    assert metrics["ppo/reward_failed_fraction"] == 0.25
+
+
+@pytest.mark.parametrize("advantage", ["gae", "reinforce++"])
+def test_a_batch_with_a_failed_row_is_the_batch_without_it(advantage):
+    with_it, metrics = experience(scores=failing(), advantage=advantage)
+    rollout, scores = select(ROLLOUT, OTHERS), select(SCORES, OTHERS)
+    without, expected = experience(rollout, scores, IS_SAFETY[OTHERS], advantage=advantage)
+    for name in ("advantages_BR", "returns_BR"):
+        torch.testing.assert_close(getattr(with_it, name)[OTHERS], getattr(without, name))
+    of_counted = ("reward", "reward_std", "value_mean", "explained_variance")
+    for name in (f"ppo/{n}" for n in of_counted if advantage == "gae" or n.startswith("reward")):
+        assert metrics[name] == near(expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("advantage", "weights", "denominators"),
+    [
+        ("gae", [1.0, 0.0, 1.0, 1.0], [2, 0, 2, 2]),
+        ("reinforce++", [1.0, 0.0, 1.0, 1.0], [2, 0, 2, 2]),
+        ("rloo", [1.0, 0.0, 1.0, 1.0], [2, 0, 2, 2]),
+        ("grpo", [1 / 2, 0.0, 1 / 2, 1 / 2], [1, 0, 1, 1]),
+        ("dr_grpo", [1 / 8, 0.0, 1 / 8, 1 / 8], [1, 0, 1, 1]),
+    ],
+)
+def test_what_the_loss_is_a_mean_of_by_hand(advantage, weights, denominators):
+    made, _ = of(advantage)
+    assert real(made.weight_BR) == [near([w] * n) for w, n in zip(weights, [2, 1, 2, 2], strict=True)]
+    assert not made.weight_BR[~MASK].any()
+    assert made.denominator_B.tolist() == denominators
+    none_failed, _ = of(advantage, SCORES)
+    assert none_failed.weight_BR[1, 0] == near({"grpo": 1.0, "dr_grpo": 1 / 8}.get(advantage, 1.0))
+
+
+def test_each_reward_has_its_mean_where_it_did_not_fail():
+    failed_BN = torch.tensor([[False, True], [True, True], [False, True], [False, True]])
+    metrics = reward_metrics(["helpfulness", "safety"], dataclasses.replace(SCORES, failed_BN=failed_BN))
+    assert metrics == {"ppo/reward_helpfulness": near((1.0 - 9.0 + 7.0) / 3)}
+
+
+def test_without_a_critic_nothing_is_said_of_one():
+    _, metrics = of("grpo")
+    assert not {"ppo/value_mean", "ppo/explained_variance"} & {*metrics}
+
+
+def test_scores_that_all_failed_end_the_run():
+    with pytest.raises(UserError, match="scores of all 4 responses") as caught:
+        of("gae", failing(rows=range(4)))
+    assert caught.value.exit_code == 6

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf.config import HardwareConfig
+from rlhf.config import HardwareConfig, PPOConfig
 from rlhf.distributed.engine import LocalEngine
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import preflight_checks
 from rlhf.ppo.preflight_checks import CheckResult, agree
+from rlhf.rewards import FunctionReward, ModelReward, RewardSet, weighted_sum
 
 EOS, PAD = 2, 0
 
@@ -199,6 +201,31 @@ def test_a_checksum_is_of_the_bits_and_their_order():
     assert preflight_checks.checksum(torch.zeros(3)) != preflight_checks.checksum(torch.tensor([0.0, -0.0, 0.0]))
     by_hand = torch.tensor([7, -3, 5], dtype=torch.int16)
     assert preflight_checks.checksum(by_hand.view(torch.bfloat16)) == 7 * 1 - 3 * 3 + 5 * 5
+
+
+# --- rewards --------------------------------------------------------------------------------------------------------
+
+
+def of_rewards(failed_BN, **rewards):
+    scores: Any = SimpleNamespace(failed_BN=torch.tensor(failed_BN))
+    return preflight_checks.rewards_work(RewardSet(rewards, weighted_sum([1.0] * len(rewards))), scores)
+
+
+def test_a_function_that_scores_at_least_half_of_the_responses_passes(make_scalar):
+    """A reward model cannot fail, so it is not among the checks."""
+    model, works = ModelReward(engine(make_scalar(3)), PPOConfig()), FunctionReward("works", lambda responses: [])
+    failed = [[True, False], [True, True], [True, False], [True, True]]
+    (result,) = of_rewards(failed, model=model, works=works)
+    assert passes(result) and (result.name, result.figure) == ("reward.works", 0.5)
+
+
+def test_a_function_that_fails_more_often_than_it_works_is_found_with_its_last_failure():
+    broken = FunctionReward("broken", lambda responses: 1 / 0)
+    broken.last_failure = "ZeroDivisionError: division by zero"
+    (result,) = of_rewards([[True], [True], [False]], broken=broken)
+    assert not passes(result)
+    with pytest.raises(UserError, match=r"reward\.broken: .* is 0\.667, .*ZeroDivisionError: division by zero"):
+        agree([result])
 
 
 # --- verdict --------------------------------------------------------------------------------------------------------

@@ -6,30 +6,33 @@ import math
 import pytest
 import torch
 
+from rlhf.algorithms.advantages import ADVANTAGES
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
 from rlhf.data.batches import select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.models.policy import PolicyModel
+from rlhf.ppo.experience import make_experience
 from rlhf.ppo.update import minibatches, update
+from rlhf.rewards import Combined
 
-CLIP, VALUE_CLIP = 0.2, 0.1
+CLIP, VALUE_CLIP, BETA = 0.2, 0.1, 0.3
 
 
 @pytest.fixture
 def updated(make_llama, make_scalar, iteration, ppo_config):
     """updated(…) → the policy and the critic after one update, and its figures."""
 
-    def run(experience=iteration.experience, **settings):
+    def run(experience=iteration.experience, with_critic=True, **settings):
         config = ppo_config.model_copy(update=settings)
         policy, critic = PolicyModel(make_llama(0), config.packing), make_scalar(2)
         critic.packing = config.packing
         metrics = update(
             LocalEngine(policy, config.optim, 4, HardwareConfig()),
-            LocalEngine(critic, config.critic_optim, 4, HardwareConfig()),
+            LocalEngine(critic, config.critic_optim, 4, HardwareConfig()) if with_critic else None,
             experience,
             config,
             key=(0, 1),
-            kl_coef=0.1,
+            kl_coef=BETA,
         )
         return policy, critic, metrics
 
@@ -56,39 +59,39 @@ def drifted(iteration):
     )
 
 
-def row_losses(llama, critic, experience, i):
-    """Loss sums of row i without padding, written as in the papers."""
+def token_losses(llama, critic, experience, i):
+    """Policy loss, k3 to the reference and value loss of each token of row i, without padding, as in the papers."""
     P = experience.tokens_BT.shape[1] - experience.response_mask_BR.shape[1]
     tokens = experience.tokens_BT[i][experience.mask_BT[i]]
     first, length = int(experience.mask_BT[i, :P].sum()), int(experience.response_mask_BR[i].sum())
-    old, advantages, importance, old_values, returns = (
-        getattr(experience, name)[i, :length]
-        for name in ("old_logprobs_BR", "advantages_BR", "importance_BR", "old_values_BR", "returns_BR")
-    )
+    names = ("old_logprobs_BR", "ref_logprobs_BR", "advantages_BR", "importance_BR", "old_values_BR", "returns_BR")
+    old, ref, advantages, importance, old_values, returns = (getattr(experience, name)[i, :length] for name in names)
     logits = llama(tokens[None]).logits[0, first - 1 : -1] / 0.7
     logprobs = torch.log_softmax(logits, -1)[range(length), tokens[first:]]
     ratio = (logprobs - old).exp()
     policy = importance * torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
     values = critic(tokens[None], torch.ones_like(tokens[None]))[0, first - 1 : -1]
     near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
-    return policy.sum(), 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2).sum()
+    k3 = (ref - logprobs).exp() - 1 - (ref - logprobs)
+    return policy, k3, 0.5 * torch.max((values - returns) ** 2, (near - returns) ** 2)
+
+
+def row_losses(llama, critic, experience, i):
+    """Sums of policy and value loss over the tokens of row i."""
+    policy, _, value = token_losses(llama, critic, experience, i)
+    return policy.sum(), value.sum()
+
+
+def adamw(model):
+    decayed, others = ([p for p in model.parameters() if (p.dim() >= 2) is wide] for wide in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-5)
 
 
 def test_two_steps_are_those_of_a_plain_loop(updated, make_llama, make_scalar, drifted):
     llama, critic = make_llama(0), make_scalar(2)
     count = drifted.response_mask_BR.sum()
-    optimizers = [
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-                {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-            ],
-            lr=1e-2,
-            betas=(0.9, 0.95),
-            eps=1e-5,
-        )
-        for model in (llama, critic)
-    ]
+    optimizers = [adamw(model) for model in (llama, critic)]
     norms = []
     for _ in range(2):
         losses = [row_losses(llama, critic, drifted, i) for i in range(8)]
@@ -202,6 +205,120 @@ def test_a_learning_rate_of_zero_moves_nothing(updated, make_llama, make_scalar)
     assert_same_weights(policy, PolicyModel(make_llama(0)))
     assert_same_weights(critic, make_scalar(2))
     assert metrics["ppo/approx_kl"] < 1e-10
+
+
+# --- other estimators, and rows whose score failed --------------------------------------------------------------------
+
+
+def experience_by(advantage, iteration, ppo_config, failed=(1, 4), **changed):
+    """Experience of that estimator over the iteration's rollout, two responses to a prompt, from helpfulness alone."""
+    config = ppo_config.model_copy(update={"advantage": advantage, "group_size": 2})
+    failed_B = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(failed, dtype=torch.long), True)
+    score_B = torch.where(failed_B, 0.0, iteration.scores.rewards_BN[:, 0])
+    combined = Combined(score_B, failed_B)
+    made, _ = make_experience(iteration.rollout, iteration.scores, combined, config, BETA)
+    return dataclasses.replace(made, **changed)
+
+
+def mean_of(advantage, tokens_of_rows):
+    """What the estimator divides a loss by, over the rows that count."""
+    if advantage == "grpo":
+        return sum(tokens.mean() for tokens in tokens_of_rows) / len(tokens_of_rows)
+    if advantage == "dr_grpo":
+        return sum(tokens.sum() for tokens in tokens_of_rows) / 9 / len(tokens_of_rows)
+    return torch.cat(tokens_of_rows).mean()
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_two_steps_of_every_estimator_are_those_of_a_plain_loop(
+    updated, make_llama, make_scalar, iteration, ppo_config, advantage
+):
+    given = experience_by(advantage, iteration, ppo_config)
+    third = torch.arange(given.response_mask_BR.numel()).view(given.response_mask_BR.shape) % 3
+    given = dataclasses.replace(
+        given,
+        old_logprobs_BR=given.old_logprobs_BR + torch.where(third == 0, 0.15, -0.15),
+        importance_BR=given.importance_BR * (0.5 + third),
+    )
+    llama, critic, losses, penalties = make_llama(0), make_scalar(2), [], []
+    optimizer, counted = adamw(llama), [row for row in range(8) if row not in (1, 4)]
+    for _ in range(2):
+        policies, k3s, _ = zip(*(token_losses(llama, critic, given, row) for row in counted), strict=True)
+        loss, penalty = mean_of(advantage, policies), mean_of(advantage, k3s)
+        optimizer.zero_grad()
+        (loss + BETA * penalty if "grpo" in advantage else loss).backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        penalties.append(float(penalty.detach()))
+    settings = {
+        "advantage": advantage,
+        "group_size": 2,
+        "epochs": 2,
+        "clip_range": CLIP,
+        "value_clip_range": VALUE_CLIP,
+    }
+    policy, _, metrics = updated(given, **settings, micro_batch_size=3)
+    assert_same_weights(policy, llama, atol=1e-4)
+    assert metrics["ppo/policy_loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)
+    if "grpo" in advantage:
+        assert metrics["ppo/kl_loss"] == pytest.approx(sum(penalties) / 2, rel=1e-4)
+    else:
+        assert "ppo/kl_loss" not in metrics
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_what_stands_in_a_failed_row_reaches_no_weight(updated, iteration, ppo_config, advantage):
+    given, settings = experience_by(advantage, iteration, ppo_config), {"advantage": advantage, "group_size": 2}
+    wild_B1 = ~given.counted_B[:, None]
+    garbage = {name: torch.where(wild_B1, math.nan, getattr(given, name)) for name in vars(given) if is_number(name)}
+    garbage["tokens_BT"] = torch.where(wild_B1, 5, given.tokens_BT)
+    policy, critic, metrics = updated(dataclasses.replace(given, **garbage), **settings)
+    expected_policy, expected_critic, expected = updated(given, **settings)
+    assert_same_weights(policy, expected_policy)
+    assert_same_weights(critic, expected_critic)
+    assert metrics == expected
+
+
+def is_number(name):
+    return name.endswith("_BR") and name not in ("response_mask_BR", "weight_BR")
+
+
+@pytest.mark.parametrize("advantage", ["gae", "grpo"])
+def test_an_update_with_failed_rows_is_the_update_without_them(updated, iteration, ppo_config, advantage):
+    """Whole groups have failed here, so that the rest are groups too."""
+    given = experience_by(advantage, iteration, ppo_config, failed=(2, 3))
+    settings = {"advantage": advantage, "group_size": 2, "epochs": 3}
+    policy, critic, metrics = updated(given, **settings)
+    rest = select(given, [0, 1, 4, 5, 6, 7])
+    expected_policy, expected_critic, expected = updated(rest, **settings, minibatch_size=6, batch_size=6)
+    assert_same_weights(policy, expected_policy, atol=1e-5)
+    assert_same_weights(critic, expected_critic, atol=1e-5)
+    assert metrics == {name: pytest.approx(value, abs=1e-5, rel=1e-5) for name, value in expected.items()}
+
+
+def test_without_a_critic_the_policy_learns_the_same_and_nothing_is_said_of_values(updated, iteration, ppo_config):
+    given, settings = experience_by("grpo", iteration, ppo_config), {"advantage": "grpo", "group_size": 2}
+    policy, untouched, metrics = updated(given, with_critic=False, **settings)
+    expected_policy, _, expected = updated(given, **settings)
+    assert_same_weights(policy, expected_policy)
+    of_critic = {"ppo/value_loss", "ppo/value_clip_fraction", "ppo/critic_grad_norm"}
+    assert metrics == {name: value for name, value in expected.items() if name not in of_critic}
+    assert of_critic <= {*expected}
+    assert all(p.grad is None for p in untouched.parameters())
+
+
+def test_the_reference_moves_the_update_where_the_kl_is_in_the_loss_alone(updated, iteration, ppo_config):
+    for advantage, moves in (("grpo", True), ("rloo", False)):
+        given, settings = experience_by(advantage, iteration, ppo_config), {"advantage": advantage, "group_size": 2}
+        other = dataclasses.replace(given, ref_logprobs_BR=given.ref_logprobs_BR - 1.0)
+        gap = max(
+            float((a - b).abs().max())
+            for a, b in zip(
+                updated(given, **settings)[0].parameters(), updated(other, **settings)[0].parameters(), strict=True
+            )
+        )
+        assert (gap > 1e-4) is moves
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ LENGTHS = [4.0, 13.0, 2.0]
         Judge(2.0).score,
         functools.partial(scaled, 2.0),
         functools.partial(scaled, factor=2.0),
-        functools.wraps(scaled_twice)(lambda *args, **kwargs: scaled_twice(*args, **kwargs)),
+        functools.wraps(scaled_twice)(lambda *args, **kwargs: scaled_twice(*args, **kwargs)),  # pyright: ignore[reportCallIssue]
     ],
     ids=["object", "method", "partial", "partial by name", "wrapped"],
 )
