@@ -148,7 +148,7 @@ def _stage(args: argparse.Namespace, overrides: list[str]) -> int:
     if (f"{stage}/{name}" if name else stage) not in {*config.pipeline, *parts_of(config)}:
         made = f"pipeline has {', '.join(config.pipeline)}, which makes {', '.join(parts_of(config))}"
         raise UserError(f"this run has no {stage}{f'/{name}' if name else ''}: {made}")
-    preflight(config, gang=not args.local)
+    preflight(config, workers=not args.local)
     from launch import pipeline
 
     return pipeline.run_stage(config, stage, args.local, name)

@@ -1,4 +1,4 @@
-"""A stage as a gang of workers on Ray. The one place that knows Ray."""
+"""A stage as a group of workers on Ray. The only file that uses Ray."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LONGEST_FOLDER = 103 - 64
 
 @contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
-    """A private Ray on this machine, or the cluster at `hardware.ray_address`; closed again at the end."""
+    """A private Ray on this machine, or the cluster at `hardware.ray_address`; disconnected at the end."""
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     if config.hardware.ray_address is None:
         _private_token(config.folder)
@@ -60,7 +60,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
 
 
 def start(init: Callable[[], Any], shutdown: Callable[[], None]) -> None:
-    """Ray gives a node 30 s to start, which is too short where others compute: it is started again, and again.
+    """Ray gives a node 30 s to start, which is too short on a busy machine, so it is started several times.
 
     UserError (5) where no start is quick enough.
     """
@@ -81,7 +81,7 @@ def start(init: Callable[[], Any], shutdown: Callable[[], None]) -> None:
 
 @contextmanager
 def short_folder() -> Iterator[str | None]:
-    """A folder of this run's own for Ray's sockets, where their paths would be too long in the usual place; else None."""
+    """A short folder for Ray's sockets if their paths would be too long in the usual place; else None."""
     usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     if len(os.fsencode(usual / "ray")) <= LONGEST_FOLDER:
         yield None
@@ -105,13 +105,13 @@ def short_folder() -> Iterator[str | None]:
 
 
 class Gang:
-    """One stage under way. `done()` tells when; `result()` raises what the stage raised."""
+    """A running stage. `done()` says whether it has ended; `result()` raises what the stage raised."""
 
     def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
         import ray
 
         self.stage = stage
-        # Ray Train is driven from a task, not from here: its imports take seconds, and several gangs run side by side.
+        # Ray Train is driven from a task, not from here: its imports take seconds, and several groups run side by side.
         run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
         self._reference = run.remote(config.model_dump(mode="json"), stage, workers)
 
@@ -127,7 +127,7 @@ class Gang:
 
 
 def _fit(settings: dict[str, Any], stage: str, workers: int) -> None:
-    """Runs the gang; starts it again, from its last checkpoint, when a worker died of anything but a user's mistake."""
+    """Runs the workers, and restarts them from the last checkpoint if one died for any reason but a user's mistake."""
     config = RunConfig.model_validate(settings)
     folder = config.folder / stage
     for attempt in range(config.hardware.max_restarts + 1):
@@ -168,7 +168,7 @@ def _trainer(config: RunConfig, settings: dict[str, Any], stage: str, workers: i
 
 
 def _worker(payload: dict[str, Any]) -> None:
-    """Runs on every worker: what it prints goes to the stage's log, what it does is `launch.worker`."""
+    """Runs `launch.worker` on every worker, with its output in the stage's log."""
     import torch.distributed as dist
 
     from launch.worker import run_rank
@@ -176,7 +176,7 @@ def _worker(payload: dict[str, Any]) -> None:
     config, stage = RunConfig.model_validate(payload["settings"]), payload["stage"]
     log = config.folder / stage / "logs" / f"rank-{dist.get_rank()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    stream = log.open("a", buffering=1)  # never closed: Ray still writes to it when the stage has ended
+    stream = log.open("a", buffering=1)  # never closed: Ray writes to it after the stage has ended
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = stream, stream
@@ -184,7 +184,7 @@ def _worker(payload: dict[str, Any]) -> None:
 
 
 def _keep_messages(path: Path) -> None:
-    """Ray prints a page for every worker that dies; the driver says it in a line of its own, so the page goes here."""
+    """Ray prints a page for every worker that dies, which goes to a log; the driver prints one line."""
     from ray._private import worker
 
     def keep(data: dict[str, Any], ignore_prefix: bool) -> None:
@@ -196,7 +196,7 @@ def _keep_messages(path: Path) -> None:
 
 
 def _private_token(folder: Path) -> None:
-    """A token of this run's own: Ray would otherwise write one to the home folder, and later clusters would want it."""
+    """A token for this run only: Ray would write one to the home folder, and later clusters would require it."""
     if "RAY_AUTH_MODE" in os.environ:
         return
     path = folder.absolute() / "ray" / "token"
@@ -207,7 +207,7 @@ def _private_token(folder: Path) -> None:
 
 
 def _wait_for_room(config: RunConfig) -> None:
-    """UserError(5) where the largest gang cannot be placed; a cluster that is still filling has its time to do so."""
+    """UserError(5) if the largest worker group cannot be placed. Waits for a cluster that is still starting."""
     import ray
 
     hardware = config.hardware

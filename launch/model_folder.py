@@ -1,4 +1,4 @@
-"""The model that somebody means who names a folder of a run."""
+"""The model that a folder of a run refers to."""
 
 from __future__ import annotations
 

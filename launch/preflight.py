@@ -1,4 +1,4 @@
-"""What can be known before any process starts: are data and model there, and is this machine large enough?"""
+"""Checks before any process starts: do data and model exist, and is this machine large enough?"""
 
 from __future__ import annotations
 
@@ -32,24 +32,22 @@ class PreflightError:
     exit_code: int
 
 
-def preflight(config: RunConfig, gang: bool = True) -> None:
-    """UserError that lists all that is missing; its exit code is that of the first. `gang`: workers will be started."""
-    if found := obstacles(config, gang):
-        raise UserError(
-            "\n  ".join(["the run cannot start:", *(obstacle.text for obstacle in found)]), found[0].exit_code
-        )
+def preflight(config: RunConfig, workers: bool = True) -> None:
+    """UserError that lists all that is missing; its exit code is that of the first. `workers`: they will be started."""
+    if found := preflight_errors(config, workers):
+        raise UserError("\n  ".join(["the run cannot start:", *(error.text for error in found)]), found[0].exit_code)
 
 
-def obstacles(config: RunConfig, gang: bool = True) -> list[PreflightError]:
-    """All that is missing: data, then model, then sampling engine, then room on this machine."""
+def preflight_errors(config: RunConfig, workers: bool = True) -> list[PreflightError]:
+    """All that is missing, in this order: data, model, sampling engine, resources of this machine."""
     found = [*_data(config), *_model(config), *_sampling(config), *_disk(config)]
     if config.hardware.ray_address is not None:
         return found
-    return [*found, *_precision(config), *(_processors(config) if gang else ())]
+    return [*found, *_precision(config), *(_processors(config) if workers else ())]
 
 
 def machine_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the share that a container grants."""
+    """CPUs that this process may use, by its affinity and the limit of its container."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -59,7 +57,7 @@ def machine_cpus() -> int:
 
 
 def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """False on an x86 CPU for which oneDNN has no bfloat16 product (it wants AVX512 or AVX-NE-CONVERT)."""
+    """False on an x86 CPU for which oneDNN has no bfloat16 product (it needs AVX512 or AVX-NE-CONVERT)."""
     with suppress(OSError):
         if found := re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.MULTILINE):
             return not {"avx512bw", "avx_ne_convert"}.isdisjoint(found[1].split())
@@ -67,7 +65,7 @@ def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def machine_gpus() -> int | None:
-    """GPUs that CUDA will show; None where that cannot be told."""
+    """GPUs that CUDA will see; None if that is unknown."""
     if shutil.which("nvidia-smi") is None:
         return None if Path("/dev/kfd").exists() else 0  # AMD's driver
     try:
@@ -130,7 +128,7 @@ def _model(config: RunConfig) -> Iterator[PreflightError]:
 
 
 def _requirements(config: RunConfig, folder: Path) -> Iterator[PreflightError]:
-    """What the configuration of a model on this disk says against the run."""
+    """Why the configuration of a model on this disk does not fit the run."""
     from rlhf.models.folders import adapter_base, is_adapter
     from rlhf.models.pretrained import load_config
     from rlhf.models.requirements import misfits
@@ -194,7 +192,7 @@ def _sampling(config: RunConfig) -> Iterator[PreflightError]:
 
 
 def head_size(config: RunConfig) -> int | None:
-    """Features of an attention head; None where the model is not on this disk or its config.json does not say."""
+    """The size of an attention head; None if the model is not on this disk or its config.json does not say."""
     if config.model.path == "tiny":
         return config.model.tiny.hidden_size // config.model.tiny.heads
     with suppress(OSError, ValueError, KeyError):
@@ -208,7 +206,7 @@ def head_size(config: RunConfig) -> int | None:
 
 def _precision(config: RunConfig) -> Iterator[PreflightError]:
     if config.hardware.precision == "bf16" and not config.hardware.gpus_per_worker and not multiplies_bf16():
-        text = "this CPU cannot multiply bfloat16, and to imitate it takes about a hundred times as long as float32"
+        text = "this CPU has no bfloat16 instructions, and emulation takes about a hundred times as long as float32"
         yield PreflightError(f"hardware.precision: {text}: set float32", MACHINE_TOO_SMALL)
 
 
@@ -243,7 +241,7 @@ def _disk(config: RunConfig) -> Iterator[PreflightError]:
 def bytes_wanted(config: RunConfig) -> int:
     """A low estimate of what a run writes: its artifacts, and a policy in training, in PPO with its critic.
 
-    A model that is not on this disk counts nothing, since its size is not known.
+    A model that is not on this disk counts nothing, because its size is unknown.
     """
     parameters = _parameters(Path(config.model.path).expanduser())
     in_training = 0 if config.model.lora else 1 + ("ppo" in config.pipeline)

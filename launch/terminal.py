@@ -1,4 +1,4 @@
-"""What a person sees while stages run: one bar per stage, with the figure that matters, and warnings under the bars."""
+"""The display while stages run: one bar per stage with its main metric, and warnings below."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFRESH_S = 0.5
 
 
 class BarsWithWarnings(Progress):
-    """Bars with lines under them, which stay when the bars have stopped."""
+    """Bars with lines below them, which stay when the bars have stopped."""
 
     warnings: tuple[str, ...] = ()
 
@@ -29,7 +29,7 @@ class BarsWithWarnings(Progress):
 
 
 class StageBars:
-    """Bars that follow each stage's progress file. Where there is no terminal, one line per start, end and warning."""
+    """Bars that follow each stage's progress file. Without a terminal, one line per start, end and warning."""
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder
@@ -72,7 +72,7 @@ class StageBars:
 
     @contextmanager
     def followed(self, stage: str) -> Iterator[None]:
-        """The bar of a stage that runs in this very process."""
+        """The bar of a stage that runs in this process."""
         self.add(stage)
         ended = threading.Event()
         thread = threading.Thread(target=lambda: self._follow(ended), daemon=True)

@@ -1,6 +1,6 @@
-"""One rank of one stage: builds its context, runs the stage, and makes sure that its end is known.
+"""One rank of one stage: builds its context, runs the stage, and records how it ended.
 
-The same code for a Ray gang, for `torchrun` and for a process alone.
+The same code for Ray, for `torchrun` and for a single process.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rlhf.runs.artifacts import Artifact, load, write_atomic, write_json
 from stages.base import stage_of
 
 FAILURE = "failure.json"
-UNEXPECTED = 1  # exit code of a failure that is nobody's known mistake
+UNEXPECTED = 1  # exit code of an unexpected error
 
 
 def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
-    """Runs `stage` as the rank that the environment names. Raises what the stage raises, after noting it."""
+    """Runs `stage` as the rank that the environment names. Records what the stage raises, and raises it."""
     import torch
 
     from rlhf.distributed import collectives
@@ -38,7 +38,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
 
     prepare_environment()
     enable_kernels()
-    if not local:  # alone, torch takes all processors, or what OMP_NUM_THREADS says
+    if not local:  # a single process uses all processors, or OMP_NUM_THREADS
         torch.set_num_threads(config.hardware.cpus_per_worker)
     folder = config.folder / stage
     is_writer = collectives.rank() == 0
@@ -60,7 +60,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
         )
         provenance.ensure_data(config)
         collectives.rank_zero_only(lambda: _record(config, context), "recording the settings")
-        resolve(config)  # one rank makes the tiny model, and the others wait for it
+        resolve(config)  # the first rank makes the tiny model
         check_inputs(config, {name: artifact.path for name, artifact in context.inputs.items()})
         artifact = stage_of(stage).run(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
@@ -74,7 +74,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
 
 @contextmanager
 def torchrun_group(config: RunConfig) -> Iterator[None]:
-    """The process group of the ranks that torchrun started: one for the life of the process, because DeepSpeed keeps it."""
+    """The process group of the ranks that torchrun started: one per process lifetime, because DeepSpeed keeps it."""
     import torch
     import torch.distributed as dist
 
@@ -90,7 +90,7 @@ def torchrun_group(config: RunConfig) -> Iterator[None]:
 
 
 def read_failure(folder: Path) -> UserError | None:
-    """What a rank noted when it failed; None if it had no time to."""
+    """What a rank recorded when it failed; None if it could not."""
     with suppress(FileNotFoundError, ValueError):
         noted = json.loads((folder / FAILURE).read_text())
         return UserError(noted["message"], noted["exit_code"])
@@ -98,7 +98,7 @@ def read_failure(folder: Path) -> UserError | None:
 
 
 def _note_failure(folder: Path, error: BaseException) -> None:
-    """The first rank to fail says why; the others fail because of it."""
+    """Only the first failing rank records why; the others fail because of it."""
     if (folder / FAILURE).exists():
         return
     message, code = _reason(error), UNEXPECTED
@@ -117,13 +117,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _record(config: RunConfig, context: Any) -> None:
-    """What the run history needs before the first step: settings, inputs, and where they came from."""
+    """Records settings, inputs and their origin before the first step."""
     import yaml
 
     from rlhf.data import parsed
     from rlhf.runs import provenance
 
-    settings = public(config)  # a record: nothing reads it again
+    settings = public(config)  # for people: no code reads it
     write_atomic(context.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     context.tracker.artifact(context.folder / "config.yaml")
     own = provenance.stage_settings(config, context.stage, context.roles)

@@ -1,4 +1,4 @@
-"""YAML whose every value remembers where it was written, so that a mistake can be shown at its line."""
+"""YAML in which every value knows its file and line, so that a mistake can be shown there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ for _tag, _pattern, _first in (
 
 
 def read(path: Path, shown: str) -> tuple[Node, list[ConfigError]]:
-    """The tree of a YAML file, an empty mapping where it cannot be read. `shown` names it in messages."""
+    """The tree of a YAML file; an empty mapping if it cannot be read. `shown` names it in messages."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,7 +56,7 @@ def read(path: Path, shown: str) -> tuple[Node, list[ConfigError]]:
 
 
 def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[ConfigError]]:
-    """The tree of one YAML document. Without `lines` every value stands at `shown` itself."""
+    """The tree of one YAML document. Without `lines` the place of every value is `shown`."""
     loader = _Loader(text)
     mistakes: list[ConfigError] = []
 
@@ -78,7 +78,7 @@ def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[Conf
             if key in places:
                 mistakes.append(ConfigError(where, prefix + key, f"is given twice; first at {places[key]}"))
             places[key] = where
-        loader.flatten_mapping(node)  # puts what `<<: *anchor` stands for before the mapping's own entries
+        loader.flatten_mapping(node)  # inserts what `<<: *anchor` refers to before the mapping's own entries
         return {str(key.value): convert(value, place(key), f"{prefix}{key.value}") for key, value in node.value}
 
     try:
@@ -95,7 +95,7 @@ def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[Conf
 
 
 def constant(value: Any) -> Node:
-    """The tree of plain values that stand in no file."""
+    """The tree of values that are in no file."""
     if isinstance(value, dict):
         value = {key: constant(item) for key, item in value.items()}
     elif isinstance(value, list):
@@ -114,7 +114,7 @@ def merge(base: Node, over: Node) -> Node:
 
 
 def put(tree: Node, keys: Keys, leaf: Node) -> Node:
-    """`tree` with `leaf` at `keys`; a number in `keys` picks an entry of a list that is already there."""
+    """`tree` with `leaf` at `keys`; a number in `keys` is the index of an existing list entry."""
     if not keys:
         return leaf
     key, rest = keys[0], keys[1:]
@@ -128,7 +128,7 @@ def put(tree: Node, keys: Keys, leaf: Node) -> Node:
 
 
 def drop(tree: Node, keys: Keys) -> Node:
-    """`tree` without the value at `keys`, if it is there."""
+    """`tree` without the value at `keys`, if there is one."""
     child = _child(tree, keys[0]) if keys else None
     if child is None:
         return tree
@@ -146,7 +146,7 @@ def drop(tree: Node, keys: Keys) -> Node:
 
 
 def plain(tree: Node) -> Any:
-    """The values alone."""
+    """The values without their places."""
     if isinstance(tree.value, dict):
         return {key: plain(node) for key, node in tree.value.items()}
     if isinstance(tree.value, list):
@@ -155,7 +155,7 @@ def plain(tree: Node) -> Any:
 
 
 def find(tree: Node, keys: Keys) -> Node | None:
-    """The value at `keys`, None where there is none."""
+    """The value at `keys`, or None."""
     node: Node | None = tree
     for key in keys:
         node = _child(node, key) if node else None
@@ -163,7 +163,7 @@ def find(tree: Node, keys: Keys) -> Node | None:
 
 
 def where(tree: Node, keys: Keys) -> str:
-    """Where the value at `keys` was written, or else the innermost thing around it that was."""
+    """The place of the value at `keys`, or of the innermost value around it that has one."""
     child = _child(tree, keys[0]) if keys else None
     return tree.where if child is None else where(child, keys[1:])
 

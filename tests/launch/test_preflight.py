@@ -9,7 +9,7 @@ import pytest
 from transformers import GraniteConfig, LlamaConfig
 
 from launch import preflight as module
-from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, multiplies_bf16, obstacles, preflight
+from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, multiplies_bf16, preflight, preflight_errors
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -38,7 +38,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_quickstart_can_start_anywhere() -> None:
-    assert obstacles(settings()) == []
+    assert preflight_errors(settings()) == []
 
 
 # --- data
@@ -53,7 +53,7 @@ def test_missing_data_is_named_with_its_setting_and_root() -> None:
 def test_data_is_looked_for_under_the_root(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/rows.jsonl").write_text("{}\n")
-    assert obstacles(settings("--data", DATA % "rows.jsonl", "--data.root", "here")) == []
+    assert preflight_errors(settings("--data", DATA % "rows.jsonl", "--data.root", "here")) == []
 
 
 @pytest.mark.parametrize("path", ["a/rows.jsonl", "./owner/name", "/a/b", "a/b/c"])
@@ -63,11 +63,11 @@ def test_a_path_is_not_taken_for_a_hub_name(path: str) -> None:
 
 def test_a_hub_data_set_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings("--data", DATA % "owner/name")
-    assert obstacles(config) == []
+    assert preflight_errors(config) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "owner/name is no file here, and not in the local cache" in obstacle(config).message
     (tmp_path / "hub/datasets/owner___name").mkdir(parents=True)
-    assert obstacles(config) == []
+    assert preflight_errors(config) == []
 
 
 def test_a_missing_selection_and_a_selection_without_a_key(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     assert "it has no config.json" in obstacle(settings("--model.path", "model")).message
     (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
-    assert obstacles(settings("--model.path", "model")) == []
+    assert preflight_errors(settings("--model.path", "model")) == []
 
 
 def test_all_that_a_model_on_this_disk_cannot_do_is_said_before_the_first_stage(tmp_path: Path) -> None:
@@ -111,9 +111,9 @@ def test_a_template_that_cannot_be_masked_is_told_with_what_to_do(tmp_path: Path
     message = obstacle(settings("--model.path", "model")).message
     assert "model.chat_format: tokenizer does not work with the tokenizer of model: response 1 of 2" in message
     assert "set model.chat_format to llama2" in message
-    assert obstacles(settings("--model.path", "model", "--model.chat_format", "llama2")) == []
+    assert preflight_errors(settings("--model.path", "model", "--model.chat_format", "llama2")) == []
     tokenizer_with("chatml").save_pretrained(tmp_path / "model")
-    assert obstacles(settings("--model.path", "model")) == []
+    assert preflight_errors(settings("--model.path", "model")) == []
 
 
 def test_a_template_that_is_not_there_cannot_be_the_format(tmp_path: Path) -> None:
@@ -137,11 +137,11 @@ def test_an_adapter_without_its_base_is_told_before_the_first_stage(tmp_path: Pa
 
 def test_a_hub_model_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings("--model.path", "owner/name")
-    assert obstacles(config) == []
+    assert preflight_errors(config) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert obstacle(config).exit_code == 4
     (tmp_path / "hub/hub/models--owner--name").mkdir(parents=True)
-    assert obstacles(config) == []
+    assert preflight_errors(config) == []
 
 
 # --- sampling engine
@@ -162,7 +162,7 @@ def test_a_missing_vllm_is_told_with_what_installs_it(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("vllm_is_there")
 def test_a_head_size_without_a_kernel_is_told(tmp_path: Path) -> None:
     vllm = ("--ppo.sampling.engine", "vllm")
-    assert obstacles(settings(*vllm)) == []
+    assert preflight_errors(settings(*vllm)) == []
     error = obstacle(settings(*vllm, "--model.tiny.heads", "8"))
     assert error.exit_code == 2 and "have size 16" in error.message and "model.tiny.heads" in error.message
     (tmp_path / "model").mkdir()
@@ -173,7 +173,7 @@ def test_a_head_size_without_a_kernel_is_told(tmp_path: Path) -> None:
         ("{}", True),
     ):
         (tmp_path / "model/config.json").write_text(json.dumps(json.loads(shape) | {"model_type": "llama"}))
-        assert (obstacles(settings(*vllm, "--model.path", "model")) == []) == known
+        assert (preflight_errors(settings(*vllm, "--model.path", "model")) == []) == known
 
 
 def test_vllm_and_adapters_do_not_go_together() -> None:
@@ -189,7 +189,7 @@ def test_too_few_cpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     error = obstacle(settings("--hardware", "{workers: 2, cpus_per_worker: 4}"))
     assert error.exit_code == 5
     assert "needs 2 workers × 4 CPUs = 8, this machine has 2: lower hardware.workers or" in error.message
-    assert obstacles(settings("--hardware", "{workers: 2, cpus_per_worker: 1}")) == []
+    assert preflight_errors(settings("--hardware", "{workers: 2, cpus_per_worker: 1}")) == []
 
 
 def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, enough in ((2, True), (None, True), (1, False)):
         monkeypatch.setattr(module, "machine_gpus", lambda there=there: there)
         if enough:
-            assert obstacles(config) == []
+            assert preflight_errors(config) == []
         else:
             assert "2 workers × 1 GPUs = 2, this machine has 1" in obstacle(config).message
 
@@ -210,17 +210,17 @@ def test_bf16_is_refused_on_a_cpu_that_imitates_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "multiplies_bf16", lambda: False)
     error = obstacle(settings(*BF16))
     assert error.exit_code == 5
-    assert "hardware.precision: this CPU cannot multiply bfloat16" in error.message
+    assert "hardware.precision: this CPU has no bfloat16 instructions" in error.message
 
 
 def test_bf16_is_taken_where_something_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "multiplies_bf16", lambda: True)
-    assert obstacles(settings(*BF16)) == []
+    assert preflight_errors(settings(*BF16)) == []
     monkeypatch.setattr(module, "multiplies_bf16", lambda: False)
-    assert obstacles(settings(*BF16, "--hardware.ray_address", "ray://head:10001")) == []
+    assert preflight_errors(settings(*BF16, "--hardware.ray_address", "ray://head:10001")) == []
     monkeypatch.setattr(module, "machine_gpus", lambda: 1)
-    assert obstacles(settings(*BF16, "--hardware.gpus_per_worker", "1")) == []
-    assert obstacles(settings("--hardware.precision", "float32")) == []
+    assert preflight_errors(settings(*BF16, "--hardware.gpus_per_worker", "1")) == []
+    assert preflight_errors(settings("--hardware.precision", "float32")) == []
 
 
 @pytest.mark.parametrize(
@@ -240,13 +240,15 @@ def test_what_a_cpu_multiplies_is_read_from_its_flags(text: str, can: bool, tmp_
 
 def test_a_cluster_is_not_measured_by_this_machine() -> None:
     assert (
-        obstacles(settings("--hardware", "{workers: 32, cpus_per_worker: 64, gpus_per_worker: 8, ray_address: auto}"))
+        preflight_errors(
+            settings("--hardware", "{workers: 32, cpus_per_worker: 64, gpus_per_worker: 8, ray_address: auto}")
+        )
         == []
     )
 
 
 def test_a_process_alone_needs_no_room_for_workers() -> None:
-    assert obstacles(settings("--hardware", "{workers: 32, cpus_per_worker: 64}"), gang=False) == []
+    assert preflight_errors(settings("--hardware", "{workers: 32, cpus_per_worker: 64}"), workers=False) == []
 
 
 def test_this_machine_has_a_cpu() -> None:
