@@ -106,7 +106,7 @@ BUGS = [
     ),
     *bugs_in(
         "rlhf/data/splitting.py",
-        ["rlhf/data/test_loading.py"],
+        ["rlhf/data/test_splitting.py", "rlhf/data/test_loading.py"],
         Bug("choice prompts are the first of the file", "draw_rows", "sorted(A)", "A"),
         Bug("the draw is blind to tags", "draw_rows", "A.tag", "A.source"),
         Bug("the draw follows no seed", "draw_rows.key", "f'{_}/{A}'", "f'{A}'"),
@@ -127,7 +127,7 @@ BUGS = [
     ),
     *bugs_in(
         "rlhf/data/encoding.py",
-        ["rlhf/data/test_loading.py"],
+        ["rlhf/data/test_encoding.py"],
         Bug(
             "margins fall with the rating",
             "",
