@@ -1,4 +1,4 @@
-"""What the two stages that stand on TRL share: the settings of a transformers Trainer, its callbacks, its checkpoints."""
+"""What the stages on TRL trainers share: the settings of a transformers Trainer, its callbacks, its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
-from rlhf.config import OptimConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.config import OptimConfig, RunConfig, SupervisedConfig
 from rlhf.distributed.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
 from rlhf.errors import UserError
 from rlhf.runs import checkpoint
 from rlhf.runs.context import StageContext
 from rlhf.tracking import NOTHING
 
-StageSettings = SFTConfig | RewardConfig
 
-
-def trainer_arguments(config: RunConfig, settings: StageSettings, context: StageContext, steps: int) -> dict[str, Any]:
+def trainer_arguments(
+    config: RunConfig, settings: SupervisedConfig, context: StageContext, steps: int
+) -> dict[str, Any]:
     """Keyword arguments of a TRL config; our own callbacks measure, log and show."""
     accumulation = settings.batch_size // (settings.micro_batch_size * context.world_size)
     save_every = math.ceil(steps / (settings.checkpoints + 1))
@@ -54,7 +54,7 @@ def trainer_arguments(config: RunConfig, settings: StageSettings, context: Stage
 
 
 def in_training_order(
-    dataset: Dataset, lengths: Sequence[int], settings: StageSettings, stage: str, seed: int
+    dataset: Dataset, lengths: Sequence[int], settings: SupervisedConfig, stage: str, seed: int
 ) -> Dataset:
     """The rows of every step, batch after batch: each epoch in a new order, rows of like length in one forward pass.
 
@@ -85,7 +85,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: str) -> list[int]
 
 
 class OwnOptimizer:
-    """Mixed into a Trainer: the project's AdamW and schedule, the same in all three stages."""
+    """Mixed into a Trainer: the project's AdamW and schedule, the same in all stages."""
 
     optim: OptimConfig
 

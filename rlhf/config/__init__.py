@@ -19,7 +19,7 @@ from rlhf.config.run import (
     public,
     without_secrets,
 )
-from rlhf.config.supervised import RewardConfig, RewardModelConfig, SFTConfig
+from rlhf.config.supervised import RewardConfig, RewardModelConfig, SFTConfig, SupervisedConfig
 
 __all__ = [
     "AlarmConfig",
@@ -45,6 +45,7 @@ __all__ = [
     "SamplingConfig",
     "Settings",
     "SourceConfig",
+    "SupervisedConfig",
     "Tag",
     "TinyConfig",
     "TrackingConfig",

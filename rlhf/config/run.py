@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from rlhf.config.base import Count, Folder, Name, Positive, Settings
 from rlhf.config.data import DataConfig
 from rlhf.config.ppo import GROUPED, PPOConfig
-from rlhf.config.supervised import RewardConfig, SFTConfig
+from rlhf.config.supervised import RewardConfig, SFTConfig, SupervisedConfig
 
 CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 SECRET_KEY = re.compile(r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key)=)[^&#\s'\"]*", re.IGNORECASE)
@@ -127,13 +127,13 @@ class RunConfig(Settings):
 
     def _batches(self) -> dict[str, tuple[int, int]]:
         """Rows of an optimizer step of each stage of the pipeline, and the workers that share them."""
-        workers = self.hardware.workers
-        batches = {
-            "sft": (self.sft.batch_size, workers),
-            "reward": (self.reward.batch_size, self.reward_workers),
-            "ppo": (self.ppo.minibatch_size, workers),
-        }
-        return {stage: batch for stage, batch in batches.items() if stage in self.pipeline}
+        batches = {}
+        for stage in self.pipeline:
+            own = getattr(self, stage, None)
+            if isinstance(own, SupervisedConfig | PPOConfig):
+                size = own.minibatch_size if isinstance(own, PPOConfig) else own.batch_size
+                batches[stage] = (size, self.reward_workers if stage == "reward" else self.hardware.workers)
+        return batches
 
     def _uneven_minibatches(self) -> Iterator[str]:
         share, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
@@ -161,7 +161,7 @@ class RunConfig(Settings):
     def with_fitting_micro_batches(self) -> RunConfig:
         """Each stage's micro_batch_size lowered to the nearest that divides a worker's share of the batch."""
 
-        def fit(stage: SFTConfig | RewardConfig | PPOConfig, share: int) -> Settings:
+        def fit(stage: SupervisedConfig | PPOConfig, share: int) -> Settings:
             sizes = range(min(stage.micro_batch_size, share), 0, -1)
             return stage.model_copy(update={"micro_batch_size": next(size for size in sizes if share % size == 0)})
 

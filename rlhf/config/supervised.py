@@ -9,15 +9,22 @@ from pydantic import Field
 from rlhf.config.base import Count, Fraction, Name, OptimConfig, Positive, Settings, Tag
 
 
-class SFTConfig(Settings):
-    epochs: Positive = 2.0  # [P]
-    batch_size: Count = 64  # sequences per optimizer step over all workers [P]
+class SupervisedConfig(Settings):
+    """What a stage on a TRL trainer needs."""
+
+    epochs: Positive = 1.0
+    batch_size: Count = 64  # rows per optimizer step over all workers
     micro_batch_size: Count = 8  # rows at once on a worker, at most
-    max_length: Count = 4096  # [P]
+    max_length: Count = 4096
+    optim: OptimConfig
+    evals: Count = 4  # held-out figures so many times in the stage
+    checkpoints: Annotated[int, Field(ge=0)] = 2
+
+
+class SFTConfig(SupervisedConfig):
+    epochs: Positive = 2.0  # [P], as batch_size (sequences) and max_length
     packing: bool = True  # [P]
     optim: OptimConfig = OptimConfig(lr=2e-5, eps=1e-8, schedule="cosine", warmup_ratio=0.03)
-    evals: Count = 4  # held-out loss so many times in the stage
-    checkpoints: Annotated[int, Field(ge=0)] = 2
 
 
 class RewardModelConfig(Settings):
@@ -28,18 +35,13 @@ class RewardModelConfig(Settings):
     """λ of the auxiliary safe/unsafe loss [O]."""
 
 
-class RewardConfig(Settings):
+class RewardConfig(SupervisedConfig):
     models: dict[Name, RewardModelConfig] = {
         "helpfulness": RewardModelConfig(own_tag="helpful", other_fraction=0.5),
         "safety": RewardModelConfig(own_tag="safety", other_fraction=0.1, safety_loss_weight=0.5),
     }
     margin: Literal["none", "small", "large"] = "small"  # [P]: all three were compared
-    epochs: Positive = 1.0  # [P]
-    batch_size: Count = 512  # pairs per optimizer step over all workers [P]
-    micro_batch_size: Count = 8  # rows at once on a worker, at most
-    max_length: Count = 4096
+    batch_size: Count = 512  # pairs [P], as epochs
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_ratio=0.03, min_warmup_steps=5)  # [P]
-    evals: Count = 4
-    checkpoints: Annotated[int, Field(ge=0)] = 2
     center_rows: Count = 256
     """SFT answers over which the mean reward is taken and subtracted; drawn by hash, of every tag and source."""
