@@ -81,6 +81,7 @@ STAGES = {
             workers=lambda config: config.reward_workers,
             check_data=_check_mixture,
         ),
+        Stage("dpo", ("preferences",), inputs=_sft),
         Stage("ppo", ("prompts",), inputs=_ppo_inputs, check_data=_check_ppo),
     )
 }

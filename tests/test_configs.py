@@ -20,7 +20,7 @@ SMALL_BATCHES = {("smollm2-hh", "cluster-64")}  # batches of 16 cannot be split 
 
 
 def test_the_promised_files_are_there() -> None:
-    assert RUNS == ["llama2-chat", "quickstart", "smollm2-hh"]
+    assert RUNS == ["llama2-chat", "quickstart", "quickstart-dpo", "smollm2-hh"]
     assert HARDWARE == ["cluster-64", "cpu-2x1-bf16", "gpu-1", "gpu-8", "laptop"]
     assert MODELS == ["llama-2-13b", "llama-2-7b", "smollm2-135m", "tiny"]
     assert sorted(path.stem for path in (CONFIGS / "stage").glob("*.yaml")) == ["llama2-chat", "small"]
@@ -36,12 +36,13 @@ def test_every_file_begins_by_saying_what_it_is_for(path: Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_run_resolves_on_every_hardware_with_every_model(run: str, hardware: str, model: str) -> None:
     config = load(run, ["--hardware", hardware, "--model", model])
-    for batch, micro, workers in (
-        (config.sft.batch_size, config.sft.micro_batch_size, config.hardware.workers),
-        (config.reward.batch_size, config.reward.micro_batch_size, config.reward_workers),
-        (config.ppo.minibatch_size, config.ppo.micro_batch_size, config.hardware.workers),
+    for stage, batch, micro, workers in (
+        ("sft", config.sft.batch_size, config.sft.micro_batch_size, config.hardware.workers),
+        ("reward", config.reward.batch_size, config.reward.micro_batch_size, config.reward_workers),
+        ("dpo", config.dpo.batch_size, config.dpo.micro_batch_size, config.hardware.workers),
+        ("ppo", config.ppo.minibatch_size, config.ppo.micro_batch_size, config.hardware.workers),
     ):
-        assert batch % (micro * workers) == 0
+        assert stage not in config.pipeline or batch % (micro * workers) == 0
     assert config.ppo.batch_size % config.ppo.minibatch_size == 0
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from rlhf.config.base import Count, Folder, Name, Positive, Settings
 from rlhf.config.data import DataConfig
 from rlhf.config.ppo import GROUPED, PPOConfig
-from rlhf.config.supervised import RewardConfig, SFTConfig, SupervisedConfig
+from rlhf.config.supervised import DPOConfig, RewardConfig, SFTConfig, SupervisedConfig
 
 CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 SECRET_KEY = re.compile(r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key)=)[^&#\s'\"]*", re.IGNORECASE)
@@ -80,6 +80,7 @@ class RunConfig(Settings):
     data: DataConfig
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
+    dpo: DPOConfig = DPOConfig()
     ppo: PPOConfig = PPOConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -45,3 +45,12 @@ class RewardConfig(SupervisedConfig):
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_ratio=0.03, min_warmup_steps=5)  # [P]
     center_rows: Count = 256
     """SFT answers over which the mean reward is taken and subtracted; drawn by hash, of every tag and source."""
+
+
+class DPOConfig(SupervisedConfig):
+    """Rafailov et al. 2023 (arXiv 2305.18290), whose beta, batch_size (pairs) and learning rate these are."""
+
+    beta: Positive = 0.1
+    """How dear it is to leave the SFT model: the KL coefficient of the reward that the policy stands for."""
+    micro_batch_size: Count = 4
+    optim: OptimConfig = OptimConfig(lr=1e-6, weight_decay=0.0, schedule="cosine", warmup_ratio=0.1)

@@ -56,7 +56,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         [],
         ["rum"],
-        ["stage", "dpo", "quickstart"],
+        ["stage", "distill", "quickstart"],
         ["stage", "sft/x", "quickstart"],
         ["score", "model", "file"],
         ["score", "model", "file", "--out", "x", "--batch-size", "0"],

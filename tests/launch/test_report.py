@@ -376,7 +376,7 @@ def test_every_key_of_the_report_is_defined(built):
 
 def test_every_metric_in_the_source_is_defined():
     source = "".join(path.read_text() for room in ("rlhf", "stages") for path in (ROOT / room).rglob("*.py"))
-    names = set(re.findall(r'"((?:sft|reward|ppo|eval|perf)/[a-z0-9_]+)"', source)) - {"reward/helpfulness"}
+    names = set(re.findall(r'"((?:sft|reward|dpo|ppo|eval|perf)/[a-z0-9_]+)"', source)) - {"reward/helpfulness"}
     names = {
         re.sub(r"^perf/tokens_\w+?_(useful|prompt|padded|dropped)$", "perf/tokens_<phase>_<kind>", n) for n in names
     }
@@ -386,5 +386,5 @@ def test_every_metric_in_the_source_is_defined():
 
 def test_every_defined_metric_is_in_the_source():
     source = "".join(path.read_text() for room in ("rlhf", "stages") for path in (ROOT / room).rglob("*.py"))
-    defined = re.findall(r"\| `((?:sft|reward|ppo)/[a-z0-9_]+)` \|", DOCUMENT)
+    defined = re.findall(r"\| `((?:sft|reward|dpo|ppo)/[a-z0-9_]+)` \|", DOCUMENT)
     assert [name for name in defined if f'"{name}"' not in source] == []

@@ -209,7 +209,10 @@ def test_every_mistake_of_every_layer_is_reported_at_once(project: Path) -> None
         (["--model.path", "[a"], "model.path: is not valid YAML"),
         (["--ppo.safety_model", "harm"], "ppo.safety_model: is 'harm', but reward.models has helpfulness, safety"),
         (["--pipeline", "[sft, reward, pppo]"], "pipeline.2: is 'pppo', which is no stage (did you mean ppo?)"),
-        (["--pipeline", "[sft, distill]"], "pipeline.1: is 'distill', which is no stage (there are sft, reward, ppo)"),
+        (
+            ["--pipeline", "[sft, distill]"],
+            "pipeline.1: is 'distill', which is no stage (there are sft, reward, dpo, ppo)",
+        ),
         (["--pipeline", "[reward, sft]"], "pipeline.0: is reward, which starts from sft; move sft before it"),
         (["--pipeline", "[sft, ppo]"], "pipeline.1: is ppo, which starts from reward; add reward before it"),
         (["--pipeline", "[sft, reward, sft]"], "pipeline.2: is sft, which is in the pipeline already; leave it out"),
@@ -310,6 +313,8 @@ def test_printed_settings_are_plain_yaml(project: Path) -> None:
 
 
 def test_every_renamed_setting_has_its_new_name_and_not_its_old_one() -> None:
-    names = {name.split(".")[-1] for name in settings._all_names(RunConfig)}
+    places = {tuple(name.rpartition(".")[::2]) for name in settings._all_names(RunConfig)}
+    names = {name for _, name in places}
     assert set(settings.RENAMED.values()) - {"other_fraction"} <= names  # that one stands under names of one's own
-    assert not names & settings.RENAMED.keys()
+    for old, new in settings.RENAMED.items():
+        assert not {section for section, name in places if name == old} & {s for s, name in places if name == new}
