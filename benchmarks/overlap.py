@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.gang import add_sizes, by_workers, one_iteration
 from benchmarks.turns import in_turns, parser_of, report, table
+from benchmarks.worker_group import add_sizes, by_workers, one_iteration
 from rlhf.ppo.setup import Setup
 from rlhf.ppo.step_profiler import COMPUTING, PHASES
 from rlhf.ppo.trainer import PPOTrainer

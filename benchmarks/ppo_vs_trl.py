@@ -286,8 +286,8 @@ def run_side(name: str, python: Path, job: Job, folder: Path) -> dict[str, Any]:
     job_file, result = folder / "job.json", folder / "result.json"
     job.write(job_file)
     result.unlink(missing_ok=True)
-    gang = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes)]
-    command = [str(python), "-W", "ignore", *(gang if job.processes > 1 else [])]
+    group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes)]
+    command = [str(python), "-W", "ignore", *(group if job.processes > 1 else [])]
     command += ["-m", f"benchmarks.{name.replace('ours', 'our')}_side", str(job_file), str(result)]
     own = {
         "PYTHONPATH": str(ROOT),

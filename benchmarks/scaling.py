@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gang import add_sizes, by_workers, one_iteration
 from benchmarks.side import peak_memory
 from benchmarks.turns import parser_of, report, table
+from benchmarks.worker_group import add_sizes, by_workers, one_iteration
 from rlhf.distributed import collectives
 from rlhf.ppo.setup import Setup, reward_set
 from rlhf.ppo.trainer import PPOTrainer

@@ -23,7 +23,7 @@ from rlhf.distributed.engine import LocalEngine
 from rlhf.generation import InProcessSampler
 from rlhf.models import ScalarModel
 from rlhf.models.policy import PolicyModel
-from rlhf.ppo.estimators import estimator_of
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.models import Models
 from rlhf.ppo.setup import Setup, reward_set
 from rlhf.ppo.trainer import PPOTrainer

@@ -6,7 +6,7 @@
 times are those of files that every run writes:
 
 driver  the command reads settings and data, and starts Ray          until made_by.json
-gang    Ray Train starts the workers, and they form their group       until logs/
+group   Ray Train starts the workers, and they form their group       until logs/
 import  the worker imports what a stage needs                         until the first line of events.jsonl
 step    data, model, engines, checks; PPO also answers its held-out
         prompts; then the first step, until its figures are recorded  first step in metrics.jsonl
@@ -46,7 +46,7 @@ from rlhf.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward/reward", "ppo")
-PARTS = ("driver", "gang", "import", "step")
+PARTS = ("driver", "group", "import", "step")
 
 
 def run_settings(args: argparse.Namespace, model: Path, folder: Path) -> RunConfig:

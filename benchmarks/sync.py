@@ -17,13 +17,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.gang import add_sizes, by_workers, one_iteration
 from benchmarks.turns import in_turns, parser_of, report, table
+from benchmarks.worker_group import add_sizes, by_workers, one_iteration
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import import_deepspeed
 from rlhf.ppo.models import Models
 from rlhf.ppo.setup import Setup
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ppo.weight_sync import sync_weights
 from rlhf.profiling.roofline import wait
 
 ITERATIONS = 3  # whose share of sync is told, after one that is not counted
@@ -53,7 +54,10 @@ def measure(setup: Setup, repeats: int) -> dict[str, Any]:
         collectives.barrier()
         return time.perf_counter() - start, moved
 
-    sides = {"ours": lambda: timed(Models.sync), "naive": lambda: timed(naive_sync)}
+    sides = {
+        "ours": lambda: timed(lambda models: sync_weights(models.policy, models.sampler)),
+        "naive": lambda: timed(naive_sync),
+    }
     in_turns(sides, 1)
     turns, trainer, shares = in_turns(sides, repeats), PPOTrainer.of(setup), []
     for _ in range(1 + ITERATIONS):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import gang, report
+from launch import report, worker_group
 from launch.terminal import StageBars, console
 from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf.config import RunConfig
@@ -68,7 +68,7 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
         if local:
             _run_local(config, one, data)
         else:
-            with gang.cluster(config), StageBars(config.folder) as bars:
+            with worker_group.cluster(config), StageBars(config.folder) as bars:
                 _drive(config, [one], data, bars)
     return 0
 
@@ -131,7 +131,7 @@ def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
             console.print(f"[green]✓[/green] {stage}: complete, with these settings and this data; skipped")
     if not waiting:
         return {}
-    with gang.cluster(config), StageBars(config.folder) as bars:
+    with worker_group.cluster(config), StageBars(config.folder) as bars:
         return _drive(config, waiting, data, bars)
 
 
@@ -161,14 +161,14 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
 
 
 def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:
-    running: dict[str, tuple[gang.Gang, float]] = {}
+    running: dict[str, tuple[worker_group.WorkerGroup, float]] = {}
     seconds: dict[str, float] = {}
     while waiting or running:
         for stage in [s for s in waiting if not set(stage_of(s).inputs(config)) & {*waiting, *running}]:
             waiting.remove(stage)
             _prepare(config, stage, data)
             bars.add(stage)
-            running[stage] = gang.Gang(config, stage, stage_of(stage).workers(config)), time.monotonic()
+            running[stage] = worker_group.WorkerGroup(config, stage, stage_of(stage).workers(config)), time.monotonic()
         for stage, (one, started) in list(running.items()):
             if one.done(POLL_S / len(running)):
                 del running[stage]
@@ -210,8 +210,8 @@ def _layout(config: RunConfig, stage: str, local: bool) -> str:
     return f"{workers} workers under ZeRO-{config.hardware.zero_stage}"
 
 
-def _finish(config: RunConfig, stage: str, one: gang.Gang, bars: StageBars) -> None:
-    """Raises one clear error when the gang failed."""
+def _finish(config: RunConfig, stage: str, one: worker_group.WorkerGroup, bars: StageBars) -> None:
+    """Raises one clear error when the worker group failed."""
     try:
         one.result()
     except Exception as error:  # noqa: BLE001  whatever Ray wraps around it, people get one message

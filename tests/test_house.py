@@ -188,7 +188,7 @@ LONG_FUNCTION = "def f():\n" + "    pass\n" * LONGEST_FUNCTION
         (wrong_directions, "rlhf/chat/llama2.py", "import stages.ppo"),
         (wrong_directions, "rlhf/models/tiny.py", "from rlhf.generation import Sampler"),
         (wrong_directions, "rlhf/data/loading.py", "def f():\n    from rlhf.distributed.engine import Engine"),
-        (wrong_directions, "stages/ppo.py", "from launch import gang"),
+        (wrong_directions, "stages/ppo.py", "from launch import worker_group"),
         (wrong_directions, "reward_data/load.py", "from rlhf.errors import UserError"),
         (wrong_directions, "rlhf/algorithms/kl.py", "import rlhf.config"),
         (wrong_directions, "rlhf/new_room.py", ""),
@@ -213,7 +213,7 @@ def test_a_planted_fault_is_found(check, name: str, text: str) -> None:
     [
         (wrong_directions, "stages/ppo.py", "from rlhf import engine\nimport rlhf.config, torch, stages.sft"),
         (wrong_directions, "rlhf/algorithms/losses.py", "from rlhf.algorithms.masked import masked_sum"),
-        (borrowed_libraries, "launch/gang.py", "import ray"),
+        (borrowed_libraries, "launch/worker_group.py", "import ray"),
         (too_long, "rlhf/chat/llama2.py", LONG_FUNCTION.replace("    pass\n", "", 1)),
         (foreign_text, "docs/a.md", "~/work/x and /usr/bin and runs/home/x and $HOME/work/x"),
         (asserts_nothing, "tests/test_x.py", "def test_x():\n    with pytest.raises(ValueError):\n        f()"),

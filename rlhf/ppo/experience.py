@@ -14,11 +14,11 @@ from rlhf.algorithms.advantages import Estimator, Signals, estimate
 from rlhf.algorithms.kl import k1, k3
 from rlhf.algorithms.losses import importance_weight
 from rlhf.algorithms.masked import masked_mean_and_var, whiten
-from rlhf.algorithms.rewards import token_rewards
+from rlhf.algorithms.reward_shaping import token_rewards
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Experience, Rollout, Scores
 from rlhf.errors import UserError
-from rlhf.ppo.estimators import estimator_of
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.rewards import Combined
 
 

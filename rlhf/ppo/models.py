@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rlhf.config import PPOConfig, RunConfig
-from rlhf.distributed.engine import Engine, full_parameters, open_engine, sharded_loading
+from rlhf.distributed.engine import Engine, open_engine, sharded_loading
 from rlhf.generation import InProcessSampler, Sampler, open_sampler
 from rlhf.models import (
     ScalarModel,
@@ -25,7 +25,7 @@ from rlhf.models import (
     recompute_activations,
 )
 from rlhf.models.policy import PolicyModel
-from rlhf.ppo.estimators import estimator_of
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.profiling.memory import keep_freed_memory
 from rlhf.runs.context import StageContext
 
@@ -53,11 +53,6 @@ class Models:
         """Those that are trained, by name: a part of every checkpoint."""
         critic = {} if self.critic is None else {"critic": self.critic}
         return {"policy": self.policy, **critic}
-
-    def sync(self) -> int:
-        """The sampler's copy becomes the policy of this moment; returns the bytes moved. All ranks must call it."""
-        changed = full_parameters(self.policy.module, trainable_only=True)
-        return self.sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in changed)
 
 
 def open_models(config: RunConfig, context: StageContext, reward_models: Mapping[str, Path]) -> Models:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from reward_data import Prompt
 from rlhf.config import RewardSource, RunConfig
-from rlhf.ppo.estimators import estimator_of
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.models import Models
 from rlhf.rewards import FunctionReward, ModelReward, Reward, RewardSet, piecewise, weighted_sum
 from rlhf.runs.context import StageContext

@@ -20,13 +20,14 @@ from rlhf.errors import UserError
 from rlhf.ppo import alarms, best, preflight_checks, step_profiler
 from rlhf.ppo.evaluator import Evaluator
 from rlhf.ppo.experience import make_experience, reward_metrics
-from rlhf.ppo.local import local_setup
+from rlhf.ppo.notebook_setup import local_setup
 from rlhf.ppo.rollout_source import RolloutSource
 from rlhf.ppo.scoring import score_responses
 from rlhf.ppo.setup import Setup
 from rlhf.ppo.step_profiler import PhaseTimer
 from rlhf.ppo.tables import sampled
 from rlhf.ppo.update import update
+from rlhf.ppo.weight_sync import sync_weights
 from rlhf.runs import checkpoint
 from rlhf.runs.artifacts import link_tree
 from rlhf.tracking import NOTHING
@@ -111,7 +112,7 @@ class PPOTrainer:
                 self._watch(metrics)
             if self.held_out and (state.iteration % ppo.eval_every == 0 or state.iteration == ppo.iterations):
                 with self.timer("evaluation"):
-                    self.models.sync()
+                    sync_weights(self.models.policy, self.models.sampler)
                     self._evaluate()
             with self.timer("logging"):
                 shown = {"reward": metrics["ppo/reward"], "kl": metrics["ppo/kl"]}
@@ -128,7 +129,7 @@ class PPOTrainer:
         """One iteration: sample → score → experience → update. Returns its metrics."""
         config, models, state, timer = self.config, self.models, self.state, self.timer
         with timer("sync"):
-            sync_bytes = models.sync()
+            sync_bytes = sync_weights(models.policy, models.sampler)
         sample = self.source.next(state.iteration)
         with timer("scoring"):
             scores = score_responses(sample.rollout, sample.prompts, models, self.rewards, config.ppo)
@@ -182,7 +183,7 @@ class PPOTrainer:
         self.context.tracker.rewind(restored["iteration"] if restored else NOTHING)
         for name in (f.name for f in fields(TrainerState) if restored):
             setattr(self.state, name, restored[name])  # type: ignore[index]
-        self.models.sync()
+        sync_weights(self.models.policy, self.models.sampler)
         for entry in self.state.alarms:
             self.context.progress.warn(alarms.line(entry))
 

@@ -14,7 +14,7 @@ from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine
 from rlhf.distributed.means import Means
 from rlhf.distributed.micro_batches import micro_batches_of_minibatch
-from rlhf.ppo.estimators import estimator_of
+from rlhf.ppo.advantage_setting import estimator_of
 
 
 def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Iterator[Tensor]:

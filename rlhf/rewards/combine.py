@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.rewards import flagged_unsafe, piecewise_reward
+from rlhf.algorithms.reward_shaping import flagged_unsafe, piecewise_reward
 from rlhf.rewards.base import Responses, Reward
 
 

@@ -28,4 +28,4 @@ def test_parts_are_read_from_the_files_of_a_run(tmp_path):
     steps = [{"step": 0, "time": 111.0}, {"step": 1, "time": 114.0}, {"step": 2, "time": 115.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)))
     found = startup.parts(100.0, tmp_path)
-    assert found == {"driver": 2.0, "gang": 3.0, "import": 4.0, "step": 5.0}
+    assert found == {"driver": 2.0, "group": 3.0, "import": 4.0, "step": 5.0}

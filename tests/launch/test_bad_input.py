@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, gang, pipeline
+from launch import cli, pipeline, worker_group
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 ROW = {"messages": [{"role": "user", "content": "what is 2 + 3?"}, {"role": "assistant", "content": "5"}]}
@@ -28,7 +28,7 @@ def refused(
     def fail(*_: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(gang, "cluster", fail)
+    monkeypatch.setattr(worker_group, "cluster", fail)
     monkeypatch.setattr(pipeline, "open_parent", fail)
 
     def run(code: int, *arguments: str) -> str:
@@ -126,7 +126,7 @@ def test_a_model_folder_without_weights(runs_dir: Path, tmp_path: Path, capsys: 
 # --- machine --------------------------------------------------------------------------------------------------------
 
 
-def test_too_few_processors_for_the_gang(refused: Refused) -> None:
+def test_too_few_processors_for_the_worker_group(refused: Refused) -> None:
     message = refused(5, "--hardware", "{workers: 2, cpus_per_worker: 4096}")
     assert "needs 2 workers × 4096 CPUs = 8192, this machine has" in message
     assert "lower hardware.workers or hardware.cpus_per_worker" in message

@@ -18,7 +18,7 @@ from launch.settings import load
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "launch/clusters"
-GANG = yaml.safe_load((ROOT / "configs/hardware/cluster-64.yaml").read_text())
+CLUSTER = yaml.safe_load((ROOT / "configs/hardware/cluster-64.yaml").read_text())
 
 # --- Slurm: the real script, with stand-ins for Slurm, Ray and rlhf that write down what they were called with ---------
 
@@ -86,10 +86,10 @@ def test_everyone_in_a_slurm_job_has_its_token_which_then_goes(project: Path) ->
     assert not list((project / "runs").glob("*.token"))
 
 
-def test_a_slurm_job_has_the_room_of_its_gang() -> None:
+def test_a_slurm_job_has_the_room_of_its_workers() -> None:
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", (CLUSTERS / "slurm.sh").read_text(), re.MULTILINE))
-    assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == GANG["workers"] * GANG["gpus_per_worker"]
-    assert int(asked["nodes"]) * int(asked["cpus-per-task"]) >= GANG["workers"] * GANG["cpus_per_worker"]
+    assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == CLUSTER["workers"] * CLUSTER["gpus_per_worker"]
+    assert int(asked["nodes"]) * int(asked["cpus-per-task"]) >= CLUSTER["workers"] * CLUSTER["cpus_per_worker"]
 
 
 # --- Ray's cluster launcher -------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_ray_accepts_its_cluster_file(ray_cluster: dict[str, Any]) -> None:
 def test_every_machine_of_the_cluster_file_is_started(ray_cluster: dict[str, Any]) -> None:
     others = len(ray_cluster["provider"]["worker_ips"])
     assert ray_cluster["min_workers"] == ray_cluster["max_workers"] == others
-    assert (others + 1) * 8 == GANG["workers"]
+    assert (others + 1) * 8 == CLUSTER["workers"]
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])
@@ -162,12 +162,12 @@ def test_every_field_of_the_job_is_one_of_kuberay(job: dict[str, Any]) -> None:
     assert list(misspelt(job)) == []
 
 
-def test_the_pods_have_the_room_of_the_gang(job: dict[str, Any]) -> None:
+def test_the_pods_have_the_room_of_the_workers(job: dict[str, Any]) -> None:
     (workers,) = job["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
-    assert workers["replicas"] * int(limits["nvidia.com/gpu"]) == GANG["workers"] * GANG["gpus_per_worker"]
-    assert workers["replicas"] * int(limits["cpu"]) >= GANG["workers"] * GANG["cpus_per_worker"]
+    assert workers["replicas"] * int(limits["nvidia.com/gpu"]) == CLUSTER["workers"] * CLUSTER["gpus_per_worker"]
+    assert workers["replicas"] * int(limits["cpu"]) >= CLUSTER["workers"] * CLUSTER["cpus_per_worker"]
     assert workers["minReplicas"] == workers["maxReplicas"] == workers["replicas"]
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from launch import gang, pipeline
+from launch import pipeline, worker_group
 from launch.settings import load
 from reward_data.load import SHIPPED
 from rlhf.config import RunConfig
@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
 
 
-class FakeGang:
-    """A gang that is done at once: it seals an artifact that holds what it was made from."""
+class FakeWorkerGroup:
+    """A worker group that is done at once: it seals an artifact that holds what it was made from."""
 
     started: ClassVar[list[str]]
     meets: ClassVar[dict[str, Exception]]  # stage → what befalls it
@@ -64,10 +64,10 @@ def no_cluster(config: RunConfig):
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stages that were started, in order; without Ray, and without a report."""
     started: list[str] = []
-    monkeypatch.setattr(FakeGang, "started", started, raising=False)
-    monkeypatch.setattr(FakeGang, "meets", {}, raising=False)
-    monkeypatch.setattr(gang, "cluster", no_cluster)
-    monkeypatch.setattr(gang, "Gang", FakeGang)
+    monkeypatch.setattr(FakeWorkerGroup, "started", started, raising=False)
+    monkeypatch.setattr(FakeWorkerGroup, "meets", {}, raising=False)
+    monkeypatch.setattr(worker_group, "cluster", no_cluster)
+    monkeypatch.setattr(worker_group, "WorkerGroup", FakeWorkerGroup)
     monkeypatch.setattr(pipeline, "_report", lambda *_: None)
     return started
 
@@ -108,7 +108,7 @@ def test_a_complete_run_starts_not_even_a_cluster(
     def fail(config: RunConfig) -> None:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr(gang, "cluster", fail)
+    monkeypatch.setattr(worker_group, "cluster", fail)
     assert again() == []
     shown = capsys.readouterr().out
     assert all(f"{stage}: complete" in shown for stage in STAGES)
@@ -173,22 +173,22 @@ def test_fresh_starts_over(again: Callable[..., list[str]], tmp_path: Path) -> N
 def test_a_stage_that_fails_says_why_and_those_before_it_stay(
     again: Callable[..., list[str]], started: list[str], tmp_path: Path
 ) -> None:
-    FakeGang.meets["reward/safety"] = RuntimeError("Ray says many things\nand then: the worker was killed")
+    FakeWorkerGroup.meets["reward/safety"] = RuntimeError("Ray says many things\nand then: the worker was killed")
     with pytest.raises(UserError, match="reward/safety failed: a worker died: and then: the worker was killed") as end:
         again("--reward.models.safety.safety_loss_weight", "0.4")
     assert end.value.exit_code == 6
     assert started == ["reward/safety"]
-    FakeGang.meets.clear()
+    FakeWorkerGroup.meets.clear()
     assert again("--reward.models.safety.safety_loss_weight", "0.4") == ["reward/safety", "ppo"]
 
 
 @pytest.fixture
 def checkpointed(again: Callable[..., list[str]], tmp_path: Path) -> Path:
     """The checkpoint folder of a PPO stage that was broken off."""
-    FakeGang.meets["ppo"] = RuntimeError("killed")
+    FakeWorkerGroup.meets["ppo"] = RuntimeError("killed")
     with pytest.raises(UserError, match="ppo failed"):
         again("--ppo.kl_coef", "0.02")
-    FakeGang.meets.clear()
+    FakeWorkerGroup.meets.clear()
     folder = tmp_path / "smoke/ppo/checkpoints"
     folder.mkdir()
     (folder / "iteration-000001").mkdir()
@@ -211,7 +211,7 @@ def test_checkpoints_go_when_settings_or_parents_are_others(
     checkpointed: Path, again: Callable[..., list[str]], tmp_path: Path, change: tuple[str, ...]
 ) -> None:
     """Else PPO would go on with a policy of another start."""
-    FakeGang.meets["ppo"] = RuntimeError("killed")
+    FakeWorkerGroup.meets["ppo"] = RuntimeError("killed")
     with pytest.raises(UserError, match="ppo failed"):
         again(*change)
     assert not checkpointed.exists()

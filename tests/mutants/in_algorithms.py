@@ -138,8 +138,8 @@ BUGS = [
         Bug("whitening fills padding with the mean", "whiten", "return keep(A, _)", "return A"),
     ),
     *bugs_in(
-        "rlhf/algorithms/rewards.py",
-        ["rlhf/algorithms/test_rewards.py"],
+        "rlhf/algorithms/reward_shaping.py",
+        ["rlhf/algorithms/test_reward_shaping.py"],
         Bug("the KL is a reward", "token_rewards", "-A", "A"),
         Bug("β is forgotten", "token_rewards", "_ * A", "-A"),
         Bug("the KL of padding counts", "token_rewards", "A * keep(B, _)", "A * B"),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reward_data import Message, Prompt
 from rlhf.config import OptimConfig, RunConfig
-from tests.gang import leave, run_ranks
+from tests.worker_group import leave, run_ranks
 
 BATCH, MINIBATCH, EPOCHS, LONGEST = 32, 16, 2, 40
 LEARN = OptimConfig(lr=1e-3, schedule="cosine", min_warmup_steps=2)
@@ -283,7 +283,7 @@ def of_model(state: dict[str, Tensor], model: str) -> Tensor:
     return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if name.startswith(model)])
 
 
-# --- gangs ----------------------------------------------------------------------------------------------------------
+# --- worker groups ----------------------------------------------------------------------------------------------------------
 
 MODELS = ("sft", "reward/helpfulness", "reward/safety")
 
@@ -310,7 +310,7 @@ def make_models(folder: Path) -> None:
 
 
 def compare_all(layouts: Sequence[Layout], iterations: int, folder: Path) -> dict[Layout, dict[str, float]]:
-    """The differences of every layout from its reference. Plain torch runs here, ZeRO in a gang for each number of
+    """The differences of every layout from its reference. Plain torch runs here, ZeRO in a worker group for each number of
     ranks, one after the other."""
     make_models(folder)
     kinds = {layout.kind for layout in layouts}

@@ -26,7 +26,7 @@ from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.kl import approx_kl, k1
 from rlhf.algorithms.losses import policy_loss, value_loss
 from rlhf.algorithms.masked import masked_mean_and_var, whiten
-from rlhf.algorithms.rewards import token_rewards
+from rlhf.algorithms.reward_shaping import token_rewards
 from rlhf.config import HardwareConfig, OptimConfig, PPOConfig, SamplingConfig
 from rlhf.data.batches import Rollout, select
 from rlhf.distributed.engine import LocalEngine

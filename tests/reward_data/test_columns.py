@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from reward_data import Message, Prompt, load
+from reward_data import Message, Prompt, Source, load
 
 
 def jsonl(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -96,7 +96,7 @@ def test_csv_gives_text(tmp_path):
 
 def test_named_columns_are_read_and_no_others(tmp_path):
     file = jsonl(tmp_path, [{"question": "What is 2 + 2?", "solution": "4", "id": 7}])
-    (row,) = load("prompts", file, columns={"prompt": "question", "reference": "solution"}).rows
+    (row,) = load("prompts", Source(file, columns={"prompt": "question", "reference": "solution"})).rows
     assert row.messages == (Message("user", "What is 2 + 2?"),)
     assert row.columns == {"reference": "4"}
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from tests.gang import run_ranks
+from tests.worker_group import run_ranks
 
 LIMIT_S = 2.0
 

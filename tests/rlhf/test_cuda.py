@@ -30,7 +30,7 @@ from rlhf.ppo import step_profiler
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker
-from tests.gang import leave, run_ranks
+from tests.worker_group import leave, run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

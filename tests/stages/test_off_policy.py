@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from benchmarks.closed_form import LENGTH, settings
-from benchmarks.gang import one_iteration
 from benchmarks.small_world import PAD, World, trainer_of
+from benchmarks.worker_group import one_iteration
 from rlhf.config import PPOConfig
 from rlhf.data import next_prompts
 from rlhf.ppo import trainer as trainer_module
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ppo.weight_sync import sync_weights
 
 ITERATIONS = 4
 GROUPS: dict[str, Any] = {"advantage": "grpo", "group_size": 4}
@@ -142,7 +143,7 @@ def test_an_evaluation_in_between_changes_nothing(world, watched):
     trainer, metrics = start(world), []
     for _ in range(ITERATIONS):
         metrics += iterate(trainer, 1)
-        trainer.models.sync()
+        sync_weights(trainer.models.policy, trainer.models.sampler)
         batch = next_prompts(trainer.models.tokenizer, trainer._setup.prompts, trainer.config, 77)
         trainer.models.sampler.sample(batch, trainer.config.ppo.sampling, 0, 77)
     assert_same(trainer, watched.trainer)

@@ -399,16 +399,16 @@ def test_a_training_that_explodes_stops_and_keeps_its_checkpoints(run, beside, m
 
 def drifting_sampler(patch):
     """After the checks, which the sync before the first iteration follows."""
-    sync, count = models.Models.sync, []
+    sync, count = trainer.sync_weights, []
 
-    def drift(self):
-        moved = sync(self)
+    def drift(policy, sampler):
+        moved = sync(policy, sampler)
         count.append(1)
         if len(count) > 1:
-            self.sampler.model.lm_head.weight.data *= 3
+            sampler.model.lm_head.weight.data *= 3
         return moved
 
-    patch.setattr(models.Models, "sync", drift)
+    patch.setattr(trainer, "sync_weights", drift)
 
 
 def sharpening_policy(patch):

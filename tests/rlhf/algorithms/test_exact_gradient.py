@@ -10,7 +10,7 @@ import torch
 from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.kl import k1
 from rlhf.algorithms.losses import importance_weight, policy_loss
-from rlhf.algorithms.rewards import token_rewards
+from rlhf.algorithms.reward_shaping import token_rewards
 
 BETA = 0.3
 ANSWERS = torch.tensor([[2, 0], [0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]])  # the first ends at once

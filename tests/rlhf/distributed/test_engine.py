@@ -18,7 +18,7 @@ from rlhf.distributed import engine as module
 from rlhf.distributed.engine import LocalEngine, full_parameters, full_state, learning_rate_fraction, open_engine
 from rlhf.models import add_lora
 from rlhf.models.policy import PolicyModel
-from tests.gang import leave, run_ranks
+from tests.worker_group import leave, run_ranks
 
 HARDWARE = HardwareConfig()
 

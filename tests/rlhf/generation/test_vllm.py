@@ -21,7 +21,7 @@ from rlhf.generation import InProcessSampler, vllm
 from rlhf.generation.vllm import VLLMSampler
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import preflight_checks
-from tests.gang import leave, run_ranks
+from tests.worker_group import leave, run_ranks
 
 EOS, PAD, R, SLOTS = 2, 0, 9, 16
 TEMPERATURE = 0.7

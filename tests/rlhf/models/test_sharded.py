@@ -13,7 +13,7 @@ from torch import nn
 
 from rlhf.config import HardwareConfig, LoraConfig
 from rlhf.models import add_lora, load_causal, load_scalar, load_tokenizer, save_causal
-from tests.gang import leave, run_ranks
+from tests.worker_group import leave, run_ranks
 
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()

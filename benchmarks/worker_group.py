@@ -56,7 +56,7 @@ def measured(module: str, config: RunConfig, device: str, threads: int, repeats:
     job_file, result, log = (folder / f"{workers}-{name}" for name in ("job.json", "result.json", "log"))
     job.write(job_file)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(workers), "-m", "benchmarks.gang", module, str(job_file), str(result)]
+    command += ["--nproc-per-node", str(workers), "-m", "benchmarks.worker_group", module, str(job_file), str(result)]
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
     own |= {} if job.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as output:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.algorithms.rewards import flagged_unsafe, piecewise_reward, token_rewards
+from rlhf.algorithms.reward_shaping import flagged_unsafe, piecewise_reward, token_rewards
 
 THRESHOLD = 0.15
 LIMIT = math.log(0.15 / 0.85)  # -1.7346, the threshold among logits

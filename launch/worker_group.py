@@ -104,7 +104,7 @@ def short_folder() -> Iterator[str | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Gang:
+class WorkerGroup:
     """A running stage. `done()` says whether it has ended; `result()` raises what the stage raised."""
 
     def __init__(self, config: RunConfig, stage: str, workers: int) -> None:

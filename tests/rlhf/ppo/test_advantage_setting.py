@@ -10,7 +10,7 @@ import torch
 from rlhf.algorithms.advantages import ADVANTAGES, Estimator, Signals, estimate
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
-from rlhf.ppo.estimators import estimator_of
+from rlhf.ppo.advantage_setting import estimator_of
 
 OWN = """
 import torch

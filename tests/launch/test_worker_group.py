@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from launch import cli, gang, pipeline
+from launch import cli, pipeline, worker_group
 from launch.settings import load
 from rlhf.ppo.step_profiler import PHASES
 from rlhf.tracking import read_metrics
@@ -197,7 +197,7 @@ def test_a_second_run_finds_all_stages_complete(
     def fail(*_: object) -> None:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr(gang, "cluster", fail)
+    monkeypatch.setattr(worker_group, "cluster", fail)
     monkeypatch.chdir(finished.folder.parents[1])
     assert cli.main(["run", str(SMOKE), *SHORT]) == 0
     shown = capsys.readouterr().out
@@ -253,7 +253,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 24
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes of the gang's ranks."""
+    """The processes of the group's ranks."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
