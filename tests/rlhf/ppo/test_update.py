@@ -223,9 +223,9 @@ def experience_by(advantage, iteration, ppo_config, failed=(1, 4), **changed):
 def mean_of(advantage, tokens_of_rows):
     """What the estimator divides a loss by, over the rows that count."""
     if advantage == "grpo":
-        return sum(tokens.mean() for tokens in tokens_of_rows) / len(tokens_of_rows)
+        return torch.stack([tokens.mean() for tokens in tokens_of_rows]).mean()
     if advantage == "dr_grpo":
-        return sum(tokens.sum() for tokens in tokens_of_rows) / 9 / len(tokens_of_rows)
+        return torch.stack([tokens.sum() for tokens in tokens_of_rows]).mean() / 9
     return torch.cat(tokens_of_rows).mean()
 
 
