@@ -75,12 +75,12 @@ BUGS = [
     ),
     *bugs_in(
         "rlhf/distributed/engine.py",
-        ["rlhf/distributed/test_engine.py::test_shards_are_gathered_bucket_by_bucket"],
+        ["rlhf/distributed/test_zero.py::test_shards_are_gathered_bucket_by_bucket"],
         Bug("the whole model is gathered, as a shard has no elements", "_buckets", "getattr(_, 'ds_numel', A)", "A"),
     ),
     *bugs_in(
         "rlhf/distributed/engine.py",
-        ["rlhf/distributed/test_engine.py::test_two_ranks_under_zero_make_the_update_of_one_process"],
+        ["rlhf/distributed/test_zero.py::test_two_ranks_under_zero_make_the_update_of_one_process"],
         Bug("gradients are averaged over ranks", "ZeroEngine.backward", "_ / A", "1 / A"),
     ),
     *bugs_in(
