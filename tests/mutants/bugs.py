@@ -11,6 +11,7 @@ from tests.mutants import (
     in_kernels,
     in_models,
     in_ppo,
+    in_rewards,
     in_runs_and_stages,
 )
 
@@ -22,6 +23,7 @@ TABLES = (
     in_models,
     in_generation,
     in_ppo,
+    in_rewards,
     in_runs_and_stages,
     in_benchmarks,
 )

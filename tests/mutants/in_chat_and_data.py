@@ -12,6 +12,14 @@ BUGS = [
         Bug("data of other settings is taken", "manifest", "A['settings'] == _", "True"),
     ),
     *bugs_in(
+        "reward_data/load.py",
+        ["reward_data/test_columns.py"],
+        Bug("the prompt is a column too", "_with_columns", "A not in ('prompt', 'messages', 'tag')", "True"),
+        Bug("a column that a row lacks is there", "_with_columns", "{A: B for A, B in C if B is not None}", "dict(C)"),
+        Bug("bytes are columns", "_as_json", "isinstance(A, bytes | bytearray | memoryview)", "False"),
+        Bug("what lies in a list stays as it is", "_as_json", "isinstance(A, list | tuple)", "False"),
+    ),
+    *bugs_in(
         "reward_data/converters/hh.py",
         ["reward_data/test_hh.py"],
         Bug(

@@ -6,6 +6,11 @@ from tests.mutants.bug import Bug, bugs_in
 
 BUGS = [
     *bugs_in(
+        "rlhf/distributed/micro_batches.py",
+        ["rlhf/ppo/test_scoring.py"],
+        Bug("scores come back in the order of micro-batches", "in_row_order", "A[_]", "A", nth=0),
+    ),
+    *bugs_in(
         "rlhf/distributed/collectives.py",
         ["rlhf/distributed/test_collectives.py"],
         Bug("every rank whitens its own rows", "gather_rows", "_ == 1", "world_size() >= 1"),

@@ -134,7 +134,7 @@ BUGS = [
         [
             "rlhf/generation/test_vllm.py::test_every_weight_is_handed_over_and_outlives_its_turn",
             "rlhf/generation/test_vllm.py::test_on_a_gpu_the_engine_sleeps_but_while_it_loads_and_samples",
-            "rlhf/generation/test_vllm.py::test_what_a_taker_of_rows_raises_ends_the_other_rows_and_puts_the_engine_to_sleep",
+            "rlhf/generation/test_vllm.py::test_what_ends_the_sampling_ends_the_other_rows_and_puts_the_engine_to_sleep",
         ],
         Bug("a weight view outlives its turn", "VLLMSampler.load_weights.copies", "A.to(B, copy=True)", "A.to(B)"),
         Bug(

@@ -13,25 +13,15 @@ BUGS = [
         Bug("engines are not loaded", "restore", "_.load(_)", ""),
     ),
     *bugs_in(
-        "stages/ppo.py",
+        "rlhf/ppo/models.py",
         ["stages/test_ppo.py::test_the_critic_starts_from_zero", "stages/test_ppo.py::test_lora_adapts_the_critic_too"],
-        Bug("the critic starts as the raw reward model", "open_models", "new_critic(A)", "A"),
-        Bug(
-            "the critic is trained in full beside a policy with LoRA",
-            "open_models",
-            "_ = add_lora(_, _, 'scalar', _)",
-            "",
-        ),
+        Bug("the critic starts as the raw reward model", "_critic", "new_critic(A)", "A"),
+        Bug("the critic is trained in full beside a policy with LoRA", "open_models", "A and add_lora(A, ...)", "A"),
     ),
     *bugs_in(
-        "stages/ppo.py",
-        ["stages/test_ahead.py"],
-        Bug(
-            "answers sampled ahead are lost on resume",
-            "_parts",
-            "{'policy': A, 'critic': B, 'ahead': _}",
-            "{'policy': A, 'critic': B}",
-        ),
+        "rlhf/ppo/trainer.py",
+        ["stages/test_off_policy.py"],
+        Bug("prefetched responses are lost on resume", "PPOTrainer._parts", "{**A, 'prefetched': _}", "{**A}"),
     ),
     *bugs_in(
         "stages/base.py",

@@ -273,7 +273,7 @@ def test_a_call_that_is_late_fails_all_scores_and_nobody_waits_for_it():
     release = threading.Event()
 
     def slow(responses: list[str]) -> list[float]:
-        release.wait(60)
+        release.wait(10)
         return [1.0] * 3
 
     reward, start = FunctionReward("mine", slow, timeout_s=0.05), time.monotonic()
@@ -290,7 +290,7 @@ def test_a_late_answer_is_not_taken_for_that_of_the_next_call():
     def slow_once(responses: list[str]) -> list[float]:
         calls.append(1)
         if len(calls) == 1:
-            release.wait(60)
+            release.wait(10)
             return [-9.0] * 3
         release.set()
         time.sleep(0.05)
