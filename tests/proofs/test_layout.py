@@ -41,6 +41,7 @@ class Layout:
     packing: bool = False
     recompute: bool = False  # model.gradient_checkpointing
     answers: int = 1  # to each prompt
+    advantage: str = "gae"  # another one: with a function as reward that fails for some answers, and without a critic
     off_policy: bool = False  # answers of the next iteration are sampled during the update
     mean_of_means: bool = False  # a planted fault
 
@@ -49,15 +50,19 @@ class Layout:
         return "plain torch" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
 
     @property
-    def kind(self) -> tuple[int, bool]:
+    def kind(self) -> tuple[int, bool, str]:
         """Layouts of one kind make one trajectory."""
-        return self.answers, self.off_policy
+        return self.answers, self.off_policy, self.advantage
+
+    @property
+    def reference(self) -> Layout:
+        return Layout(answers=self.answers, off_policy=self.off_policy, advantage=self.advantage)
 
     def __str__(self) -> str:
         words = [f"{self.ranks} ranks", self.engine, f"accumulation {self.accumulation}"]
         words += ["tokens" if self.by_tokens else "rows", "packed" if self.packing else "padded"]
         words += [f"{self.answers} answers per prompt"] * (self.answers > 1) + ["recompute"] * self.recompute
-        words += ["one step off-policy"] * self.off_policy
+        words += ["one step off-policy"] * self.off_policy + [self.advantage] * (self.advantage != "gae")
         return ", ".join(words + ["mean of means"] * self.mean_of_means)
 
 
@@ -72,7 +77,6 @@ class Trajectory:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-REFERENCE = Layout()
 QUICK = [
     Layout(accumulation=4, packing=True),
     Layout(accumulation=2, by_tokens=True, packing=True, recompute=True),
@@ -82,6 +86,9 @@ QUICK = [
     Layout(ranks=2, zero_stage=3, accumulation=2, off_policy=True),
     Layout(accumulation=2, packing=True, recompute=True, answers=4),
     Layout(ranks=2, zero_stage=3, accumulation=2, by_tokens=True, packing=True, answers=4),
+    Layout(accumulation=2, by_tokens=True, packing=True, answers=4, advantage="grpo"),
+    Layout(ranks=2, zero_stage=3, accumulation=2, packing=True, answers=4, advantage="grpo"),
+    Layout(ranks=2, zero_stage=3, off_policy=True, answers=4, advantage="grpo"),
 ]
 FAULTY = Layout(accumulation=4, mean_of_means=True)
 ENGINES = [(1, None), *product((1, 2, 4), (0, 2, 3))]
@@ -92,6 +99,12 @@ MATRIX = [
 MATRIX += [Layout(ranks, stage, 2, True, True, recompute=True) for ranks, stage in ENGINES]
 MATRIX += [
     Layout(ranks, stage, 2, by_tokens, True, answers=4) for ranks, stage in ENGINES for by_tokens in (False, True)
+]
+MATRIX += [
+    Layout(ranks, stage, 2, packing=packing, answers=4, advantage=advantage)
+    for advantage, (ranks, stage), packing in product(
+        ("grpo", "dr_grpo", "rloo", "reinforce++"), ENGINES, (False, True)
+    )
 ]
 
 
@@ -104,6 +117,8 @@ def settings(layout: Layout) -> RunConfig:
         "iterations": 5,
         "batch_size": BATCH,
         "group_size": layout.answers,
+        "advantage": layout.advantage,
+        "rewards": {} if layout.advantage == "gae" else REWARDS,
         "minibatch_size": MINIBATCH,
         "epochs": EPOCHS,
         "micro_batch_size": rows,
@@ -126,6 +141,18 @@ def settings(layout: Layout) -> RunConfig:
     return RunConfig.model_validate(
         {"name": "x", "seed": 3, "data": data, "ppo": ppo, "model": model, "hardware": hardware}
     )
+
+
+REWARDS = {
+    "model": {"model": "helpfulness", "weight": 0.5},
+    "words": {"function": f"{__file__}:fails_for_some"},
+}
+
+
+def fails_for_some(prompts: list[str], responses: list[str]) -> list[float | None]:
+    """None for about one response in five, whichever rank has it."""
+    sizes = [len(prompt) + 3 * len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    return [None if size % 5 == 0 else size % 7 - 3.0 for size in sizes]
 
 
 def prompts() -> list[Prompt]:
@@ -151,7 +178,8 @@ def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
         is_writer=False,
         local=layout.zero_stage is None,
     )
-    models = open_models(config, context, {name: folder / "reward" / name for name in ("helpfulness", "safety")})
+    named = dict.fromkeys(config.ppo.reward_models.values())
+    models = open_models(config, context, {name: folder / "reward" / name for name in named})
     learners = models.engines()
 
     def weights() -> dict[str, Tensor]:
@@ -241,7 +269,6 @@ ROUNDING = (
 OF_ONE = ("ppo/explained_variance", "ppo/kl", "ppo/policy_loss")
 """Small differences of numbers of one or more, which round as those do: the policy loss is a mean of advantages that are
 whitened, or centred in their group, so its terms are of order one and nearly cancel."""
-LEARNERS = ("policy", "critic")
 
 
 def differences(found: Trajectory, expected: Trajectory) -> dict[str, float]:
@@ -256,7 +283,7 @@ def differences(found: Trajectory, expected: Trajectory) -> dict[str, float]:
             scale = 1.0 if name in OF_ONE else float(b.abs().max())
             metrics = max(metrics, relative(float((a - b).abs().max()), scale))
     gradients, weights, worst = [], [], []
-    for model in LEARNERS:
+    for model in {name.partition(".")[0] for name in expected.weights}:
         for one, other in zip(found.gradients, expected.gradients, strict=True):
             a, b = of_model(one, model), of_model(other, model)
             gradients.append(float((a - b).norm() / b.norm()))
@@ -313,12 +340,9 @@ def compare_all(layouts: Sequence[Layout], iterations: int, folder: Path) -> dic
     """The differences of every layout from its reference. Plain torch runs here, ZeRO in a worker group for each number of
     ranks, one after the other."""
     make_models(folder)
-    kinds = {layout.kind for layout in layouts}
     expected = {
-        (answers, off_policy): run(
-            dataclasses.replace(REFERENCE, answers=answers, off_policy=off_policy), folder, 0, iterations
-        )
-        for answers, off_policy in kinds
+        layout.kind: run(layout, folder, 0, iterations)
+        for layout in dict.fromkeys(layout.reference for layout in layouts)
     }
     here = [layout for layout in layouts if layout.zero_stage is None]
     found = {layout: differences(run(layout, folder, 0, iterations), expected[layout.kind]) for layout in here}
@@ -378,6 +402,15 @@ def assert_within_tolerance(found: dict[str, float]) -> None:
 @pytest.mark.parametrize("layout", QUICK, ids=str)
 def test_a_layout_changes_nothing(quick: dict[Layout, dict[str, float]], layout: Layout) -> None:
     assert_within_tolerance(quick[layout])
+
+
+@pytest.mark.integration
+def test_scores_fail_in_every_iteration_and_never_all_of_them(tmp_path: Path) -> None:
+    """What the layouts of the estimators without a critic stand on."""
+    make_models(tmp_path)
+    found = run(Layout(answers=4, advantage="grpo"), tmp_path, 0, 2)
+    assert all(0.05 < metrics["ppo/reward_failed_fraction"] < 0.5 for metrics in found.metrics)
+    assert not any(name.startswith("critic") for name in found.weights)
 
 
 @pytest.mark.integration
