@@ -101,10 +101,8 @@ MATRIX += [
     Layout(ranks, stage, 2, by_tokens, True, answers=4) for ranks, stage in ENGINES for by_tokens in (False, True)
 ]
 MATRIX += [
-    Layout(ranks, stage, 2, packing=packing, answers=4, advantage=advantage)
-    for advantage, (ranks, stage), packing in product(
-        ("grpo", "dr_grpo", "rloo", "reinforce++"), ENGINES, (False, True)
-    )
+    Layout(ranks, stage, 2, packing=True, answers=4, advantage=advantage)
+    for advantage, (ranks, stage) in product(("grpo", "dr_grpo", "rloo", "reinforce++"), ENGINES)
 ]
 
 

@@ -43,7 +43,19 @@ SMALL = [
     *("--ppo.safety_model", "helpfulness", "--ppo.iterations", "4", "--ppo.epochs", "2"),
 ]
 
+KINDS = {
+    "gae": [],
+    "grpo": [
+        *("--ppo.advantage", "grpo", "--ppo.group_size", "4", "--ppo.sampling.one_step_off_policy", "true"),
+        *("--ppo.rewards", f"{{length: {{function: '{__file__}:fails_for_some'}}, model: {{model: helpfulness}}}}"),
+    ],
+}
+
 pytestmark = pytest.mark.integration
+
+
+def fails_for_some(responses: list[str]) -> list[float | None]:
+    return [None if len(response) % 5 == 0 else len(response) / 10 for response in responses]
 
 
 def settings(runs_dir: Path, *overrides: str) -> RunConfig:
@@ -84,6 +96,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = settings(tmp_path_factory.mktemp("whole"), "--hardware.workers", "1", "--tracking.uri", "null")
     for stage in STAGES:
         run(config, stage)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole_grpo(whole: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Its PPO without a critic, each iteration sampled during the update before it."""
+    own = settings(whole.runs_dir, "--hardware.workers", "1", "--tracking.uri", "null", *KINDS["grpo"])
+    config = beside(whole, tmp_path_factory.mktemp("grpo"), "ppo").model_copy(update={"ppo": own.ppo})
+    run(config, "ppo")
     return config
 
 
@@ -129,7 +150,26 @@ def half_a_file(content: Any, path: Path, *_: Any) -> None:
     ],
 )
 def test_a_killed_stage_ends_as_the_one_that_was_not(whole, tmp_path, stage, place, name, nth, before):
-    config = beside(whole, tmp_path, stage)
+    kill_and_compare(whole, tmp_path, stage, place, name, nth, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "nth", "before"),
+    [
+        (LocalEngine, "step", 10, nothing),  # in the third iteration, while the fourth is sampled
+        (torch, "save", 6, half_a_file),  # the responses for the fourth iteration, in the third checkpoint
+    ],
+)
+def test_so_does_grpo_one_step_off_policy(whole_grpo, tmp_path, place, name, nth, before):
+    told = {name for line in metrics(whole_grpo.folder / "ppo") for name in line}
+    assert "ppo/kl_loss" in told and not any("critic" in name or "value" in name for name in told)
+    kill_and_compare(whole_grpo, tmp_path, "ppo", place, name, nth, before)
+
+
+def kill_and_compare(
+    whole: RunConfig, folder: Path, stage: str, place: Any, name: str, nth: int, before: Callable[..., None]
+) -> None:
+    config = beside(whole, folder, stage)
     context = multiprocessing.get_context("fork")
     process = context.Process(target=run_and_die, args=(config, stage, place, name, nth, before))
     process.start()
@@ -146,11 +186,11 @@ def test_a_killed_stage_ends_as_the_one_that_was_not(whole, tmp_path, stage, pla
 KILLS = 4
 
 
-def start(config: RunConfig, stage: str) -> subprocess.Popen[bytes]:
+def start(config: RunConfig, stage: str, kind: str = "gae") -> subprocess.Popen[bytes]:
     """Two ranks under ZeRO-3, with MLflow."""
     given = {"--runs_dir": config.runs_dir, "--tracking.uri": config.tracking.uri or "null"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "launch.cli", "stage", stage, str(SMOKE), *SMALL]
+    command = [*launcher, "-m", "launch.cli", "stage", stage, str(SMOKE), *SMALL, *KINDS[kind]]
     return subprocess.Popen(
         [*command, *(str(word) for pair in given.items() for word in pair)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -183,18 +223,18 @@ def count_lines(path: Path) -> int:
 
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_that_are_killed_again_and_again_end_as_those_that_were_not(tmp_path_factory, tmp_path, stage):
-    whole = reference(tmp_path_factory)
+@pytest.mark.parametrize(("stage", "kind"), [*((stage, "gae") for stage in STAGES), ("ppo", "grpo")])
+def test_two_ranks_that_are_killed_again_and_again_end_as_those_that_were_not(tmp_path_factory, tmp_path, stage, kind):
+    whole = reference(tmp_path_factory, kind)
     config = beside(whole, tmp_path, stage)
     tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
     config = config.model_copy(update={"tracking": tracking})
     moment = random.Random(stage)
     run_ids = set()
     for _ in range(KILLS):
-        kill_at_random(start(config, stage), config.folder / stage, moment)
+        kill_at_random(start(config, stage, kind), config.folder / stage, moment)
         run_ids |= {json.loads((config.folder / stage / "mlflow.json").read_text())["run_id"]}
-    assert start(config, stage).wait() == 0
+    assert start(config, stage, kind).wait() == 0
     assert_same(config, whole, stage)
     assert fill_in(config.folder / stage, config.tracking)
     run_ids |= {json.loads((config.folder / stage / "mlflow.json").read_text())["run_id"]}
@@ -207,14 +247,14 @@ def test_two_ranks_that_are_killed_again_and_again_end_as_those_that_were_not(tm
         assert sorted(history) == points, name
 
 
-REFERENCE: list[RunConfig] = []
+REFERENCE: dict[str, RunConfig] = {}
 
 
-def reference(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def reference(tmp_path_factory: pytest.TempPathFactory, kind: str) -> RunConfig:
     """The three stages on two ranks, never killed; made once."""
-    if not REFERENCE:
-        config = settings(tmp_path_factory.mktemp("reference"), "--tracking.uri", "null")
+    if kind not in REFERENCE:
+        config = settings(tmp_path_factory.mktemp("reference"), "--tracking.uri", "null", *KINDS[kind])
         for stage in STAGES:
-            assert start(config, stage).wait() == 0
-        REFERENCE.append(config)
-    return REFERENCE[0]
+            assert start(config, stage, kind).wait() == 0
+        REFERENCE[kind] = config
+    return REFERENCE[kind]
