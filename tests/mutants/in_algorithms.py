@@ -39,7 +39,7 @@ BUGS = [
     ),
     *bugs_in(
         "rlhf/algorithms/advantages.py",
-        ["rlhf/algorithms/test_estimators.py"],
+        ["rlhf/algorithms/test_group_advantages.py"],
         Bug("GRPO divides by the deviation of n", "grpo", "(A - 1).clamp(min=1)", "A.clamp(min=1)"),
         Bug("GRPO divides by the variance", "grpo", "A.sqrt()", "A"),
         Bug("GRPO divides by nothing where all are equal", "grpo", "A + GRPO_EPS", "A"),

@@ -12,8 +12,8 @@ BUGS = [
         Bug("scores that all fail sound no alarm", "sounding", "A > B.reward_failed_fraction_max", "A > 1"),
     ),
     *bugs_in(
-        "rlhf/ppo/estimators.py",
-        ["rlhf/ppo/test_estimators.py"],
+        "rlhf/ppo/advantage_setting.py",
+        ["rlhf/ppo/test_advantage_setting.py"],
         Bug("a group of one is compared", "estimator_of", "_ < A", "A < 0"),
         Bug("any object is an estimator", "estimator_of", "not isinstance(...)", "False"),
     ),
