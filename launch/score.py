@@ -31,17 +31,17 @@ Reward = ScalarModel | Encoder | ImplicitReward
 
 @dataclass(frozen=True)
 class Text:
-    """One answer with its prompt, as the reward model reads it."""
+    """One response with its prompt, as the reward model reads it."""
 
     row: int
     ids: list[int]
-    prompt: int = 0  # how many of them come before the answer
+    prompt: int = 0  # how many of them come before the response
 
 
 def score(
     model: str, file: str, out: str, batch_size: int, precision: str, bad_rows: Literal["refuse", "skip"]
 ) -> list[dict[str, Any]]:
-    """Score every answer in `file` with the reward model `model`, write one line per row to `out`, and print a summary.
+    """Score every response in `file` with the reward model `model`, write one line per row to `out`, and print a summary.
 
     Returns the lines. UserError (2, 3 or 4) for a place that cannot be written, bad data, and no reward model.
     """
@@ -164,7 +164,7 @@ def to_lines(rows: Sequence[Row], texts: Sequence[Text], scores: Sequence[float]
 
 
 def summary(lines: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, Estimate]:
-    """Means, clustered by prompt, and for pairs the share in which the chosen answer wins; a tie counts half."""
+    """Means, clustered by prompt, and for pairs the share in which the chosen response wins; a tie counts half."""
     prompts = [tuple((m.role, m.content) for m in prompt_of(row)) for row in rows]
     names = [name for name in ("score", "chosen", "rejected", "margin") if name in lines[0]]
     found = {f"mean {name}": bootstrap_mean([line[name] for line in lines], prompts) for name in names}

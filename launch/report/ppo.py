@@ -85,7 +85,7 @@ def _headline(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _appendix(metrics: Metrics) -> list[str]:
-    """Prompts with their answers before and after."""
+    """Prompts with their responses before and after."""
     samples = metrics["ppo"].get("samples", [])
     lines = ["", "## Held-out prompts, answered before and after PPO"] if samples else []
     for place, sample in enumerate(samples[:SAMPLES], 1):
