@@ -1,7 +1,7 @@
 """PPO's way to the optimum that a formula gives: `python -m benchmarks.closed_form` trains, prints and draws.
 
 On `benchmarks.small_world` the policy that maximises E[r] - β KL(π‖π_ref) is known: π_ref · exp(r / β) / Z. Nothing of
-it enters the training. Reward and KL of the trained policy are sums over all answers, so the errors have no noise of
+it enters the training. Reward and KL of the trained policy are sums over all responses, so the errors have no noise of
 measurement; what noise they have is that of the samples PPO learned from.
 """
 

@@ -1,8 +1,8 @@
-"""What answers of one step off-policy cost in learning: `python -m benchmarks.off_policy` trains, prints and draws.
+"""What responses of one step off-policy cost in learning: `python -m benchmarks.off_policy` trains, prints and draws.
 
-On `benchmarks.small_world` PPO learns from the same seeds three ways: with the answers of the policy that learns, with
+On `benchmarks.small_world` PPO learns from the same seeds three ways: with the responses of the policy that learns, with
 those of the policy of one update earlier (`ppo.sampling.one_step_off_policy`), and with the latter as if they were its own, without the
-importance weight. Reward and KL after each iteration are sums over all answers, so that curves differ by what was learned
+importance weight. Reward and KL after each iteration are sums over all responses, so that curves differ by what was learned
 and not by what was measured. The learning rate is constant: that of `benchmarks.closed_form`, and four and ten times as
 much, where one update moves the policy by more than it should, and its age matters most.
 """
@@ -94,13 +94,13 @@ def _settings(run: Run, iterations: int) -> PPOConfig:
 def _one(
     train_logprobs: torch.Tensor, behaviour_logprobs: torch.Tensor, cap: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """In place of the importance weight: the answers as if they were of the policy that learns."""
+    """In place of the importance weight: the responses as if they were of the policy that learns."""
     del behaviour_logprobs, cap
     return keep(torch.ones_like(train_logprobs), mask)
 
 
 def table(curves: Mapping[Run, Curve]) -> str:
-    """Means over the seeds, and of the difference from on-policy answers the 95 % interval of its mean."""
+    """Means over the seeds, and of the difference from on-policy responses the 95 % interval of its mean."""
     shown = [number for number in SHOWN if number < len(next(iter(curves.values())).gained)]
     lines = []
     for rate, way in product(RATES, WAYS):

@@ -91,7 +91,7 @@ def prompts_of(job: Job, tokenizer: Any, prompts: Any, config: RunConfig, iterat
 
 
 def load_dice(job: Job) -> None:
-    """The sampler draws as ever, and gets the token of the job's answer in place of what it drew."""
+    """The sampler draws as ever, and gets the token of the job's response in place of what it drew."""
     answers_BR, _ = pad(job.answers, job.pad)
     draw, pick = in_process.keyed_uniform, in_process.pick_token
     dictated: list[torch.Tensor] = []

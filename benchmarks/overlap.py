@@ -2,7 +2,7 @@
 
     python -m benchmarks.overlap --model FOLDER --out overlap.json
 
-The ways take turns on the same prompts, after a turn that is not counted. No answer ends before its length, so both have
+The ways take turns on the same prompts, after a turn that is not counted. No response ends before its length, so both have
 as much to do. One worker is plain torch, two are ZeRO-3; together they have the same threads.
 """
 

@@ -1,4 +1,4 @@
-"""Packed or padded: the seconds that a Llama takes to read answers of unequal length and to learn from them.
+"""Packed or padded: the seconds that a Llama takes to read responses of unequal length and to learn from them.
 
     python -m benchmarks.packing
 
@@ -34,7 +34,7 @@ LIMITS: tuple[dict[str, Any], ...] = (
 
 
 def experience(vocab: int, count: int = ROWS) -> Experience:
-    """Prompts of 16 to 128 tokens, answers of 4 to 128, all lengths alike likely."""
+    """Prompts of 16 to 128 tokens, responses of 4 to 128, all lengths alike likely."""
     generator = torch.Generator().manual_seed(0)
     prompt_B1 = torch.randint(16, PROMPT + 1, (count, 1), generator=generator)
     response_B1 = torch.randint(4, RESPONSE + 1, (count, 1), generator=generator)

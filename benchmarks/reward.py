@@ -3,7 +3,7 @@
     python -m benchmarks.reward --model FOLDER --out reward.json
 
 How the sides are made alike: benchmarks/bare.py. The bare loop is a transformers backbone, a linear head read at the last
-token of each answer, and the ranking loss with its margins.
+token of each response, and the ranking loss with its margins.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load(folder: Path) -> nn.Module:
 
 
 def loss_of(model: nn.Module, passes: Sequence[Batch]) -> Iterator[Tensor]:
-    """Mean over the pairs of a step; chosen answers are the first half of each pass."""
+    """Mean over the pairs of a step; chosen responses are the first half of each pass."""
     for batch in passes:
         chosen_B, rejected_B = model(batch["input_ids"], batch["attention_mask"]).chunk(2)
         yield -F.logsigmoid(chosen_B - rejected_B - batch["margin"]).mean() / len(passes)

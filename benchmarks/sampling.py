@@ -3,13 +3,13 @@
     python -m benchmarks.sampling --model FOLDER --out sampling.json
 
 All sides run the same weights on the same prompts at one temperature, take turns, and use the same threads. A useful
-token is one that belongs to an answer, its end included; what `generate` computes for rows that have ended is not.
+token is one that belongs to a response, its end included; what `generate` computes for rows that have ended is not.
 `generate` gets its prompts sorted by length, `rows` at a time, so little of its batches is padding. vLLM takes part
 where it is installed (`make vllm`), in the same process, compiled, with `rows` rows at once. On a CPU freed memory is kept
 for all of them, as PPO has it.
 
-fixed: as many prompts as rows, every answer of one length, as if no token could end it.
-natural: twice as many prompts as rows; an answer ends where the model ends it.
+fixed: as many prompts as rows, every response of one length, as if no token could end it.
+natural: twice as many prompts as rows; a response ends where the model ends it.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ Side = Callable[[Subject, Setting, PromptBatch, int], list[int]]
 
 
 def ours(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
-    """The lengths of the answers."""
+    """The lengths of the responses."""
     return _sampled(subject.sampler, subject, setting, prompts, seed)
 
 
 def vllm(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
-    """The lengths of the answers."""
+    """The lengths of the responses."""
     assert subject.vllm is not None
     return _sampled(subject.vllm, subject, setting, prompts, seed)
 
@@ -93,7 +93,7 @@ def _sampled(
 
 
 def generate(subject: Subject, setting: Setting, prompts: PromptBatch, seed: int) -> list[int]:
-    """The lengths of the answers."""
+    """The lengths of the responses."""
     torch.manual_seed(seed)
     lengths: list[int] = []
     order_B = prompts.mask_BP.sum(1).argsort(descending=True)

@@ -1,9 +1,9 @@
-"""How time and memory of a PPO iteration grow with its rows and with the length of its answers, on one worker and two.
+"""How time and memory of a PPO iteration grow with its rows and with the length of its responses, on one worker and two.
 
     python -m benchmarks.scaling --model FOLDER --out scaling.json
 
 Every size is one iteration of `PPOTrainer.step`, from weight sync to the last optimizer step: one epoch, one
-minibatch, forward passes of `--micro-batch` rows. No answer ends before its length. The sizes take turns in one process
+minibatch, forward passes of `--micro-batch` rows. No response ends before its length. The sizes take turns in one process
 per worker, after an iteration that is not counted. One worker is plain torch, two are ZeRO-3; together they have the
 same threads. Memory is the largest resident size during an iteration (on CUDA: of tensors), of all workers together.
 

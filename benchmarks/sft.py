@@ -2,7 +2,7 @@
 
     python -m benchmarks.sft --model FOLDER --out sft.json
 
-How the sides are made alike: benchmarks/bare.py. The bare loop runs the LM head on answer tokens alone, as the stage
+How the sides are made alike: benchmarks/bare.py. The bare loop runs the LM head on response tokens alone, as the stage
 does; a loop that takes transformers' own loss over all positions is slower. Rows are packed unless `--no-packing`.
 """
 
@@ -22,7 +22,7 @@ from stages import sft
 
 
 def loss_of(model: nn.Module, passes: Sequence[Batch]) -> Iterator[Tensor]:
-    """-Σ log p of each pass over the answer tokens of the step."""
+    """-Σ log p of each pass over the response tokens of the step."""
     causal: Any = model
     count = sum(int((batch["labels"][:, 1:] != sft.IGNORED).sum()) for batch in passes)
     for batch in passes:

@@ -1,11 +1,11 @@
-"""Several answers to a prompt: the seconds that sharing the work on it saves in sampling, scoring and update.
+"""Several responses to a prompt: the seconds that sharing the work on it saves in sampling, scoring and update.
 
     python -m benchmarks.shared_prompts --model FOLDER --out shared_prompts.json
 
-Both sides have rows of the same lengths and the same code, with packing. shared: the answers of a prompt have it in
-common. apart: every answer has a prompt of its own. Tokens are random; the sides take turns.
+Both sides have rows of the same lengths and the same code, with packing. shared: the responses of a prompt have it in
+common. apart: every response has a prompt of its own. Tokens are random; the sides take turns.
 
-sample: `InProcessSampler`, no answer ends. read: the policy's logprobs, without gradient. learn: with forward and
+sample: `InProcessSampler`, no response ends. read: the policy's logprobs, without gradient. learn: with forward and
 backward pass. The last two in the passes that `rlhf.distributed.micro_batches` makes.
 """
 
@@ -53,7 +53,7 @@ class Setting:
 
 
 def experience(setting: Setting, side: str, vocab: int, seed: int) -> Experience:
-    """Rows of one length, answers of a prompt next to each other."""
+    """Rows of one length, responses of a prompt next to each other."""
     generator = torch.Generator().manual_seed(seed)
     B, P, R = setting.prompts * setting.answers, setting.prompt_tokens, setting.answer_tokens
     tokens_BT = torch.randint(3, vocab, (B, P + R), generator=generator)

@@ -20,7 +20,7 @@ class Job:
     prompts: list[list[int]]  # tokens, one iteration more than needed
     answers: list[list[int]]  # dictated, one to each prompt, its EOS inside; empty: each side samples its own
     pad: int
-    eos: int | None  # None: no answer ends before it is as long as it may be
+    eos: int | None  # None: no response ends before it is as long as it may be
     processes: int
     threads: int
     iterations: int

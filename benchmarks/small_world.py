@@ -1,9 +1,9 @@
-"""A world so small that all its answers can be written down: reward, KL and the best policy are sums, not samples.
+"""A world so small that all its responses can be written down: reward, KL and the best policy are sums, not samples.
 
-A few prompts, every answer of a few letters with a random score of its own, and a Llama of some thousand weights. PPO
+A few prompts, every response of a few letters with a random score of its own, and a Llama of some thousand weights. PPO
 trains on it through `PPOTrainer.step`, the program's own; only tokenizer and reward model are stood in for.
 
-Names of shapes: Q prompts, N answers.
+Names of shapes: Q prompts, N responses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HIDDEN = 16
 
 class Figures(NamedTuple):
     reward: float  # expected, the penalty for a missing EOS inside
-    kl: float  # nats per answer, to the reference
+    kl: float  # nats per response, to the reference
 
 
 class Letters:
@@ -58,7 +58,7 @@ class Letters:
 
 
 class World:
-    """Prompts, all their answers of at most `length` tokens, what each is worth, and a reference policy.
+    """Prompts, all their responses of at most `length` tokens, what each is worth, and a reference policy.
 
     The reference earns 0 on average, so an error relative to the best reward is one relative to what can be gained.
     """
@@ -78,11 +78,11 @@ class World:
 
     @torch.no_grad()
     def logprobs(self, causal: nn.Module) -> Tensor:
-        """logprobs_QN, float64, of whole answers."""
+        """logprobs_QN, float64, of whole responses."""
         return self.token_logprobs(causal).sum(2)
 
     def token_logprobs(self, causal: nn.Module) -> Tensor:
-        """logprobs_QNR, float64, by plain forward passes of transformers; 0 after the end of an answer."""
+        """logprobs_QNR, float64, by plain forward passes of transformers; 0 after the end of a response."""
         rows = []
         for prompt in self.prompts:
             filled = [answer + [PAD] * (self.length - len(answer)) for answer in self.answers]
@@ -137,7 +137,7 @@ def llama(seed: int) -> LlamaForCausalLM:
 
 
 class RewardTable(nn.Module):
-    """A reward model that knows the score of every answer by heart. NaN wherever no score may be read."""
+    """A reward model that knows the score of every response by heart. NaN wherever no score may be read."""
 
     def __init__(self, world: World) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Runs TRL's PPOTrainer on fixed weights and answers and records what it computes. Needs TRL 1.12 and nothing of ours.
+"""Runs TRL's PPOTrainer on fixed weights and responses and records what it computes. Needs TRL 1.12 and nothing of ours.
 
 `PPOTrainer.train` is one method with the mathematics inside. It runs as it is; only what surrounds it is held still:
 
-- `torch.multinomial` gives the fixed answers, so TRL's own generation computes their logits;
+- `torch.multinomial` gives the fixed responses, so TRL's own generation computes their logits;
 - between scoring and update policy and value model are given other weights, as if some minibatches had passed, so that
   ratios, clipping and approximate KL are not trivial;
 - at each backward pass and at the log the local variables of `train` are copied, at the optimizer's step gradients.
@@ -165,7 +165,7 @@ def make_trainer(parts: dict[str, Any], settings: dict[str, Any], folder: str) -
 
 @contextmanager
 def loaded_dice(answers: list[list[int]]) -> Iterator[None]:
-    """`torch.multinomial`, called once per token, falls as the answers say, after it has drawn; they are equally long."""
+    """`torch.multinomial`, called once per token, returns the tokens of the fixed responses, after it has drawn; they are equally long."""
     columns, fair = iter(torch.tensor(answers).T), torch.multinomial
 
     def multinomial(probs: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -204,7 +204,7 @@ class Recording:
                 setattr(ppo_trainer, name, original)
 
     def on_generation(self, model: Any, queries: torch.Tensor, *rest: Any) -> Any:
-        """TRL's generation, with the fixed answers."""
+        """TRL's generation, with the fixed responses."""
         with loaded_dice([[*row, *[PAD] * (LENGTH - len(row))] for row in self.answers]):
             return self.originals["batch_generation"](model, queries, *rest)
 

@@ -66,7 +66,7 @@ def rollouts_in_bf16(job: Job) -> AbstractContextManager[Any]:
 
 
 def dictated(job: Job, rank: int) -> AbstractContextManager[Any]:
-    """Each sampling draws as ever, and gets the tokens of the job's answers to its prompts in place of what it drew."""
+    """Each sampling draws as ever, and gets the tokens of the job's responses to its prompts in place of what it drew."""
     generate, ppo = ppo_trainer.batch_generation, job.config["ppo"]
     count, R = ppo["batch_size"] // job.processes, ppo["sampling"]["max_new_tokens"]
     starts = itertools.count(rank * count, ppo["batch_size"])

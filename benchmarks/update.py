@@ -5,7 +5,7 @@
 ours: `rlhf.ppo.update.update`, the whole phase of one epoch: packed passes, the losses of policy and critic with all their
 figures, clipped gradients, two optimizer steps.
 
-bare: transformers' own models over the same packed passes, cross-entropy of the answer tokens (the LM head runs on them
+bare: transformers' own models over the same packed passes, cross-entropy of the response tokens (the LM head runs on them
 alone) and squared values, forward and backward, and nothing else: no optimizer, no clipping, no figures.
 """
 

@@ -74,7 +74,7 @@ def add_sizes(parser: argparse.ArgumentParser, rows: int, length: int) -> None:
 
 
 def by_workers(module: str, args: argparse.Namespace, micro_batch: int) -> Iterator[tuple[int, Any]]:
-    """(workers, what was `measured`) for each number of workers; an iteration is one minibatch of `args.rows` answers."""
+    """(workers, what was `measured`) for each number of workers; an iteration is one minibatch of `args.rows` responses."""
     ppo = PPOConfig(
         batch_size=args.rows,
         minibatch_size=args.rows,
@@ -115,7 +115,7 @@ def _open(job: Job, folder: Path) -> Setup:
     torch.set_num_threads(job.threads)
     config = RunConfig.model_validate(job.config)
     setup = open_setup(config, stage_context(job, folder), prompts=[])
-    cast(Any, setup.models.sampler).stop_ids = [NEVER]  # every answer is as long as asked for
+    cast(Any, setup.models.sampler).stop_ids = [NEVER]  # every response is as long as asked for
     prompts = short_prompts(setup.models.tokenizer, load_prompts(config).train, 10**9)
     return dataclasses.replace(setup, prompts=prompts)
 

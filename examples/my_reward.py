@@ -1,4 +1,4 @@
-"""A reward of one's own: a Python function that compares the response with the row's reference answer.
+"""A reward of one's own: a Python function that compares the response with the row's reference response.
 
 In a run:       rlhf run configs/quickstart.yaml --ppo.rewards "{correct: {function: examples/my_reward.py:correct}}"
 In a notebook:  PPOTrainer(model, rewards={"correct": correct}, prompts=rows)

@@ -1,4 +1,4 @@
-"""`rlhf chat`: talk with a model in the terminal; its answer appears as it is sampled."""
+"""`rlhf chat`: talk with a model in the terminal; its response appears as it is sampled."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Dialogue:
         return [*opening, *self.turns, Message("user", text)]
 
     def keep(self, text: str, answer: str, chat_format: ChatFormat) -> None:
-        """An answer that the format cannot hold, empty or with a tag in it, leaves no trace."""
+        """A response that the format cannot hold, empty or with a tag in it, leaves no trace."""
         said = [Message("user", text), Message("assistant", answer)]
         with suppress(UserError):
             chat_format.validate([*self.asking(text), said[1]])
@@ -72,7 +72,7 @@ class TextStream:
 
 
 def chat(model: str, temperature: float, max_new_tokens: int, lines: TextIO | None = None) -> None:
-    """Answer the lines of `lines` (default: the terminal or whatever stdin is) until they end or one says /exit."""
+    """Answers the lines of `lines` (default: the terminal or whatever stdin is) until they end or one says /exit."""
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +113,7 @@ def command(dialogue: Dialogue, text: str) -> str:
 def sample(
     model: Any, ids: list[int], stop_ids: Collection[int], temperature: float, max_new_tokens: int
 ) -> Iterator[int]:
-    """Token ids of an answer to the prompt `ids`, without the one of `stop_ids` that ends it."""
+    """Token ids of a response to the prompt `ids`, without the one of `stop_ids` that ends it."""
     tokens_BT = torch.tensor([ids], device=model.device)
     cache = None
     for _ in range(max_new_tokens):
@@ -134,7 +134,7 @@ def _draw(logits_V: Tensor, temperature: float) -> int:
 
 
 def say(tokens: Iterator[int], tokenizer: Any, stoppable: bool) -> str:
-    """Print the answer as it comes; Ctrl-C ends it if it is `stoppable`. Returns what was said."""
+    """Print the response as it comes; Ctrl-C ends it if it is `stoppable`. Returns what was said."""
     stream = TextStream(tokenizer)
     try:
         for token in tokens:

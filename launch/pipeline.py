@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import report, worker_group
+from launch import parent_run, report, worker_group
 from launch.terminal import StageBars, console
 from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf.config import RunConfig
@@ -18,7 +18,7 @@ from rlhf.errors import UserError
 from rlhf.runs import artifacts, provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.chat_format import notice
-from rlhf.tracking import Tracker, absolute_uri, fill_in, mark_failed, open_parent, public_uri
+from rlhf.tracking import Tracker, absolute_uri, fill_in, keep_earlier, mark_ended, public_uri
 from stages.base import parts_of, stage_of
 
 POLL_S = 0.3
@@ -35,13 +35,11 @@ def run(config: RunConfig, fresh: bool) -> int:
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     parsed.write(config, data)
-    tracker = open_parent(config.folder, config.tracking, config.name)
-    tracker.params({"stages": ", ".join(parts_of(config)), "seed": config.seed, "model": config.model.path})
+    tracker = parent_run.begin(config, data)
     try:
         seconds = _run_stages(config, data)
     except BaseException as error:
-        reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", reason)
+        parent_run.fail(config, tracker, error)
         raise
     _report(config, tracker, seconds)
     return 0
@@ -190,6 +188,7 @@ def _prepare(config: RunConfig, stage: str, data: Data, local: bool = False) -> 
     }
     known = json.loads(made_by.read_text()) if made_by.exists() else {}
     if known.get("from") != attempt["from"]:
+        keep_earlier(config.folder, stage)
         shutil.rmtree(folder, ignore_errors=True)
     elif known["layout"] != attempt["layout"] and any((folder / "checkpoints").glob("*")):
         raise UserError(
@@ -217,7 +216,7 @@ def _finish(config: RunConfig, stage: str, one: worker_group.WorkerGroup, bars: 
     except Exception as error:  # noqa: BLE001  whatever Ray wraps around it, people get one message
         bars.finish(stage, "failed")
         failure = read_failure(config.folder / stage) or _death(error, stage, config)
-        mark_failed(config.folder / stage, failure.message)
+        mark_ended(config.folder / stage, "FAILED", failure.message)
         logs = config.folder / stage / "logs"
         raise UserError(
             f"{stage} failed: {failure.message}\nThe logs of its workers are in {logs}", failure.exit_code
@@ -249,9 +248,6 @@ def _report(config: RunConfig, tracker: Tracker, seconds: dict[str, float]) -> N
         "mlflow": {"tracking_uri": uri and public_uri(uri), "run_id": tracker.run_id},
     }
     result = report.build(config.folder, config, extra)
-    tracker.metrics(report.headline(result), step=0)
-    for path in (*config.folder.glob("report.*"), *sorted((config.folder / "plots").glob("*.png"))):
-        tracker.artifact(path)
-    tracker.close()
+    parent_run.finish(config, tracker, result)
     fill_in(config.folder, config.tracking)
     console.print(report.render(result))

@@ -1,4 +1,4 @@
-"""`rlhf score`: what a reward model says of pairs or completions."""
+"""`rlhf score`: what a reward model, or a DPO policy, says of pairs or completions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import reward_data
+from launch.implicit_reward import ImplicitReward, load_implicit_reward
 from launch.model_folder import model_folder
 from reward_data import DataError, Demonstration, Preference, prompt_of
 from rlhf.chat import format_of
@@ -25,20 +26,22 @@ from rlhf.models import Encoder, ScalarModel, load_encoder, load_scalar, load_to
 from rlhf.runs import artifacts
 
 Row = Preference | Demonstration
+Reward = ScalarModel | Encoder | ImplicitReward
 
 
 @dataclass(frozen=True)
 class Text:
-    """One answer with its prompt, as the reward model reads it."""
+    """One response with its prompt, as the reward model reads it."""
 
     row: int
     ids: list[int]
+    prompt: int = 0  # how many of them come before the response
 
 
 def score(
     model: str, file: str, out: str, batch_size: int, precision: str, bad_rows: Literal["refuse", "skip"]
 ) -> list[dict[str, Any]]:
-    """Score every answer in `file` with the reward model `model`, write one line per row to `out`, and print a summary.
+    """Score every response in `file` with the reward model `model`, write one line per row to `out`, and print a summary.
 
     Returns the lines. UserError (2, 3 or 4) for a place that cannot be written, bad data, and no reward model.
     """
@@ -81,7 +84,9 @@ def load_rows(file: str, bad_rows: Literal["refuse", "skip"]) -> tuple[list[Row]
     return loaded.rows, loaded.refused, loaded.findings
 
 
-def load_reward_model(folder: Path) -> ScalarModel | Encoder:
+def load_reward_model(folder: Path) -> Reward:
+    if implicit := load_implicit_reward(folder):
+        return implicit.eval()
     if encoder := load_encoder(folder):
         return encoder.eval()
     scalar = load_scalar(folder)
@@ -103,7 +108,8 @@ def encode(
             longest = max(map(len, encoded))
             if limit is not None and longest > limit:
                 raise UserError(f"{longest} tokens, and the model has {limit} positions", 3)
-            texts += [Text(number, ids) for ids in encoded]
+            prompt = len(chat.encode_prompt(prompt_of(row)))
+            texts += [Text(number, ids, prompt) for ids in encoded]
         except UserError as error:
             unfit.append(f"{row.source}: {error.message}")
     if unfit and (bad_rows == "refuse" or not texts):
@@ -116,7 +122,7 @@ def answers(row: Row) -> tuple[str, ...]:
 
 
 def score_texts(
-    scalar: ScalarModel | Encoder,
+    scalar: Reward,
     pad_id: int,
     texts: Sequence[Text],
     batch_size: int,
@@ -131,7 +137,10 @@ def score_texts(
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             tokens_BT, mask_BT = pad([texts[i].ids for i in part], pad_id)
-            scores_B = scalar.score(tokens_BT.to(device), mask_BT.to(device))
+            batch = [tokens_BT.to(device), mask_BT.to(device)]
+            if isinstance(scalar, ImplicitReward):
+                batch.append(torch.tensor([texts[i].prompt for i in part], device=device))
+            scores_B = scalar.score(*batch)
             for i, value in zip(part, scores_B.tolist(), strict=True):
                 scores[i] = value
             advance(len(part))
@@ -155,7 +164,7 @@ def to_lines(rows: Sequence[Row], texts: Sequence[Text], scores: Sequence[float]
 
 
 def summary(lines: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, Estimate]:
-    """Means, clustered by prompt, and for pairs the share in which the chosen answer wins; a tie counts half."""
+    """Means, clustered by prompt, and for pairs the share in which the chosen response wins; a tie counts half."""
     prompts = [tuple((m.role, m.content) for m in prompt_of(row)) for row in rows]
     names = [name for name in ("score", "chosen", "rejected", "margin") if name in lines[0]]
     found = {f"mean {name}": bootstrap_mean([line[name] for line in lines], prompts) for name in names}

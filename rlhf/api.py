@@ -1,4 +1,4 @@
-"""What a notebook uses beside `PPOTrainer`: a reward model that scores, and a policy that answers."""
+"""What a notebook uses beside `PPOTrainer`: a reward model that scores, and a policy that generates."""
 
 from __future__ import annotations
 

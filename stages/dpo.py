@@ -78,7 +78,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     names |= {"grad_norm": "dpo/grad_norm", "learning_rate": "dpo/lr"}
     fit(trainer, Reporter(context, names, "dpo/accuracy", dpo.evals, measure))
 
-    metrics = held_out.report() | {"steps": steps, "pairs": len(pairs)}
+    metrics = held_out.report() | {"steps": steps, "pairs": len(pairs), "beta": dpo.beta}
     model: Any = trainer.model
     state = full_state(model, keep=context.is_writer)
     end_sharded_loading()

@@ -1,4 +1,4 @@
-"""Stage 2, one reward model on preference pairs, on TRL: ranking loss with margins, float32 head, centred on SFT answers.
+"""Stage 2, one reward model on preference pairs, on TRL: ranking loss with margins, float32 head, centred on SFT responses.
 
 Llama 2, §3.2.2.
 """
@@ -70,7 +70,7 @@ class Trainer(OwnOptimizer, RewardTrainer):
         loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, return_outputs=True))
         if self.safety_loss_weight:
             total, _ = safety_loss(outputs.logits[:, 0], is_safe_B.float(), is_safe_B >= 0)
-            # Over all answers, known or not: a constant, so no split into micro-batches changes the gradient.
+            # Over all responses, known or not: a constant, so no split into micro-batches changes the gradient.
             loss = loss + self.safety_loss_weight * total / len(is_safe_B)
         return (loss, outputs) if return_outputs else loss
 

@@ -1,4 +1,4 @@
-"""Stage 1, supervised fine-tuning on TRL: chat encoding, loss on answers alone, packing, held-out loss.
+"""Stage 1, supervised fine-tuning on TRL: chat encoding, loss on responses alone, packing, held-out loss.
 
 Llama 2, §3.1.
 """
@@ -49,7 +49,7 @@ class Trainer(OwnOptimizer, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = 1
     ) -> Tensor:
-        """-Σ log p of this micro-batch over the number of answer tokens of all ranks and micro-batches."""
+        """-Σ log p of this micro-batch over the number of response tokens of all ranks and micro-batches."""
         # DeepSpeed averages gradients over ranks; the count is global already, so the average becomes a sum again.
         return -model(**inputs).sum() * self.accelerator.num_processes / num_items_in_batch
 
@@ -125,7 +125,7 @@ def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
 
 
 def answer_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
-    """logprobs_N, float32: the forward pass of a causal model for its answer tokens, those whose label is one.
+    """logprobs_N, float32: the forward pass of a causal model for its response tokens, those whose label is one.
 
     Where rows are packed TRL gives their positions, and where they end.
     """
@@ -142,7 +142,7 @@ def answer_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
 def held_out_loss(
     model: nn.Module, rows: Sequence[dict[str, list[int]]], config: RunConfig, context: StageContext, pad_id: int
 ) -> float:
-    """-log p per answer token in nats, over all held-out answer tokens of all ranks."""
+    """-log p per response token in nats, over all held-out response tokens of all ranks."""
     was_training = model.training
     model.eval()
     means = Means()

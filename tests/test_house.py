@@ -9,6 +9,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ OWNERS = {  # the one room that may speak to a library
 WITHOUT_TORCH = ("rlhf.errors", "rlhf.config", "reward_data")
 TORCH = {"torch", "transformers", "trl", "peft", "deepspeed"}
 HEAVY = TORCH | {"datasets", "ray", "mlflow"}
-LONGEST_FUNCTION, LONGEST_FILE = 80, 400
+LONGEST_FUNCTION, LONGEST_FILE, MOST_ARGUMENTS = 50, 400, 7
 
 FOREIGN = (
     (re.compile(r"(?<![\w.:~$}>-])/(?:root|home|work|opt|mnt|Users)/\w"), "an absolute path of one machine"),
@@ -106,14 +107,29 @@ def borrowed_libraries(name: str, text: str) -> list[str]:
     return complaints
 
 
+def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
 def too_long(name: str, text: str) -> list[str]:
     lines = text.count("\n")
     complaints = [f"{name}: {lines} lines"] if lines > LONGEST_FILE else []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            if length > LONGEST_FUNCTION:
-                complaints.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
+    for node in functions(text):
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        if length > LONGEST_FUNCTION:
+            complaints.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
+    return complaints
+
+
+def too_many_arguments(name: str, text: str) -> list[str]:
+    """`self`, `cls` and the `ctx` of autograd do not count."""
+    complaints = []
+    for node in functions(text):
+        own = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = len([argument for argument in own if argument.arg not in ("self", "cls", "ctx")])
+        count += (node.args.vararg is not None) + (node.args.kwarg is not None)
+        if count > MOST_ARGUMENTS:
+            complaints.append(f"{name}:{node.lineno}: {node.name} takes {count} arguments")
     return complaints
 
 
@@ -165,7 +181,8 @@ TESTS = {name: text for name, text in TEXTS.items() if name.endswith(".py") and 
 RULES = {
     "directions": (wrong_directions, LIBRARY),
     "libraries": (borrowed_libraries, LIBRARY),
-    "lengths": (too_long, LIBRARY),
+    "lengths": (too_long, LIBRARY | TESTS),
+    "arguments": (too_many_arguments, LIBRARY),
     "foreign text": (foreign_text, TEXTS),
     "tests assert": (asserts_nothing, TESTS),
 }
@@ -199,6 +216,8 @@ LONG_FUNCTION = "def f():\n" + "    pass\n" * LONGEST_FUNCTION
         (borrowed_libraries, "reward_data/load.py", "def f():\n    from transformers import AutoModel"),
         (too_long, "rlhf/chat/llama2.py", LONG_FUNCTION),
         (too_long, "rlhf/chat/llama2.py", "#\n" * (LONGEST_FILE + 1)),
+        (too_many_arguments, "rlhf/chat/llama2.py", "def f(a, b, c, d, e, f, *, g, h): pass"),
+        (too_many_arguments, "rlhf/chat/llama2.py", "class A:\n    def f(self, a, b, c, d, e, f, g, **h): pass"),
         (foreign_text, "README.md", "see " + "/ho" + "me/me/models"),
         (foreign_text, "Makefile", "pip install --index-url " + "https:" + "//example.org"),
         (asserts_nothing, "tests/test_x.py", "def test_x():\n    f()"),
@@ -215,6 +234,7 @@ def test_a_planted_fault_is_found(check, name: str, text: str) -> None:
         (wrong_directions, "rlhf/algorithms/losses.py", "from rlhf.algorithms.masked import masked_sum"),
         (borrowed_libraries, "launch/worker_group.py", "import ray"),
         (too_long, "rlhf/chat/llama2.py", LONG_FUNCTION.replace("    pass\n", "", 1)),
+        (too_many_arguments, "rlhf/chat/llama2.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g): pass"),
         (foreign_text, "docs/a.md", "~/work/x and /usr/bin and runs/home/x and $HOME/work/x"),
         (asserts_nothing, "tests/test_x.py", "def test_x():\n    with pytest.raises(ValueError):\n        f()"),
     ],

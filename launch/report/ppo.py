@@ -13,6 +13,7 @@ from rlhf.tracking import read_metrics
 
 POLICIES = ("base", "sft", "ppo")
 SAMPLES = 10
+CURVES = ("ppo/reward", "ppo/kl")
 
 
 def _gather(folder: Path, metrics: Metrics) -> dict[str, Any]:
@@ -84,8 +85,13 @@ def _headline(found: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    series = read_metrics(folder / "ppo")
+    return {name: series[name] for name in CURVES if name in series}
+
+
 def _appendix(metrics: Metrics) -> list[str]:
-    """Prompts with their answers before and after."""
+    """Prompts with their responses before and after."""
     samples = metrics["ppo"].get("samples", [])
     lines = ["", "## Held-out prompts, answered before and after PPO"] if samples else []
     for place, sample in enumerate(samples[:SAMPLES], 1):
@@ -100,4 +106,4 @@ def _appendix(metrics: Metrics) -> list[str]:
     return lines
 
 
-SECTION = Section(_gather, _tables, _facts, _warnings, _headline, _drawings, _appendix)
+SECTION = Section(_gather, _tables, _facts, _warnings, _headline, _curves, _drawings, _appendix)

@@ -32,7 +32,7 @@ def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n: int) -> float:
-    """β · (1 + clip(kl/target - 1, ±0.2) · n/horizon), after `n` more answers with a mean KL of `kl` nats per answer.
+    """β · (1 + clip(kl/target - 1, ±0.2) · n/horizon), after `n` more responses with a mean KL of `kl` nats per response.
 
     Ziegler et al. 2019 (arXiv 1909.08593), §2.2. n/horizon counts as 1 at most, so that no batch, however large, moves
     β by more than a fifth.

@@ -103,7 +103,7 @@ def value_loss(
 
 
 def safety_loss(scores_B: Tensor, is_safe_B: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, count) of the binary cross-entropy of σ(score) against safe/unsafe, over answers whose label is known.
+    """(sum, count) of the binary cross-entropy of σ(score) against safe/unsafe, over responses whose label is known.
 
     Llama 2 (arXiv 2307.09288), §3.2.2, names such an auxiliary loss without its formula; this one is our choice.
     """

@@ -1,8 +1,8 @@
-"""The Llama-2 chat format: messages → token ids and a mask of the answer tokens.
+"""The Llama-2 chat format: messages → token ids and a mask of the response tokens.
 
 Source: Touvron et al. 2023 (arXiv 2307.09288) and the chat code that was published with it. B = BOS, E = EOS:
 
-    closed turn:  B + enc("[INST] {user.strip()} [/INST] {answer.strip()} ") + E
+    closed turn:  B + enc("[INST] {user.strip()} [/INST] {response.strip()} ") + E
     open turn:    B + enc("[INST] {user.strip()} [/INST]")
 
 A system text stands between `<<SYS>>\n` and `\n<</SYS>>\n\n` in front of the first user text. All tags are plain text.
@@ -54,10 +54,10 @@ class Llama2:
         return eos_ids(self.tokenizer)
 
     def encode(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-        """Ids of a dialogue that ends with an answer, and a mask that is 1 on each answer, its closing space and its EOS.
+        """Ids of a dialogue that ends with a response, and a mask that is 1 on each response, its closing space and its EOS.
 
         Raises UserError (3) for roles out of order, for tags inside a message, and where the tokenizer merges the end of
-        the prompt with the start of the answer, so that no mask could be right.
+        the prompt with the start of the response, so that no mask could be right.
         """
         turns = _turns(messages)
         require_last(messages, "assistant")
@@ -86,7 +86,7 @@ def validate(messages: Sequence[ChatMessage]) -> None:
 
 
 def _turns(messages: Sequence[ChatMessage]) -> list[Exchange]:
-    """User and answer by turn, the system text folded into the first user text."""
+    """User and response by turn, the system text folded into the first user text."""
     for number, message in enumerate(messages, 1):
         _refuse_tags(message.content, f"message {number} ({message.role})")
     texts = [message.content for message in messages]
@@ -122,7 +122,7 @@ def _encode_turns(tokenizer: Any, turns: list[Exchange]) -> tuple[list[int], lis
 
 
 def _encode_turn(tokenizer: Any, turn: Exchange, number: int) -> tuple[list[int], int]:
-    """Ids of one turn, and the position of its first answer token."""
+    """Ids of one turn, and the position of its first response token."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     opening = f"{B_INST} {turn.user.strip()} {E_INST}"
     prompt_ids = _plain_ids(tokenizer, opening)

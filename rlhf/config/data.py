@@ -63,4 +63,4 @@ class DataConfig(Settings):
     """What happens to training rows whose prompt is also held out, for whatever role."""
     held_out_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     gold: Literal["none", "shipped"] = "none"
-    """`shipped`: answers are also given their true quality; only the shipped world has one."""
+    """`shipped`: responses are also given their true quality; only the shipped world has one."""

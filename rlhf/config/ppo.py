@@ -14,12 +14,12 @@ GROUPED = ("grpo", "dr_grpo", "rloo")
 
 class SamplingConfig(Settings):
     engine: Literal["inprocess", "vllm"] = "inprocess"
-    """What samples answers in training. vllm: `make vllm` installs it; adapters (model.lora) it does not sample from."""
+    """What samples responses in training. vllm: `make vllm` installs it; adapters (model.lora) it does not sample from."""
     temperature: Positive = 1.0  # [O]
     max_new_tokens: Count = 512  # [O]
     batch_size: Count = 64  # rows sampled together on one worker
     one_step_off_policy: bool = False
-    """Samples the answers of the next iteration during the update, so by a policy that is one update older; the
+    """Samples the responses of the next iteration during the update, so by a policy that is one update older; the
     importance weight makes up for that."""
 
 
@@ -54,9 +54,9 @@ class AlarmConfig(Settings):
     stop: bool = False
     """True: the first alarm stops the stage; its checkpoints stay, and it goes on when the limit is raised."""
     kl_max: Positive = 50.0
-    """Nats per answer. Gao et al. 2022 (arXiv 2210.10760, fig. 1): true quality falls while the reward still rises [O]."""
+    """Nats per response. Gao et al. 2022 (arXiv 2210.10760, fig. 1): true quality falls while the reward still rises [O]."""
     eos_rate_min: Fraction = 0.02
-    """Answers that end themselves. With fewer, the reward is mostly that of text that was cut off [O]."""
+    """Responses that end themselves. With fewer, the reward is mostly that of text that was cut off [O]."""
     entropy_ratio_min: Fraction = 0.1
     """Of the first iteration's entropy. A policy that hardly chooses explores nothing [O]."""
     rollout_logprob_diff_max: Positive = 1.0
@@ -75,9 +75,9 @@ class PPOConfig(Settings):
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] | Code = "gae"
     """An estimator of `rlhf.algorithms.advantages`, or `module:name` of one's own; gae alone trains a critic."""
     iterations: Count = 200  # [P] 200–400
-    batch_size: Count = 512  # answers per iteration over all workers [P]
+    batch_size: Count = 512  # responses per iteration over all workers [P]
     group_size: Count = 1  # [O]
-    """All answers of a prompt stay on one worker and in one minibatch, so that they can share the work on it."""
+    """All responses of a prompt stay on one worker and in one minibatch, so that they can share the work on it."""
     minibatch_size: Count = 64  # [P]
     epochs: Count = 1  # [P]
     micro_batch_size: Count = 4  # rows at once on a worker, at most
@@ -98,7 +98,7 @@ class PPOConfig(Settings):
     whiten_rewards: bool | None = None  # [P] for gae
     """None: as the estimator is published; gae divides the scores by their deviation, the others do not."""
     missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
-    """Subtracted from the score of an answer that did not end itself, after whitening."""
+    """Subtracted from the score of a response that did not end itself, after whitening."""
     optim: OptimConfig = OptimConfig(lr=1e-6)  # [P]
     critic_optim: OptimConfig = OptimConfig(lr=5e-6)  # [O]
     eval_every: Count = 10  # iterations

@@ -44,7 +44,7 @@ class RewardConfig(SupervisedConfig):
     batch_size: Count = 512  # pairs [P], as epochs
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_ratio=0.03, min_warmup_steps=5)  # [P]
     center_rows: Count = 256
-    """SFT answers over which the mean reward is taken and subtracted; drawn by hash, of every tag and source."""
+    """SFT responses over which the mean reward is taken and subtracted; drawn by hash, of every tag and source."""
 
 
 class DPOConfig(SupervisedConfig):

@@ -101,7 +101,7 @@ def _with_source(row: Any, encode: Callable[[Any], Any]) -> Any:
 
 
 def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], max_prompt_length: int) -> PromptBatch:
-    """Open prompts, left-padded. `ids`: keys of their answers. UserError (3) for one that is too long."""
+    """Open prompts, left-padded. `ids`: keys of their responses. UserError (3) for one that is too long."""
     chat = format_of(tokenizer)
 
     def tokens_of(row: Prompt) -> list[int]:
@@ -118,9 +118,9 @@ def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], 
 
 def next_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
     """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set, each prompt as
-    often as it gets answers.
+    often as it gets responses.
 
-    An id counts passes and answers too: a prompt that is drawn twice in an iteration gets other answers.
+    An id counts passes and responses too: a prompt that is drawn twice in an iteration gets other responses.
     """
     answers = config.ppo.group_size
     size, count, ids = config.ppo.batch_size // answers, len(prompts), []

@@ -26,7 +26,7 @@ def load_demonstrations(config: RunConfig, validate: Validate = llama2.validate)
 
 
 def load_preferences(config: RunConfig, validate: Validate = llama2.validate) -> Split:
-    """Preferences of the run, without safety pairs that prefer an unsafe answer to a safe one (Llama 2, §3.2.1)."""
+    """Preferences of the run, without safety pairs that prefer an unsafe response to a safe one (Llama 2, §3.2.1)."""
     split = _load("preferences", config.data.preferences, config.data, validate)
     train, held_out = ([row for row in rows if not _prefers_unsafe(row)] for rows in (split.train, split.held_out))
     dropped = len(split.train) + len(split.held_out) - len(train) - len(held_out)

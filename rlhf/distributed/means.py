@@ -35,7 +35,7 @@ class Means:
         self._parts: dict[str, list[tuple[Number, Number]]] = {}
 
     def add(self, name: str, sum: Number, count: Number = 1) -> None:
-        """Adds to the mean `name`: `sum` over `count` things, tokens or answers for instance."""
+        """Adds to the mean `name`: `sum` over `count` things, tokens or responses for instance."""
         self._parts.setdefault(name, []).append((_detached(sum), _detached(count)))
 
     def reduce(self) -> dict[str, float]:

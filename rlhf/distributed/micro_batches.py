@@ -87,7 +87,7 @@ def _lengths(batch: Rollout | Experience, config: PPOConfig) -> Tensor:
 
 
 def _order(lengths_B3: Tensor, config: PPOConfig) -> Tensor:
-    """Longest rows first; packed, where rows of one prompt share it, longest prompts with all of their answers."""
+    """Longest rows first; packed, where rows of one prompt share it, longest prompts with all of their responses."""
     prompt_B, response_B, first_B = lengths_B3.unbind(-1)
     if not config.packing:
         return (prompt_B + response_B).argsort(descending=True, stable=True)
@@ -98,6 +98,6 @@ def _order(lengths_B3: Tensor, config: PPOConfig) -> Tensor:
 
 
 def _dealt(order_M: Tensor, world: int, config: PPOConfig) -> Tensor:
-    """order_NW: each rank's rows, dealt out one by one, or, where they share their prompt, all answers of a prompt."""
+    """order_NW: each rank's rows, dealt out one by one, or, where they share their prompt, all responses of a prompt."""
     together = config.group_size if config.packing else 1
     return order_M.view(-1, world, together).transpose(1, 2).flatten(0, 1)

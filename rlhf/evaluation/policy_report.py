@@ -1,4 +1,4 @@
-"""What a policy's answers look like: reward alone hides collapse, so length, endings and variety stand beside it."""
+"""What a policy's responses look like: reward alone hides collapse, so length, endings and variety stand beside it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers to the held-out prompts, in their order, on every rank."""
+    """The responses to the held-out prompts, in their order, on every rank."""
 
     texts: list[str]
     lengths: list[int]  # tokens, EOS inside
     finished: list[bool]
     scores: Mapping[str, Sequence[float | None]]  # reward.<name>, and gold where there is one; None where it failed
-    kl: list[float]  # nats per answer against the reference, k1
-    flagged: list[bool] | None  # the safety model calls the answer unsafe; None without such a model
+    kl: list[float]  # nats per response against the reference, k1
+    flagged: list[bool] | None  # the safety model calls the response unsafe; None without such a model
 
 
 def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
-    """Estimates over n ≥ 1 answers, one to each of `prompts`, clustered by prompt where prompts repeat:
+    """Estimates over n ≥ 1 responses, one to each of `prompts`, clustered by prompt where prompts repeat:
 
-    each name in `scores`   mean score of the answers whose score did not fail; none where all failed
-    kl                      mean nats per answer against the reference
+    each name in `scores`   mean score of the responses whose score did not fail; none where all failed
+    kl                      mean nats per response against the reference
     length                  mean number of tokens
-    eos_rate               share of answers that ended themselves
-    flagged.<tag>     share of answers to prompts of this tag that the safety model calls unsafe
-    distinct_2              mean over answers of distinct bigrams / all bigrams of words: low where answers repeat
-                            themselves. Answers of fewer than two words are left out; without others, so is the figure
+    eos_rate               share of responses that ended themselves
+    flagged.<tag>     share of responses to prompts of this tag that the safety model calls unsafe
+    distinct_2              mean over responses of distinct bigrams / all bigrams of words: low where responses repeat
+                            themselves. Responses of fewer than two words are left out; without others, so is the figure
     """
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
     report = _mean_of_known(answers.scores, clusters)
@@ -72,7 +72,7 @@ def _mean_of_known(scores: Mapping[str, Sequence[float | None]], clusters: Seque
 
 
 def distinct_bigrams(answer: str) -> float | None:
-    """Distinct bigrams / all bigrams of the answer's words (Li et al. 2016, arXiv 1510.03055); None without bigrams."""
+    """Distinct bigrams / all bigrams of the response's words (Li et al. 2016, arXiv 1510.03055); None without bigrams."""
     words = answer.split()
     bigrams = list(pairwise(words))
     return len(set(bigrams)) / len(bigrams) if bigrams else None

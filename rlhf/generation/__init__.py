@@ -1,4 +1,4 @@
-"""Samplers: prompts in, answers and their logprobs out."""
+"""Samplers: prompts in, responses and their logprobs out."""
 
 from rlhf.generation.counter_rng import keyed_uniform, pick_token
 from rlhf.generation.in_process import InProcessSampler

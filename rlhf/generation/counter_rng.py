@@ -1,6 +1,6 @@
 """Random numbers that belong to a token, not to a rank or a batch.
 
-The uniform number for a token is a hash of (seed, iteration, prompt id, position), so a prompt gets the same answer in
+The uniform number for a token is a hash of (seed, iteration, prompt id, position), so a prompt gets the same response in
 whatever batch and on whatever rank it is sampled, and a resumed run needs no generator state.
 """
 

@@ -37,7 +37,7 @@ CACHE_SHARE, CACHE_SHARE_BESIDE = 0.8, 0.4
 
 
 class InProcessSampler:
-    """Samples from `model`, any causal language model of transformers. Each of `stop_ids` ends an answer, `pad_id` fills it up."""
+    """Samples from `model`, any causal language model of transformers. Each of `stop_ids` ends a response, `pad_id` fills it up."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class InProcessSampler:
         iteration: int,
         go_on: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Answers for every prompt, `settings.batch_size` rows at a time, or as many as memory holds keys and values of;
+        """Responses for every prompt, `settings.batch_size` rows at a time, or as many as memory holds keys and values of;
         the others wait. R is `settings.max_new_tokens`. UserError (5) where there is no memory for one row.
 
         The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `go_on`: see `Sampler`.
@@ -147,7 +147,7 @@ def decoder_of(model: nn.Module, alone: bool = False) -> Decoder:
 
 
 class _Run:
-    """One call of `sample`: the answers as they grow, the prompts that wait, and the rows (S) in the cache."""
+    """One call of `sample`: the responses as they grow, the prompts that wait, and the rows (S) in the cache."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which sampler answers in training: `ppo.sampling.engine`."""
+"""The sampler of training: `ppo.sampling.engine`."""
 
 from __future__ import annotations
 

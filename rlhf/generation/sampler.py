@@ -16,7 +16,7 @@ from rlhf.profiling.roofline import ModelSize
 
 class Sampler(Protocol):
     stop_ids: Sequence[int]
-    """Each ends an answer, and is its last token."""
+    """Each ends a response, and is its last token."""
     positions: tuple[int, int]
     """That the model computed in the last `sample`: in prompts, in steps of one token."""
 
@@ -37,7 +37,7 @@ class Sampler(Protocol):
         iteration: int,
         go_on: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Answers for every prompt, of up to R = `settings.max_new_tokens` tokens, EOS inside.
+        """Responses for every prompt, of up to R = `settings.max_new_tokens` tokens, EOS inside.
 
         Random numbers depend on (seed, iteration, prompt id) and the position alone. `go_on` is given where something
         else uses the device at the same time; it is called now and then, and what it raises ends the sampling.
@@ -52,7 +52,7 @@ class Sampler(Protocol):
 def rollout_of(
     prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, length_B: Tensor, stop_ids: Sequence[int]
 ) -> Rollout:
-    """Prompts with their answers, whose tokens are the first `length_B` of a row."""
+    """Prompts with their responses, whose tokens are the first `length_B` of a row."""
     mask_BR = torch.arange(tokens_BR.shape[1], device=length_B.device) < length_B[:, None]
     return Rollout(
         tokens_BT=torch.cat([prompts.tokens_BP, tokens_BR], 1),

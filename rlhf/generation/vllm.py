@@ -39,8 +39,8 @@ class VLLMSampler:
     """Samples by vLLM from the architecture in `folder`, whose weights are not read: `load_weights` must come first.
 
     All ranks must make theirs at the same time, each for itself. Rows are at most `max_length` tokens, prompt and
-    answer together, and `rows` of them are sampled at once. On a GPU the engine gives its memory back after each
-    `sample`. An answer depends on the batch as far as logits do: on rounding alone.
+    response together, and `rows` of them are sampled at once. On a GPU the engine gives its memory back after each
+    `sample`. A response depends on the batch as far as logits do: on rounding alone.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class VLLMSampler:
         iteration: int,
         go_on: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Answers for every prompt. R is `settings.max_new_tokens`; rows at once are those of the engine.
+        """Responses for every prompt. R is `settings.max_new_tokens`; rows at once are those of the engine.
 
         The generator of a row starts from (seed, iteration, prompt id). `go_on`: see `Sampler`.
         """
@@ -134,7 +134,7 @@ class VLLMSampler:
     def _answers(
         self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
     ) -> Iterator[tuple[int, list[int], list[float]]]:
-        """(row, tokens, logprobs) of every answer, as they end."""
+        """(row, tokens, logprobs) of every response, as they end."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 

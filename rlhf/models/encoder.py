@@ -1,4 +1,4 @@
-"""Classifiers on an encoder, such as DeBERTa: they score answers, and no stage trains them."""
+"""Classifiers on an encoder, such as DeBERTa: they score responses, and no stage trains them."""
 
 from __future__ import annotations
 

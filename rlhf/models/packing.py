@@ -1,8 +1,8 @@
 """Rows of a forward pass as one row of real tokens, in which rows with one prompt share it.
 
-Each prompt stands there once. Every answer goes on from its end, in position and in what it sees: its prompt and itself.
+Each prompt stands there once. Every response goes on from its end, in position and in what it sees: its prompt and itself.
 
-B rows of T columns, answers in the last R of them; N tokens that are read.
+B rows of T columns, responses in the last R of them; N tokens that are read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pack(tokens_BT: Tensor, mask_BT: Tensor, response_length: int, share: bool =
 def _sees(read_BT: Tensor, first_B: Tensor, P: int) -> Tensor:
     """sees_NN: for each token (rows) those that it attends to (columns): its own row's and its prompt's, up to itself."""
     row_N, column_N = read_BT.nonzero(as_tuple=True)
-    prompt_N = torch.where(column_N < P, row_N, -1)  # the row for which a prompt is read; answers are no prompt
+    prompt_N = torch.where(column_N < P, row_N, -1)  # the row for which a prompt is read; responses are no prompt
     sees_NN = row_N[:, None] == row_N
     sees_NN |= first_B[row_N][:, None] == prompt_N
     sees_NN &= column_N[:, None] >= column_N

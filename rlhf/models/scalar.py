@@ -56,7 +56,7 @@ class ScalarModel(nn.Module):
         self.backbone = backbone
         self.head = Float32Head(head_1H)
         self.offset = offset
-        """Mean score of SFT answers, subtracted by `score`; 0 until the model is centred."""
+        """Mean score of SFT responses, subtracted by `score`; 0 until the model is centred."""
         self.packing = False
         """Reads rows one behind the other instead of padded, and each prompt once; the values are the same."""
 
@@ -67,7 +67,7 @@ class ScalarModel(nn.Module):
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
         """values_BT, float32, without the offset. Padding may stand on either side.
 
-        Packed rows share a prompt where they are told that answers stand in the last `response_length` columns.
+        Packed rows share a prompt where they are told that responses stand in the last `response_length` columns.
         """
         return self.head(hidden_states(self.backbone, tokens_BT, mask_BT, self.packing, response_length))
 
@@ -101,7 +101,7 @@ def new_critic(reward_model: ScalarModel) -> ScalarModel:
     """The reward model as a critic whose head is zero, so all its values are.
 
     Returns are centred, whitened and less the KL: scores are another scale, and where a critic starts from them its first
-    values are worse than none. The backbone already knows what good answers are. Initialising from the reward model:
+    values are worse than none. The backbone already knows what good responses are. Initialising from the reward model:
     Ouyang et al. 2022 (arXiv 2203.02155), appendix C.4.
     """
     torch.nn.init.zeros_(reward_model.head.weight)

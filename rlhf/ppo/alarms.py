@@ -21,7 +21,7 @@ def sounding(metrics: Mapping[str, float], first_entropy: float, limits: AlarmCo
     """The alarms of one iteration; `first_entropy` is the entropy of the first. A figure at its limit is silent."""
     kl, eos = metrics["ppo/kl"], metrics["ppo/eos_rate"]
     entropy, failed = metrics["ppo/entropy"], metrics["ppo/reward_failed_fraction"]
-    # Answers of an older policy differ at every token, and a few of them by much: the mean alone tells a wrong sampler.
+    # Responses of an older policy differ at every token, and a few of them by much: the mean alone tells a wrong sampler.
     which = "mean" if metrics["ppo/staleness"] else "max"
     gap = metrics[f"ppo/rollout_logprob_diff_{which}"]
     if kl > limits.kl_max:

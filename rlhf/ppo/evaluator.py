@@ -1,4 +1,4 @@
-"""Held-out evaluation of a policy: it answers prompts that no training saw, and every reward scores the responses."""
+"""Held-out evaluation: the policy answers prompts that training does not use, and every reward scores the responses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Evaluator:
         self._config, self._context, self._models, self._rewards = config, context, models, rewards
 
     def answers(self, prompts: Sequence[Prompt], sampler: Sampler | None = None) -> Answers:
-        """Responses to the prompts and what the rewards say of them. Each rank answers its shard; all return all."""
+        """Responses to the prompts and what the rewards say of them. Each rank samples its shard; all return all."""
         return self._answered(prompts, sampler or self._models.sampler)[0]
 
     def reward(self, prompts: Sequence[Prompt], iteration: int) -> float:

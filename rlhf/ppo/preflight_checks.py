@@ -161,7 +161,7 @@ def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> Check
 
 
 def broken_ends(rollout: Rollout, stop_ids: Sequence[int], pad_id: int) -> CheckResult:
-    """A stop id is the last real token of every finished answer, and of no other; masks come from lengths."""
+    """A stop id is the last real token of every finished response, and of no other; masks come from lengths."""
     mask_BR = rollout.response_mask_BR
     R = mask_BR.shape[1]
     tokens_BR, length_B = rollout.tokens_BT[:, -R:], mask_BR.sum(1)

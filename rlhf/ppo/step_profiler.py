@@ -2,8 +2,8 @@
 
 Every second belongs to one phase. Every position that a model computes is one of four kinds of token:
 
-    useful   an answer token is drawn from it, or is read at it
-    prompt   needed, but no part of an answer: once for all rows that have the prompt
+    useful   a response token is drawn from it, or is read at it
+    prompt   needed, but no part of a response: once for all rows that have the prompt
     padded   stands between rows of unequal length, or reads a prompt again
     dropped  computed for a row that had ended already
 
@@ -166,7 +166,7 @@ def sampling_work(
     """`positions`: how many the sampler computed in reading prompts, and in steps that draw one more token. `shared_B`:
     tokens of a row's prompt that were read for another row.
 
-    The first tokens of a prompt's answers are drawn at its last, which counts for them. Bytes: weights once per step, in
+    The first tokens of a prompt's responses are drawn at its last, which counts for them. Bytes: weights once per step, in
     as few steps as `slots` rows at a time allow, and keys and values once per token that follows them.
     """
     stepped_B, (in_prompts, in_steps) = answer_B - 1, positions

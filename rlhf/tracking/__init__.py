@@ -6,17 +6,19 @@ mlflow_sync.py    what MLflow already has of a folder (mlflow.json), the thread 
 mlflow_client.py  the only file that calls MLflow
 """
 
-from rlhf.tracking.base import NullTracker, Tracker, mark_failed, open_parent, open_tracker, read_metrics
+from rlhf.tracking.base import NullTracker, Tracker, keep_earlier, mark_ended, open_parent, open_tracker, read_metrics
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
-from rlhf.tracking.mlflow_sync import NOTHING, fill_in
+from rlhf.tracking.mlflow_sync import NOTHING, catch_up, fill_in
 
 __all__ = [
     "NOTHING",
     "NullTracker",
     "Tracker",
     "absolute_uri",
+    "catch_up",
     "fill_in",
-    "mark_failed",
+    "keep_earlier",
+    "mark_ended",
     "open_parent",
     "open_tracker",
     "public_uri",

@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.runs.artifacts import code_diff, code_revision, plain, write_atomic
 from rlhf.tracking.jsonl import Lines, read_lines
-from rlhf.tracking.mlflow_sync import EVENTS, METRICS, SyncState, SyncThread, rewind
+from rlhf.tracking.mlflow_sync import EVENTS, METRICS, STATE, SyncState, SyncThread, rewind
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+PROVENANCE = "provenance"
 
 
 class Tracker(Protocol):
@@ -41,18 +42,45 @@ def open_tracker(
     return FileTracker(folder, settings, watch_system=parent_run_id is not None)
 
 
-def open_parent(folder: Path, settings: TrackingConfig, run_name: str) -> Tracker:
-    """The tracker of a pipeline. Its `run_id` appears when its thread has reached MLflow; do not wait for it."""
-    return open_tracker(folder, settings, run_name, parent_run_id=None, is_writer=True)
+def open_parent(folder: Path, settings: TrackingConfig, run_name: str, provenance: str) -> Tracker:
+    """The tracker of a pipeline. Its `run_id` appears when its thread has reached MLflow; do not wait for it.
+
+    `provenance` is a digest of settings and data. If it has changed, a new MLflow run starts, because MLflow cannot
+    change the parameters of the earlier one.
+    """
+    tags = [event["values"] for event, _ in read_lines(folder / EVENTS) if event["event"] == "tags"]
+    earlier = next((values[PROVENANCE] for values in reversed(tags) if PROVENANCE in values), provenance)
+    if earlier != provenance:
+        keep_earlier(folder, new=True)
+    tracker = open_tracker(folder, settings, run_name, parent_run_id=None, is_writer=True)
+    tracker.tags({PROVENANCE: provenance})
+    return tracker
 
 
-def mark_failed(folder: Path, reason: str) -> None:
-    """Records that the run in `folder` failed, if its process died too early to do so. `fill_in` uploads it."""
+def keep_earlier(folder: Path, part: str = "", new: bool = False) -> None:
+    """Moves the files of the run in `folder / part` to `folder/earlier/<number>`, where `fill_in` still finds them.
+
+    `new`: under a number of its own; otherwise beside the parent that was moved last.
+    """
+    if not (folder / part / STATE).exists():
+        return
+    last = max((int(path.name) for path in (folder / "earlier").glob("[0-9]*")), default=0)
+    target = folder / "earlier" / str(last + 1 if new or not last else last) / part
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, EVENTS, STATE):
+        if (folder / part / name).exists():
+            (folder / part / name).replace(target / name)
+
+
+def mark_ended(folder: Path, status: Status, reason: str) -> bool:
+    """Records how the run in `folder` ended, if its process died too early to do so. `fill_in` uploads it."""
     states = [event["status"] for event, _ in read_lines(folder / EVENTS) if event["event"] == "status"]
-    if states and states[-1] == "RUNNING":
-        events = Lines(folder / EVENTS)
-        events.append({"event": "status", "status": "FAILED", "reason": without_secrets(reason)})
-        events.close()
+    if not states or states[-1] != "RUNNING":
+        return False
+    events = Lines(folder / EVENTS)
+    events.append({"event": "status", "status": status, "reason": without_secrets(reason)})
+    events.close()
+    return True
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -96,6 +96,13 @@ def fill_in(folder: Path, settings: TrackingConfig) -> bool:
     return True
 
 
+def catch_up(folder: Path, settings: TrackingConfig) -> None:
+    """`fill_in`, for which nobody waits longer than `CLOSE_LIMIT_S`."""
+    thread = threading.Thread(target=fill_in, args=(folder, settings), daemon=True)
+    thread.start()
+    thread.join(CLOSE_LIMIT_S)
+
+
 class SyncThread(threading.Thread):
     """Uploads every few seconds, and less often while MLflow is down."""
 

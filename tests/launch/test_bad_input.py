@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, pipeline, worker_group
+from launch import cli, parent_run, worker_group
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 ROW = {"messages": [{"role": "user", "content": "what is 2 + 3?"}, {"role": "assistant", "content": "5"}]}
@@ -29,7 +29,7 @@ def refused(
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(worker_group, "cluster", fail)
-    monkeypatch.setattr(pipeline, "open_parent", fail)
+    monkeypatch.setattr(parent_run, "begin", fail)
 
     def run(code: int, *arguments: str) -> str:
         got = cli.main(["run", str(SMOKE), "--tracking.uri", "null", "--hardware", "{workers: 1}", *arguments])

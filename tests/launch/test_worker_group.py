@@ -151,7 +151,7 @@ def test_metrics_stand_under_the_prefix_of_what_they_measure(finished: Any) -> N
     assert found["sft"] == {"sft"}
     assert found["reward/helpfulness"] == found["reward/safety"] == {"reward"}
     assert found["ppo"] == {"ppo", "eval", "perf"}
-    assert found["smoke"] == {"eval"}
+    assert found["smoke"] == {"eval", "ppo"}
 
 
 def test_every_metric_has_its_definition(finished: Any) -> None:
@@ -181,6 +181,18 @@ def test_a_run_names_settings_data_code_and_the_artifacts_that_it_used(finished:
         inputs = finished.runs[name].inputs.dataset_inputs
         assert {tag.value for i in inputs for tag in i.tags if tag.key == "mlflow.data.context"} == roles
         assert all(i.dataset.digest for i in inputs)
+
+
+def test_the_run_of_the_pipeline_tells_what_it_was_made_from(finished: Any) -> None:
+    run, report = finished.runs["smoke"], finished.report
+    assert (run.data.params["ppo.kl_coef"], run.data.params["model.tiny.layers"]) == ("0.01", "2")
+    inputs = run.inputs.dataset_inputs
+    roles = {tag.value for entry in inputs for tag in entry.tags if tag.key == "mlflow.data.context"}
+    assert roles == {"demonstrations", "preferences", "prompts"}
+    assert "| ppo |" in run.data.tags["mlflow.note.content"]
+    assert run.data.metrics["eval/accuracy_safety"] == report["reward"]["safety"]["accuracy"]["value"]
+    curve = finished.client.get_metric_history(run.info.run_id, "ppo/reward")
+    assert [(point.step, point.value) for point in curve] == read_metrics(finished.folder / "ppo")["ppo/reward"]
 
 
 def test_settings_samples_and_the_report_are_kept_with_the_run(finished: Any) -> None:

@@ -41,6 +41,14 @@ BUGS = [
         Bug("every stage runs, whatever the pipeline", "run_stage", "{*chosen} <= {*_}", "True"),
     ),
     *bugs_in(
+        "launch/implicit_reward.py",
+        ["stages/test_dpo.py::test_the_policy_scores_pairs_by_how_far_it_has_moved"],
+        Bug("prompts count as responses", "ImplicitReward.score", "A & (B >= _)", "A"),
+        Bug("the reference is the policy of any run", "load_implicit_reward", "A.digest != B", "False"),
+        Bug("a response is read one token late", "_logprobs", "A[:, :-1]", "A[:, 1:]"),
+        Bug("beta is left out", "ImplicitReward.score", "self.beta * A", "A"),
+    ),
+    *bugs_in(
         "stages/dpo.py",
         ["stages/test_dpo.py"],
         Bug(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.score import score
 from rlhf.chat import format_of
 from rlhf.data import load_preferences
 from rlhf.errors import UserError
@@ -137,6 +140,31 @@ def test_in_bf16_logprobs_stay_float32(run, beside, make_stage, metrics):
     assert metrics(folder)["ties"]["value"] == 0
     ((_, logprob),) = read_metrics(folder.parent)["dpo/logprob_chosen"]
     assert logprob != torch.tensor(logprob).bfloat16().item()
+
+
+@torch.no_grad()
+def test_the_policy_scores_pairs_by_how_far_it_has_moved(trained, tmp_path):
+    """`rlhf score`: a margin is the gap of a pair. Without its SFT model the policy has no score."""
+    rows = load_preferences(trained).held_out[:5]
+    messages = [[{"role": m.role, "content": m.content} for m in row.prompt] for row in rows]
+    lines = [
+        {"prompt": prompt, "chosen": row.chosen, "rejected": row.rejected, "rating": "better", "tag": row.tag}
+        for prompt, row in zip(messages, rows, strict=True)
+    ]
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scored = score(str(trained.folder / "dpo"), str(file), str(out), 4, "float32", "refuse")
+    policy, reference, tokenizer = models(trained)
+    expected = [float(gap(policy, reference, tokenizer, row)) for row in rows]
+    assert [line["margin"] for line in scored] == pytest.approx(expected, abs=1e-4)
+    ratio = response_logprob(policy, tokenizer, rows[0], "chosen")
+    ratio -= response_logprob(reference, tokenizer, rows[0], "chosen")
+    assert scored[0]["chosen"] == pytest.approx(0.2 * float(ratio), abs=1e-4)
+
+    shutil.copytree(artifact(trained), tmp_path / "elsewhere/artifact")
+    with pytest.raises(UserError, match="sft/artifact is not that model; keep both") as caught:
+        score(str(tmp_path / "elsewhere"), str(file), str(out), 4, "float32", "refuse")
+    assert caught.value.exit_code == 4
 
 
 # --- what is learned and saved --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from rlhf.evaluation.reward_report import calibration, reward_report
-from rlhf.evaluation.statistics import bootstrap_mean, wilson
+from rlhf.evaluation.statistics import wilson
 
 # chosen score, rejected score, rating, tag, prompt, chosen length, rejected length
 PAIRS = [
@@ -57,8 +57,13 @@ def test_without_unequal_lengths_there_is_no_preference_to_report():
 
 def test_pairs_of_one_prompt_are_clustered():
     pairs = [(*pair[:4], prompt, *pair[5:]) for pair, prompt in zip(PAIRS, "xxyyzz", strict=True)]
-    outcomes = [1.0, 1.0, 0.0, 0.5, 1.0, 0.0]
-    assert report(pairs)["accuracy"] == bootstrap_mean(outcomes, list("xxyyzz")).as_dict()
+    found = report(pairs)["accuracy"]
+    # outcomes 1 1, 0 ½, 1 0: p = 7/12; variance 3/2 · (25 + 16 + 1)/36 / 36, so 5 effective observations; t of 3 clusters
+    p, t = 7 / 12, 4.302653
+    for limit in (found["low"], found["high"]):  # Wilson's limits are where (p - π)² = t² π(1 - π)/n
+        assert (p - limit) ** 2 == pytest.approx(t**2 * limit * (1 - limit) / 5, rel=1e-5)
+    assert found["low"] < p < found["high"]
+    assert found["n"] == 6
 
 
 def test_calibration_bins_hold_what_the_gaps_promise():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, paired_difference, proportion, wilson
+from rlhf.evaluation.statistics import Estimate, bootstrap, bootstrap_mean, paired_difference, proportion, wilson
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,6 @@ def test_bootstrap_agrees_with_the_normal_interval_of_a_large_sample():
     assert estimate.value == pytest.approx(statistics.fmean(values))
     assert estimate.value - estimate.low == pytest.approx(half, rel=0.1)
     assert estimate.high - estimate.value == pytest.approx(half, rel=0.1)
-
-
-def test_the_bootstrap_interval_covers_the_truth_95_times_in_100():
-    rng = np.random.default_rng(2)
-    estimates = [bootstrap_mean(rng.normal(size=60).tolist(), seed=seed) for seed in range(300)]
-    assert 0.90 < statistics.fmean(e.low <= 0.0 <= e.high for e in estimates) < 0.99
 
 
 def test_bootstrap_is_the_same_for_the_same_seed_alone():
@@ -86,9 +80,29 @@ def test_a_share_of_single_outcomes_has_wilsons_interval():
     assert proportion([1.0, 0.0, 0.5, 1.0], ["a", "b", "c", "d"]) == wilson(2.5, 4)
 
 
-def test_a_share_of_clustered_outcomes_is_resampled_by_cluster():
-    outcomes, clusters = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0], ["a", "a", "b", "b", "c", "d"]
-    assert proportion(outcomes, clusters) == bootstrap_mean(outcomes, clusters)
+def test_a_clustered_share_has_the_interval_of_its_effective_observations():
+    found = proportion([1.0, 1.0, 0.0, 0.0, 1.0, 0.0], ["a", "a", "b", "b", "c", "d"])
+    # p = ½; sums less p times counts are 1, -1, ½, -½: variance 4/3 · 2.5/36, so 2.7 observations; t of 4 clusters
+    for limit in (found.low, found.high):  # Wilson's limits are where (p - π)² = t² π(1 - π)/n
+        assert (0.5 - limit) ** 2 == pytest.approx(3.182446**2 * limit * (1 - limit) / 2.7, rel=1e-5)
+    assert found.low < 0.5 < found.high
+
+
+def test_clusters_that_cancel_are_not_surer_than_independent_outcomes():
+    outcomes = [1.0, 0.0] * 49 + [1.0, 1.0]  # the variance between clusters is nearly 0
+    found = proportion(outcomes, [n // 2 for n in range(100)])
+    assert found.high - found.low >= wilson(51, 100).high - wilson(51, 100).low
+
+
+def test_arrays_and_lists_of_clusters_give_one_answer():
+    outcomes, clusters = [1.0, 0.0, 0.0, 1.0, 1.0], [3, 1, 3, 2, 2]
+    assert proportion(outcomes, clusters) == proportion(np.array(outcomes), np.array(clusters))
+
+
+def test_any_statistic_of_sums_is_resampled_as_a_mean_is():
+    values = np.random.default_rng(5).normal(size=40)
+    sums = np.stack([values, np.ones(40)], 1)
+    assert bootstrap(sums, None, lambda s: s[..., 0] / s[..., 1], seed=3) == bootstrap_mean(values, seed=3)
 
 
 def test_a_perfect_clustered_share_is_as_sure_as_its_clusters_are_many():

@@ -116,7 +116,7 @@ def test_system_metrics_of_a_nested_run_arrive(tmp_path, store, store_client, mo
 
 
 def test_a_dead_server_costs_no_time_and_loses_nothing(tmp_path, store, store_client, caplog):
-    parent = open_parent(tmp_path, NOBODY_LISTENS, "pipeline")
+    parent = open_parent(tmp_path, NOBODY_LISTENS, "pipeline", "digest")
     stage = open_tracker(tmp_path / "sft", NOBODY_LISTENS, "sft", "", is_writer=True)
     start = time.monotonic()
     for step in range(500):
@@ -183,7 +183,7 @@ def test_what_mlflow_refuses_is_left_out_and_the_rest_arrives(tmp_path, store, s
 
 def test_a_killed_run_is_marked_failed_by_the_driver(tmp_path, store, store_client):
     tracker = open_tracker(tmp_path, FILES_ONLY, "stage", None, is_writer=True)
-    tracking.mark_failed(tmp_path, "worker died")
+    tracking.mark_ended(tmp_path, "FAILED", "worker died")
     assert tracking.fill_in(tmp_path, store)
     run = store_client.get_run(tracker.run_id)
     assert (run.info.status, run.data.tags["failure.reason"]) == ("FAILED", "worker died")
@@ -192,7 +192,7 @@ def test_a_killed_run_is_marked_failed_by_the_driver(tmp_path, store, store_clie
 def test_a_run_that_ended_by_itself_is_not_marked(tmp_path):
     finished(tmp_path, FILES_ONLY)
     before = (tmp_path / "events.jsonl").read_text()
-    tracking.mark_failed(tmp_path, "worker died")
+    tracking.mark_ended(tmp_path, "FAILED", "worker died")
     assert (tmp_path / "events.jsonl").read_text() == before
 
 

@@ -1,0 +1,73 @@
+"""The run of a whole pipeline in MLflow, by which people compare: its settings, data, report and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from launch import report
+from rlhf.config import RunConfig, public
+from rlhf.data import Split
+from rlhf.errors import UserError
+from rlhf.runs import provenance
+from rlhf.runs.artifacts import digest_of
+from rlhf.tracking import NOTHING, Tracker, catch_up, mark_ended, open_parent
+from stages.base import STAGES, parts_of, stage_of
+
+OF_NO_RESULT = ("name", "runs_dir", "tracking")
+DESCRIPTION, LONGEST_DESCRIPTION = "mlflow.note.content", 8000  # MLflow's limit for a tag
+
+
+def begin(config: RunConfig, data: Mapping[str, Split]) -> Tracker:
+    """The open tracker, with every setting that two runs can differ in and the digests of the data."""
+    tracker = open_parent(config.folder, config.tracking, config.name, _provenance(config, data))
+    tracker.params(settings_of(config))
+    for role, split in data.items():
+        for name, digest in split.digests.items():
+            tracker.dataset(name, name, digest, role)
+    return tracker
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """All but where things lie, and without the sections of stages that are not in the pipeline."""
+    left_out = {*OF_NO_RESULT, *STAGES} - {*config.pipeline}
+    return {key: value for key, value in public(config).items() if key not in left_out}
+
+
+def fail(config: RunConfig, tracker: Tracker, error: BaseException) -> None:
+    """Ends the run and those of its stages that are still open: their workers went with the cluster."""
+    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    for part in parts_of(config):
+        mark_ended(config.folder / part, "KILLED", f"ended with the whole run: {reason}")
+    tracker.close(status, reason)
+    catch_up(config.folder, config.tracking)
+
+
+def finish(config: RunConfig, tracker: Tracker, result: Mapping[str, Any]) -> None:
+    """Ends the run with its headline metrics, its curves, and the report as its description."""
+    tracker.rewind(NOTHING)  # a run whose stages were all complete records the same again
+    tracker.metrics(report.headline(result), step=0)
+    for step, values in sorted(report.curves(config.folder, result).items()):
+        tracker.metrics(values, step)
+    tracker.tags({DESCRIPTION: described(report.markdown(result, {}, []))})
+    for path in (*config.folder.glob("report.*"), *sorted((config.folder / "plots").glob("*.png"))):
+        tracker.artifact(path)
+    tracker.close()
+
+
+def described(text: str) -> str:
+    """The whole lines of `text` that fit into a description."""
+    if len(text) <= LONGEST_DESCRIPTION:
+        return text
+    rest = "\n\nThe rest is in the artifact `report.md`.\n"
+    return text[: LONGEST_DESCRIPTION - len(rest)].rpartition("\n")[0] + rest
+
+
+def _provenance(config: RunConfig, data: Mapping[str, Split]) -> str:
+    def of(part: str) -> list[Any]:
+        roles = stage_of(part).roles
+        sources = provenance.parents({role: data[role] for role in roles}, {})
+        return [provenance.settings_digest(config, part, roles), sources]
+
+    return digest_of({part: of(part) for part in parts_of(config)})
