@@ -98,7 +98,7 @@ def _appendix(metrics: Metrics) -> list[str]:
         lines += ["", f"### {place}", "", *quoted("Prompt", sample["prompt"])]
         for policy in ("sft", "ppo"):
             scores = ", ".join(
-                f"{key.removesuffix(f'_{policy}')} {value:.2f}"
+                f"{key.removesuffix(f'_{policy}')} {'failed' if value is None else f'{value:.2f}'}"
                 for key, value in sample.items()
                 if key.endswith(f"_{policy}")
             )

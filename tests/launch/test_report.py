@@ -210,6 +210,14 @@ def test_markdown_shows_ten_samples_before_and_after(folder, built):
     assert text.count("**ppo: gold 1.00, reward.safety 0.50**") == 10
 
 
+def test_a_score_that_failed_is_said_to_have_failed(tmp_path):
+    samples = [{**SAMPLES[0], "reward.mine_sft": None, "reward.mine_ppo": 0.125}]
+    report.build(stages_in(tmp_path, {**MANIFESTS, "ppo": {**MANIFESTS["ppo"], "samples": samples}}), CONFIG, EXTRA)
+    text = (tmp_path / "report.md").read_text()
+    assert "**sft: gold 0.25, reward.mine failed**" in text
+    assert "**ppo: gold 1.00, reward.safety 0.50, reward.mine 0.12**" in text
+
+
 def test_a_sample_cannot_break_out_of_its_block(folder, built):
     text = (folder / "report.md").read_text()
     assert "````text\n1 2 ```3```\n````" in text
