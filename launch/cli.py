@@ -54,9 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         "file", metavar="FILE", help="pairs or prompts with completions, in any form that training reads"
     )
     score.add_argument("--out", required=True, metavar="OUT.jsonl", help="one line of scores per row")
-    score.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="texts at once (default 16)")
-    score.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    score.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse", help="default refuse")
+    _add_scoring(score)
+
+    _add_evaluate(commands)
 
     chat = _command(commands, "chat", _chat, "talk with a model in the terminal")
     chat.add_argument("model", metavar="MODEL", help="a model's folder or hub name")
@@ -72,6 +72,38 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "show the closing report of a run")
     report.add_argument("run", metavar="RUN", help="the run's folder, for instance runs/quickstart")
     return parser
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("evaluate", help="reports on models", allow_abbrev=False)
+    kinds = evaluate.add_subparsers(title="what is evaluated", metavar="KIND", required=True)
+    reward = _command(kinds, "reward", _evaluate_reward, "report what the scores of reward models are worth")
+    reward.add_argument(
+        "inputs",
+        metavar="MODEL… DATA…",
+        nargs="+",
+        help="reward models (folders, hub names) and data: pairs in any form that training reads, RewardBench, RewardBench 2, "
+        "lists of responses with scores; or `shipped`",
+    )
+    reward.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of the report; goes on after a kill"
+    )
+    reward.add_argument(
+        "--train", nargs="+", default=[], metavar="PAIRS", help="pairs on which a floor, the bag of words, is fitted"
+    )
+    _add_scoring(reward)
+    reward.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        default="sqlite:///mlflow.db",
+        help="where MLflow keeps the metrics (default sqlite:///mlflow.db); null: only files are written",
+    )
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="texts at once (default 16)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse", help="default refuse")
 
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
@@ -166,6 +198,16 @@ def _score(args: argparse.Namespace, _: list[str]) -> int:
     from launch.score import score
 
     score(args.model, args.file, args.out, args.batch_size, args.precision, args.bad_rows)
+    return 0
+
+
+def _evaluate_reward(args: argparse.Namespace, _: list[str]) -> int:
+    _hush()
+    from launch.evaluate.reward import Options, evaluate_reward, show
+
+    tracking_uri = None if args.tracking_uri == "null" else args.tracking_uri
+    options = Options(args.batch_size, args.precision, args.bad_rows, args.train, tracking_uri)
+    show(evaluate_reward(args.inputs, args.out, options), args.out)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from rlhf.data import Split
 from rlhf.errors import UserError
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import digest_of
-from rlhf.tracking import NOTHING, Tracker, catch_up, mark_ended, open_parent
+from rlhf.tracking import NOTHING, Tracker, catch_up, keep_earlier, mark_ended, open_parent
 from stages.base import STAGES, parts_of, stage_of
 
 OF_NO_RESULT = ("name", "runs_dir", "tracking")
@@ -26,6 +27,17 @@ def begin(config: RunConfig, data: Mapping[str, Split]) -> Tracker:
         for name, digest in split.digests.items():
             tracker.dataset(name, name, digest, role)
     return tracker
+
+
+def remove(config: RunConfig) -> None:
+    """Empties the run's folder. What it recorded stays in `earlier`."""
+    for number, part in enumerate(["", *parts_of(config)]):
+        keep_earlier(config.folder, config.tracking, part, new=number == 0)
+    for path in config.folder.glob("*"):
+        if path.is_dir() and not path.is_symlink() and path.name != "earlier":
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "earlier":
+            path.unlink()
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

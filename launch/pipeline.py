@@ -18,7 +18,7 @@ from rlhf.errors import UserError
 from rlhf.runs import artifacts, provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.chat_format import notice
-from rlhf.tracking import Tracker, absolute_uri, fill_in, keep_earlier, mark_ended, public_uri
+from rlhf.tracking import Tracker, absolute_uri, close_abandoned, fill_in, keep_earlier, mark_ended, public_uri
 from stages.base import parts_of, stage_of
 
 POLL_S = 0.3
@@ -32,8 +32,9 @@ def run(config: RunConfig, fresh: bool) -> int:
     """Runs every stage that is not complete, and reports. Returns the exit code."""
     config = absolute(config)
     data = checked_data(config, parts_of(config))
+    close_abandoned(config.runs_dir, config.tracking)
     if fresh:
-        shutil.rmtree(config.folder, ignore_errors=True)
+        parent_run.remove(config)
     parsed.write(config, data)
     tracker = parent_run.begin(config, data)
     try:
@@ -61,6 +62,7 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
         _run_under_torchrun(config, chosen)
         return 0
     data = checked_data(config, chosen)
+    close_abandoned(config.runs_dir, config.tracking)
     parsed.write(config, data)
     for one in chosen:
         if local:
@@ -188,7 +190,7 @@ def _prepare(config: RunConfig, stage: str, data: Data, local: bool = False) -> 
     }
     known = json.loads(made_by.read_text()) if made_by.exists() else {}
     if known.get("from") != attempt["from"]:
-        keep_earlier(config.folder, stage)
+        keep_earlier(config.folder, config.tracking, stage)
         shutil.rmtree(folder, ignore_errors=True)
     elif known["layout"] != attempt["layout"] and any((folder / "checkpoints").glob("*")):
         raise UserError(

@@ -33,48 +33,60 @@ STYLE: Any = {
     "grid.color": "#e8e8e8",
     "font.size": 9.5,
     "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "",
 }
 
 
 def drawn(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     """A function that draws a figure becomes one that returns it as PNG, in the style of this file."""
+    return _saved(draw, "png")
 
+
+def drawn_as_svg(draw: Callable[P, Figure]) -> Callable[P, bytes]:
+    """The same as SVG, whose text stays text."""
+    return _saved(draw, "svg")
+
+
+def _saved(draw: Callable[P, Figure], kind: str) -> Callable[P, bytes]:
     @wraps(draw)
-    def png(*arguments: P.args, **keywords: P.kwargs) -> bytes:
+    def saved(*arguments: P.args, **keywords: P.kwargs) -> bytes:
         from matplotlib import rc_context
 
         content = BytesIO()
         with rc_context(STYLE):
-            draw(*arguments, **keywords).savefig(content, format="png", dpi=130)
+            draw(*arguments, **keywords).savefig(
+                content, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None
+            )
         return content.getvalue()
 
-    return png
+    return saved
 
 
 @drawn
 def reward_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Held-out accuracy by rating and calibration of each reward model, with 95 % intervals."""
-    figure, (by_rating, calibration) = _figure(1, 2)
+    figure, (by_rating, calibration) = new_figure(1, 2)
     groups = list(dict.fromkeys(rating for report in reports.values() for rating in report["by_rating"]))
     columns = ["all", *groups]
     width = 0.8 / len(reports)
-    for number, ((name, report), colour) in enumerate(zip(reports.items(), _colours(reports), strict=True)):
+    for number, ((name, report), colour) in enumerate(zip(reports.items(), colours_of(reports), strict=True)):
         estimates = {"all": report["accuracy"], **report["by_rating"]}
         shift = width * (number - (len(reports) - 1) / 2)
         places = [place + shift for place, column in enumerate(columns) if column in estimates]
         shown = [estimates[column] for column in columns if column in estimates]
         heights = [estimate["value"] for estimate in shown]
-        by_rating.bar(places, heights, 0.9 * width, color=colour, label=name, yerr=_errors(shown), ecolor="#404040")
+        by_rating.bar(places, heights, 0.9 * width, color=colour, label=name, yerr=error_bars(shown), ecolor="#404040")
         bins = report["calibration"]
         observed = [one["observed"] for one in bins]
-        _with_errors(calibration, [one["predicted"] for one in bins], observed, colour, name, "-")
+        with_errors(calibration, [one["predicted"] for one in bins], observed, colour, name, "-")
     by_rating.set_xticks(range(len(columns)), columns, rotation=20)
     by_rating.set_ylim(0, 1.05)
-    _chance(by_rating)
-    _label(by_rating, "Held-out accuracy, 95 % intervals", "", "share of pairs")
+    chance_line(by_rating)
+    set_labels(by_rating, "Held-out accuracy, 95 % intervals", "", "share of pairs")
     calibration.plot([0.5, 1], [0.5, 1], color=REFERENCE, linestyle="--", label="calibrated")
-    _label(calibration, "Calibration", "predicted: σ(score gap)", "observed share")
-    _add_legend(figure)
+    set_labels(calibration, "Calibration", "predicted: σ(score gap)", "observed share")
+    add_legend(figure)
     return figure
 
 
@@ -83,52 +95,52 @@ def held_out(policies: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figur
     """Every held-out figure of base, SFT and PPO with its 95 % interval; `policies[policy][figure]` is an estimate."""
     names = list(dict.fromkeys(name for metrics in policies.values() for name in metrics))
     columns = min(len(names), 3)
-    figure, all_axes = _figure(-(-len(names) // columns), columns)
+    figure, all_axes = new_figure(-(-len(names) // columns), columns)
     for axes, name in zip(all_axes, names, strict=False):
         for place, (policy, metrics) in enumerate(policies.items()):
             if name in metrics:
-                _with_errors(axes, [place], [metrics[name]], POLICIES[policy], policy, "")
+                with_errors(axes, [place], [metrics[name]], POLICIES[policy], policy, "")
         axes.set_xticks(range(len(policies)), list(policies))
         axes.set_xlim(-0.6, len(policies) - 0.4)
-        _label(axes, name, "", "")
+        set_labels(axes, name, "", "")
     for axes in all_axes[len(names) :]:
         axes.set_axis_off()
     figure.suptitle("Answers to held-out prompts, 95 % intervals", x=0.01, horizontalalignment="left")
     return figure
 
 
-def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def new_figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.0 * rows + 0.8), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _with_errors(
+def with_errors(
     axes: Axes, places: Sequence[float], estimates: Sequence[Mapping[str, float]], colour: str, label: str, line: str
 ) -> None:
     values = [estimate["value"] for estimate in estimates]
-    axes.errorbar(places, values, _errors(estimates), fmt=f"o{line}", color=colour, capsize=3, label=label)
+    axes.errorbar(places, values, error_bars(estimates), fmt=f"o{line}", color=colour, capsize=3, label=label)
 
 
-def _errors(estimates: Sequence[Mapping[str, float]]) -> list[list[float]]:
+def error_bars(estimates: Sequence[Mapping[str, float]]) -> list[list[float]]:
     return [
         [estimate["value"] - estimate["low"] for estimate in estimates],
         [estimate["high"] - estimate["value"] for estimate in estimates],
     ]
 
 
-def _chance(axes: Axes) -> None:
+def chance_line(axes: Axes) -> None:
     axes.axhline(0.5, color=REFERENCE, linestyle="--", label="chance")
 
 
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
+def set_labels(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
 
 
-def _add_legend(figure: Figure) -> None:
+def add_legend(figure: Figure) -> None:
     """One legend under all panels, each label once."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
@@ -138,5 +150,5 @@ def _add_legend(figure: Figure) -> None:
         figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=len(entries))
 
 
-def _colours(names: Mapping[str, Any]) -> list[str]:
+def colours_of(names: Mapping[str, Any]) -> list[str]:
     return [MODELS[number % len(MODELS)] for number in range(len(names))]

@@ -17,15 +17,17 @@ from rich.table import Table
 import reward_data
 from launch.implicit_reward import ImplicitReward, load_implicit_reward
 from launch.model_folder import model_folder
-from reward_data import DataError, Demonstration, Preference, prompt_of
+from reward_data import DataError, Demonstration, Message, Preference, prompt_of
 from rlhf.chat import format_of
 from rlhf.data import pad
 from rlhf.errors import UserError
+from rlhf.evaluation.items import Item
 from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
 from rlhf.models import Encoder, ScalarModel, load_encoder, load_scalar, load_tokenizer, positions
 from rlhf.runs import artifacts
 
 Row = Preference | Demonstration
+BadRows = Literal["refuse", "skip"]
 Reward = ScalarModel | Encoder | ImplicitReward
 
 
@@ -38,9 +40,7 @@ class Text:
     prompt: int = 0  # how many of them come before the response
 
 
-def score(
-    model: str, file: str, out: str, batch_size: int, precision: str, bad_rows: Literal["refuse", "skip"]
-) -> list[dict[str, Any]]:
+def score(model: str, file: str, out: str, batch_size: int, precision: str, bad_rows: BadRows) -> list[dict[str, Any]]:
     """Score every response in `file` with the reward model `model`, write one line per row to `out`, and print a summary.
 
     Returns the lines. UserError (2, 3 or 4) for a place that cannot be written, bad data, and no reward model.
@@ -49,9 +49,10 @@ def score(
     rows, refused, findings = load_rows(file, bad_rows)
     folder = model_folder(model)
     tokenizer, scalar = load_tokenizer(folder), load_reward_model(folder)
-    texts, unfit = encode(tokenizer, rows, positions(scalar.config), bad_rows)
+    texts, unfit = encode(tokenizer, rows, positions(scalar.config))
+    refuse_unfit(unfit, bool(texts), bad_rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Progress(*_columns(), console=Console(stderr=True), transient=True) as bar:
+    with Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("scoring", total=len(texts))
         scores = score_texts(
             scalar.to(device), tokenizer.pad_token_id, texts, batch_size, precision, lambda n: bar.advance(task, n)
@@ -75,7 +76,7 @@ def check_out(out: Path) -> None:
         )
 
 
-def load_rows(file: str, bad_rows: Literal["refuse", "skip"]) -> tuple[list[Row], list[str], list[str]]:
+def load_rows(file: str, bad_rows: BadRows) -> tuple[list[Row], list[str], list[str]]:
     """Pairs if the file holds pairs, else prompts with one completion; rows that were left out; what was not read."""
     try:
         loaded = reward_data.load("preferences", file, bad_rows=bad_rows)
@@ -95,30 +96,36 @@ def load_reward_model(folder: Path) -> Reward:
     return scalar.eval()
 
 
-def encode(
-    tokenizer: Any, rows: Sequence[Row], limit: int | None, bad_rows: Literal["refuse", "skip"]
-) -> tuple[list[Text], list[str]]:
-    """The texts of each row, chosen before rejected. Rows that the format or the model cannot hold: see `bad_rows`."""
+def encode(tokenizer: Any, rows: Sequence[Row | Item], limit: int | None) -> tuple[list[Text], list[str]]:
+    """The texts of each row, chosen before rejected, and why rows are left out that the format or the model cannot hold."""
     chat = format_of(tokenizer)
     texts: list[Text] = []
     unfit: list[str] = []
     for number, row in enumerate(rows):
         try:
-            encoded = [chat.encode_response(prompt_of(row), answer) for answer in answers(row)]
+            messages, answers = parts(row)
+            encoded = [chat.encode_response(messages, answer) for answer in answers]
             longest = max(map(len, encoded))
             if limit is not None and longest > limit:
                 raise UserError(f"{longest} tokens, and the model has {limit} positions", 3)
-            prompt = len(chat.encode_prompt(prompt_of(row)))
+            prompt = len(chat.encode_prompt(messages))
             texts += [Text(number, ids, prompt) for ids in encoded]
         except UserError as error:
             unfit.append(f"{row.source}: {error.message}")
-    if unfit and (bad_rows == "refuse" or not texts):
-        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; fix them, or leave them out: --bad-rows skip)", 3)
     return texts, unfit
 
 
-def answers(row: Row) -> tuple[str, ...]:
-    return (row.chosen, row.rejected) if isinstance(row, Preference) else (row.messages[-1].content,)
+def refuse_unfit(unfit: Sequence[str], any_left: bool, bad_rows: BadRows) -> None:
+    if unfit and (bad_rows == "refuse" or not any_left):
+        raise UserError(f"{unfit[0]} ({len(unfit)} such rows; fix them, or leave them out: --bad-rows skip)", 3)
+
+
+def parts(row: Row | Item) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """The prompt of a row and its responses."""
+    if isinstance(row, Item):
+        return row.prompt, row.responses
+    responses = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.messages[-1].content,)
+    return prompt_of(row), responses
 
 
 def score_texts(
@@ -183,5 +190,5 @@ def table(metrics: dict[str, Estimate], rows: int, out: str) -> Table:
     return shown
 
 
-def _columns() -> list[Any]:
+def bar_columns() -> list[Any]:
     return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]

@@ -6,8 +6,10 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -53,6 +55,8 @@ def cluster(config: RunConfig) -> Iterator[None]:
             arguments["_temp_dir"] = folder
         try:
             start(lambda: ray.init(**arguments), ray.shutdown)
+            if threading.current_thread() is threading.main_thread():  # Ray's own handler would abort without a word
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             _wait_for_room(config)
             yield
         finally:

@@ -36,7 +36,7 @@ def json_rows(file: Path, text: str) -> Iterator[Row]:
     start = _skip(text, 0, BLANK)
     named_lines = not {".jsonl", ".ndjson"}.isdisjoint(suffix.lower() for suffix in file.suffixes)
     first, *rest = text[start:].strip().split("\n", 1)
-    head = _parsed(first, "")
+    head = line_row(first, "")
     if text[start] == "[" and not _is_row(head, named_lines, rest):
         return _only_list(file, text, start)
     if not head.fault and (rest or named_lines):
@@ -77,16 +77,16 @@ def _odd_rows(file: Path, text: str, start: int, named_lines: bool) -> Iterator[
 
 def _has_row(text: str, bracket: str) -> bool:
     """Whether any line is a row: then the file consists of lines, some of them broken."""
-    return any(line.startswith(bracket) and not _parsed(line, "").fault for line in text.split("\n"))
+    return any(line.startswith(bracket) and not line_row(line, "").fault for line in text.split("\n"))
 
 
 def _line_rows(file: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _parsed(line, f"{file}:{number}")
+            yield line_row(line, f"{file}:{number}")
 
 
-def _parsed(line: str, place: str) -> Row:
+def line_row(line: str, place: str) -> Row:
     """The row of one line. A trailing comma is allowed, as in a list without its brackets."""
     line = line.strip()
     try:

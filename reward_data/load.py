@@ -63,7 +63,7 @@ def load(kind: Kind, source: Source | str | Path, *, bad_rows: Literal["refuse",
     if source.select is not None:
         tables, read = _selected(tables, *source.select), [*read, Path(source.select[0])]
     refused: list[BadRow] = []
-    made = (r for table in tables for r in _records(kind, table, format, source.tag or "helpful", refused))
+    made = (r for table in tables for r in records_of_table(kind, table, format, source.tag or "helpful", refused))
     records = list(islice(made, source.limit))
     if refused and bad_rows == "refuse":
         raise DataError(_message(refused, f"{path}: {len(refused)} bad rows; fix them, or skip them (bad_rows: skip)"))
@@ -140,7 +140,7 @@ def _row_numbers(file: Path, key: str) -> list[int]:
     return numbers
 
 
-def _records(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadRow]) -> Iterator[Record]:
+def records_of_table(kind: Kind, table: Table, format: str, tag: Tag, refused: list[BadRow]) -> Iterator[Record]:
     """Records of one file, in order; what cannot be used goes to `refused`."""
     converter = converter_for(format, table.first)
     group = getattr(converter, "group", None)  # forms whose record needs several rows

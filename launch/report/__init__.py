@@ -67,23 +67,25 @@ def curves(folder: Path, report: Mapping[str, Any]) -> dict[int, dict[str, float
 
 def render(report: Mapping[str, Any]) -> RenderableType:
     """What the terminal shows at the end of a run."""
-    from rich import box
     from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [rich_table(table) for table in tables(report)]
+    warnings = (Text(f"warning: {line}", style="yellow") for line in _warnings(report))
+    return Group(*warnings, *parts, *(Text(line) for line in _facts(report)))
+
+
+def rich_table(table: Table) -> RenderableType:
+    from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    parts: list[RenderableType] = []
-    for table in tables(report):
-        shown = RichTable(
-            title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        for number, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*map(Text, row))
-        parts.append(shown)
-    warnings = (Text(f"warning: {line}", style="yellow") for line in _warnings(report))
-    return Group(*warnings, *parts, *(Text(line) for line in _facts(report)))
+    shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(Text, row))
+    return shown
 
 
 def markdown(report: Mapping[str, Any], plots: Mapping[str, str], appendix: Sequence[str]) -> str:

@@ -1,1 +1,1 @@
-"""Ranks and shards: collectives, the training engine, micro-batches. DeepSpeed is imported here alone."""
+"""Ranks and shards: collectives, the training engine, micro-batches. The only package that imports DeepSpeed."""

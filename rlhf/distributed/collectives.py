@@ -1,4 +1,4 @@
-"""What ranks say to one another: gather rows in global order, agree on a number. One process needs no group."""
+"""Collectives: gather rows in global order, agree on a value, let one rank work. A single process needs no group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 
 Batch = TypeVar("Batch")
 Value = TypeVar("Value")
-BEAT_S = 1.0  # how often a rank that works alone tells the others that it gets on
+BEAT_S = 1.0  # how often a rank that works alone reports to the others
 
 
 def initialised() -> bool:
@@ -36,11 +36,12 @@ def barrier() -> None:
 
 
 def rank_zero_only(work: Callable[[], Value], doing: str) -> Value:
-    """What `work` returns on the first rank, on every rank, its error too. All ranks must call it; the first alone works.
+    """Runs `work` on the first rank only and returns its result, or raises its error, on every rank. All ranks must
+    call it.
 
-    It may take longer than a collective may: the others wait in short ones, as long as it gets on. UserError (5), on
-    every rank, where it made no progress for the time limit of a collective. `work` is done in a thread, speaks to no
-    other rank and stays off the GPU; `doing` completes "while the first rank was ...".
+    `work` may take longer than the time limit of a collective: the others wait in short collectives. UserError (5) on
+    every rank if it made no progress for that limit. `work` runs in a thread and must use neither collectives nor the
+    GPU; `doing` completes "while the first rank was ...".
     """
     if world_size() == 1:
         return work()
@@ -94,7 +95,7 @@ def _beats(work: Callable[[], Any], doing: str) -> Iterator[tuple[bool, Any, Bas
 
 
 def _cpu_seconds(thread: threading.Thread) -> float:
-    """Whatever a thread does, it spends time of a CPU: also a file that is read, written or removed costs some."""
+    """CPU time of a thread. Reading, writing and removing files uses some too."""
     try:
         return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
     except OSError:  # it has just ended
@@ -102,16 +103,17 @@ def _cpu_seconds(thread: threading.Thread) -> float:
 
 
 def _time_limit_s() -> float:
-    """Of a collective of the default group."""
+    """The time limit of collectives in the default group."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     return dist.group.WORLD._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
 
 
 def broadcast_result(decide: Callable[[], Value]) -> Value:
-    """What the first rank decides, on every rank, its UserError too. All ranks must call it; the others are not asked.
+    """Runs `decide` on the first rank only and returns its result, or raises its UserError, on every rank. All ranks
+    must call it.
 
-    A file that one rank sees may not be there for another yet, floats may end in other digits, a clock or a variable of
-    the environment may differ: where such a thing picks the way, two ranks on two ways wait for each other for ever.
+    Files, rounding, clocks and environment variables may differ between ranks. If such a thing chose a branch on each
+    rank, ranks in different branches would wait for each other for ever.
     """
     if world_size() == 1:
         return decide()
@@ -136,11 +138,11 @@ def gather_rows(batch: Batch) -> Batch:
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    # NCCL carries what is on a GPU, gloo what is not.
+    # NCCL transfers GPU tensors, gloo CPU tensors.
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     wire = tensor.to(device, torch.uint8 if tensor.dtype == torch.bool else tensor.dtype)
     counts = gather_objects(len(wire))
-    padded = wire.new_zeros((max(counts), *wire.shape[1:]))  # an uneven split still makes equal messages
+    padded = wire.new_zeros((max(counts), *wire.shape[1:]))  # messages must have equal sizes
     padded[: len(wire)] = wire
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded.contiguous())
@@ -148,7 +150,7 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The small picklable value of every rank, in rank order."""
+    """The (small, picklable) value of every rank, in rank order."""
     if world_size() == 1:
         return [value]
     out: list[Any] = [None] * world_size()
@@ -164,9 +166,9 @@ def shard(total: int, of_rank: int, world: int) -> slice:
 
 
 def even_shard(total: int) -> list[int]:
-    """Row numbers for this rank, equally many on every rank: the rows go round again where they do not divide.
+    """Row numbers for this rank, equally many on every rank; if they do not divide evenly, the first rows are repeated.
 
-    Sharded models make every rank wait for every forward pass, so none may have fewer.
+    With sharded models all ranks take part in every forward pass, so none may have fewer.
     """
     per_rank = -(-total // world_size())
     return [i % total for i in range(per_rank * rank(), per_rank * (rank() + 1))]

@@ -1,7 +1,7 @@
-"""Engine: how a module runs, learns and is saved. `LocalEngine` is plain torch in one process, `ZeroEngine` DeepSpeed.
+"""Training engines: `LocalEngine` is plain torch in one process, `ZeroEngine` is DeepSpeed.
 
-Everything that knows of shards is here. Both engines divide by a count that their caller took over all ranks and all
-micro-batches, so world size and accumulation cannot change the mathematics.
+All code about shards is here. Both engines divide by a count over all ranks and micro-batches, which the caller passes,
+so world size and gradient accumulation cannot change the result.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from rlhf.config import HardwareConfig, OptimConfig
 
 BUCKET_BYTES = 256 << 20
-BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's own half a billion keep 2 GB per worker
+BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's default of half a billion uses 2 GB per worker
 
 
 def learning_rate_fraction(step: int, optim: OptimConfig, total_steps: int) -> float:
-    """Share of `optim.lr` at `step` (0-based): linear warm-up, then constant or a cosine down to `min_lr_ratio`."""
+    """Fraction of `optim.lr` at `step` (0-based): linear warm-up, then constant or a cosine down to `min_lr_ratio`."""
     warmup = max(round(optim.warmup_ratio * total_steps), optim.min_warmup_steps)
     warmup = min(warmup, max(total_steps - 1, 0))
     if step < warmup:
@@ -38,9 +38,9 @@ def learning_rate_fraction(step: int, optim: OptimConfig, total_steps: int) -> f
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone; norms and biases are not pulled to zero.
+    """AdamW with weight decay on matrices only, not on norms and biases.
 
-    Fused: one pass over the memory and no temporary, also on a CPU.
+    Fused, which reads memory once and needs no temporary tensors, on a CPU too.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     shape = [getattr(p, "ds_shape", p.shape) for p in trainable]  # a sharded parameter is flat
@@ -77,7 +77,7 @@ class LocalEngine:
             return self.module(*args, **kwargs)
 
     def steady(self) -> AbstractContextManager[Any]:
-        """Around passes between which no weight changes: each is then cast to bf16 once, and not in every pass."""
+        """A context in which no weight changes, so each is cast to bf16 once instead of in every forward pass."""
         return keep_casts(self.device)
 
     def backward(self, loss_sum: Tensor, count: float, last: bool) -> None:
@@ -86,7 +86,7 @@ class LocalEngine:
         (loss_sum / max(count, 1)).backward()
 
     def step(self) -> float:
-        """One optimizer step over what `backward` gathered. Returns the gradient norm before clipping."""
+        """One optimizer step with the accumulated gradients. Returns the gradient norm before clipping."""
         assert self.optimizer is not None and self.schedule is not None, "a frozen engine cannot step"
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
@@ -130,7 +130,7 @@ class ZeroEngine:
         schedule = build_schedule(optimizer, optim, total_steps) if optimizer and optim else None
         config = zero_config(hardware, optim.max_grad_norm if optim else 0.0)
         if optim is None and hardware.zero_stage < 3:
-            config["zero_optimization"]["stage"] = 0  # stages 1 and 2 shard only what an optimizer owns
+            config["zero_optimization"]["stage"] = 0  # stages 1 and 2 shard optimizer states and gradients only
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
         )
@@ -143,7 +143,8 @@ class ZeroEngine:
         return self.engine(*args, **kwargs)
 
     def steady(self) -> AbstractContextManager[Any]:
-        """As `LocalEngine`, where weights are whole; casts of shards would keep the whole model on every rank."""
+        """As in `LocalEngine` if weights are whole; caching casts of shards would keep the whole model on every
+        rank."""
         whole = self.engine.zero_optimization_stage() < 3
         return keep_casts(self.device) if whole else contextlib.nullcontext()
 
@@ -155,7 +156,7 @@ class ZeroEngine:
     def step(self) -> float:
         stage_0 = self.engine.zero_optimization_stage() == 0
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None and stage_0]
-        norm = torch.nn.utils.get_total_norm(gradients)  # stage 0 does not tell it afterwards
+        norm = torch.nn.utils.get_total_norm(gradients)  # stage 0 does not report it afterwards
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or norm)
 
@@ -176,19 +177,19 @@ Engine = LocalEngine | ZeroEngine
 
 
 def keep_casts(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast forgets its copies of weights where the outermost context ends; inside this one it keeps them."""
+    """Keeps autocast's copies of weights, which it drops at the end of its outermost context."""
     return torch.autocast(device.type, enabled=False)
 
 
 def frozen(module: nn.Module, hardware: HardwareConfig) -> nn.Module:
-    """`module` without gradients, its weights as `with_frozen_weights` keeps them."""
+    """`module` without gradients, with weights as in `with_frozen_weights`."""
     return with_frozen_weights(module.requires_grad_(False), hardware)
 
 
 def with_frozen_weights(module: nn.Module, hardware: HardwareConfig) -> nn.Module:
-    """With bf16, weights of matrix products that do not learn (all of a frozen model, those under an adapter) are kept as
-    autocast would cast them in every pass: half the memory, and the same results. Embeddings, norms and our float32
-    heads stay as they are."""
+    """In a bf16 run, stores frozen weights of matrix products (all of a frozen model, or those under adapters) in bf16,
+    as autocast would cast them in every forward pass: half the memory and the same results. Embeddings, norms and our
+    float32 heads stay float32."""
     if hardware.precision == "bf16":
         tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
         products = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)} - tables
@@ -196,13 +197,13 @@ def with_frozen_weights(module: nn.Module, hardware: HardwareConfig) -> nn.Modul
             dtype = torch.bfloat16 if id(parameter) in products else parameter.dtype
             for holder in (parameter, getattr(parameter, "ds_tensor", None)):  # the weight, its shard
                 if holder is not None:
-                    # A copy of the others too: one that is still mapped to the file keeps the whole file in memory.
+                    # Copy the others too: a tensor that is mapped from the file keeps the whole file in memory.
                     holder.data = holder.data.to(dtype, copy=True)
     return module
 
 
 def _buckets(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Runs of parameters of about `BUCKET_BYTES`; a sharded parameter knows its whole size as `ds_numel`."""
+    """Groups of parameters of about `BUCKET_BYTES`; `ds_numel` is the whole size of a sharded parameter."""
     bucket: list[tuple[str, nn.Parameter]] = []
     size = 0
     for name, parameter in named:
@@ -223,9 +224,10 @@ def open_engine(
 
 
 def full_parameters(module: nn.Module, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter, whole, by its name; copy it before the next one is asked for. All ranks must go through it.
+    """Every parameter, whole, with its name; copy it before taking the next one. All ranks must iterate over all of
+    them.
 
-    Shards are gathered in buckets, so the peak is one bucket beside them.
+    Shards are gathered in buckets, so the peak is one bucket of additional memory.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad or not trainable_only]
     for bucket in _buckets(named):
@@ -235,7 +237,7 @@ def full_parameters(module: nn.Module, trainable_only: bool = False) -> Iterator
 
 
 def full_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """All parameters on the CPU where `keep`, elsewhere an empty dict; all ranks must call it."""
+    """All parameters on the CPU if `keep`, else an empty dict. All ranks must call it."""
     state = {}
     for name, tensor in full_parameters(module):
         if keep:
@@ -244,7 +246,7 @@ def full_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 def zero_config(hardware: HardwareConfig, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's settings for an engine of ours."""
+    """DeepSpeed's settings for `ZeroEngine`."""
     zero: dict[str, Any] = {"stage": hardware.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET_ELEMENTS}
     if hardware.offload_to_cpu and hardware.zero_stage >= 2:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -255,7 +257,7 @@ def zero_config(hardware: HardwareConfig, max_grad_norm: float) -> dict[str, Any
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
-        # A torch optimizer is given: DeepSpeed's own would compile an extension for it.
+        # Given a torch optimizer: DeepSpeed's own would compile an extension.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
@@ -267,7 +269,7 @@ def zero_config(hardware: HardwareConfig, max_grad_norm: float) -> dict[str, Any
 
 
 def trainer_zero_config(hardware: HardwareConfig) -> dict[str, Any]:
-    """DeepSpeed's settings for a transformers Trainer, which fills in what says `auto`."""
+    """DeepSpeed's settings for a transformers Trainer, which replaces `auto`."""
     config = zero_config(hardware, 0.0)
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     config |= {
@@ -281,7 +283,7 @@ def trainer_zero_config(hardware: HardwareConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sharded_loading(hardware: HardwareConfig, local: bool) -> Iterator[None]:
-    """Inside, `from_pretrained` shards each weight as it is read, so no rank ever holds the whole model."""
+    """A context in which `from_pretrained` shards each weight as it is read, so no rank holds the whole model."""
     if local or hardware.zero_stage < 3:
         yield
         return
@@ -297,16 +299,16 @@ def sharded_loading(hardware: HardwareConfig, local: bool) -> Iterator[None]:
 
 
 def end_sharded_loading() -> None:
-    """A Trainer switches sharded loading on for the whole process; after training, models are made whole again."""
+    """Ends sharded loading, which a Trainer switches on for the whole process."""
     from transformers.integrations import deepspeed as hf
 
     hf.unset_hf_deepspeed_config()
 
 
 def prepare_environment() -> None:
-    """Tells DeepSpeed what it reads when it is imported, by whomever.
+    """Sets the environment variables that DeepSpeed reads when it is imported.
 
-    Its CPU communication is compiled once, at installation, and found again with the ninja that built it.
+    Its CPU communication is compiled once, at installation; it needs the same ninja to find it again.
     """
     if (compiled := Path(sys.prefix) / "torch_extensions").is_dir():
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
@@ -319,7 +321,7 @@ def prepare_environment() -> None:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, with its accelerator chosen and its log quiet."""
+    """DeepSpeed, with its accelerator chosen and its log silenced."""
     prepare_environment()
     warnings.filterwarnings("ignore", message=".*barrier.*|.*all_gather_into_tensor.*|.*_base is deprecated.*")
     import deepspeed

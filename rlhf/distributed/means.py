@@ -1,4 +1,4 @@
-"""Metrics that stay exact: a mean carries its sum and its count until one reduction over all ranks."""
+"""Exact means: a mean keeps its sum and count until one reduction over all ranks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Mean:
 class Means:
     """Named means of one step or one evaluation; make a new one for the next.
 
-    Sums and counts may be scalar tensors; they are detached now and read, which waits for the device, by `reduce`.
+    Sums and counts may be scalar tensors. They are detached at once; `reduce` reads them, which waits for the device.
     """
 
     def __init__(self) -> None:
         self._parts: dict[str, list[tuple[Number, Number]]] = {}
 
     def add(self, name: str, sum: Number, count: Number = 1) -> None:
-        """Adds to the mean `name`: `sum` over `count` things, tokens or responses for instance."""
+        """Adds `sum` over `count` items, such as tokens or responses, to the mean `name`."""
         self._parts.setdefault(name, []).append((_detached(sum), _detached(count)))
 
     def reduce(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Micro-batches: which rows a rank reads together, so that none is too large and every rank has equally many."""
+"""Micro-batches: groups of rows of limited size, equally many on every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.distributed import collectives
 
 
 def micro_batches_of_shards(rollout: Rollout, config: PPOConfig) -> list[Tensor]:
-    """Row numbers of each pass over this rank's rows. Every rank must call it, with equally many rows."""
+    """Row numbers of each micro-batch of this rank's rows. Every rank must call it with equally many rows."""
     lengths_N3 = _lengths(rollout, config)
     order_N = _order(lengths_N3, config)
     of_ranks = collectives.gather_objects(lengths_N3[order_N].tolist())
@@ -21,26 +21,26 @@ def micro_batches_of_shards(rollout: Rollout, config: PPOConfig) -> list[Tensor]
 def micro_batches_of_minibatch(
     experience: Experience, index: Tensor, rank: int, world: int, config: PPOConfig
 ) -> list[Tensor]:
-    """Row numbers of each of this rank's passes over the rows `index`, which all ranks share. Rows are dealt out by
-    length, so that the passes of one moment are equally long everywhere."""
+    """Row numbers of each of this rank's micro-batches of the rows `index`, which are divided among all ranks by
+    length, so that simultaneous micro-batches have similar lengths."""
     lengths_M3 = _lengths(experience, config)[index]
     order_NW = _dealt(_order(lengths_M3, config), world, config)
     return list(index[order_NW[:, rank]].split(_pass_sizes(lengths_M3[order_NW], config)))
 
 
 def in_row_order(parts: list[Tensor], micro_batches: list[Tensor]) -> Tensor:
-    """What was computed one micro-batch after the other, as rows of the batch whose numbers they name."""
+    """Results of micro-batches, put back into the order of the rows."""
     return torch.cat(parts)[torch.cat(micro_batches).argsort().to(parts[0].device)]
 
 
 def tokens_of_shards(rollout: Rollout, world: int, config: PPOConfig) -> int:
-    """Tokens that a model computes, padding inside, where each rank reads its share of the whole `rollout`."""
+    """Tokens that a model computes, padding included, if each rank reads its shard of the whole `rollout`."""
     shares_WN3 = _lengths(rollout, config).view(world, -1, 3)
     return _computed(torch.stack([share_N3[_order(share_N3, config)] for share_N3 in shares_WN3], 1), config)
 
 
 def tokens_of_minibatch(batch: Rollout | Experience, index: Tensor, world: int, config: PPOConfig) -> int:
-    """The same for the passes of all ranks over the rows `index`."""
+    """The same for the micro-batches of all ranks over the rows `index`."""
     lengths_M3 = _lengths(batch, config)[index]
     return _computed(lengths_M3[_dealt(_order(lengths_M3, config), world, config)], config)
 
@@ -51,10 +51,11 @@ def _computed(lengths_NW3: Tensor, config: PPOConfig) -> int:
 
 
 def _pass_sizes(lengths_NW3: Tensor, config: PPOConfig) -> list[int]:
-    """How many of N rows go into each pass, the same on all W ranks: under ZeRO-3 they wait for one another.
+    """How many of N rows go into each micro-batch, the same on all W ranks, because every forward pass is a collective
+    under ZeRO-3.
 
-    The limit is `micro_batch_size` rows or, where it is set, `micro_batch_tokens` on the rank that has most; a row that
-    is longer than that goes alone.
+    The limit is `micro_batch_size` rows or, if set, `micro_batch_tokens` on the rank with most tokens. A longer row is
+    a micro-batch of its own.
     """
     N, limit = len(lengths_NW3), config.micro_batch_tokens
     if limit is None:
@@ -67,8 +68,8 @@ def _pass_sizes(lengths_NW3: Tensor, config: PPOConfig) -> list[int]:
 
 
 def _tokens_W(lengths_NW3: Tensor, packing: bool) -> Tensor:
-    """Tokens of a pass of N rows on each rank, padding inside where there is any. Packed rows of one prompt, which are
-    neighbours, read it once."""
+    """Tokens of a micro-batch of N rows on each rank, with padding if there is any. Packed rows with one prompt are
+    neighbours and read it once."""
     prompt_NW, response_NW, first_NW = lengths_NW3.unbind(-1)
     if packing:
         repeats_NW = first_NW[1:] == first_NW[:-1]
@@ -77,7 +78,8 @@ def _tokens_W(lengths_NW3: Tensor, packing: bool) -> Tensor:
 
 
 def _lengths(batch: Rollout | Experience, config: PPOConfig) -> Tensor:
-    """lengths_B3: tokens of prompt and of response, and, where packed rows share it, the first row with the same prompt."""
+    """lengths_B3: tokens of the prompt, of the response, and (if packed rows share prompts) the first row with this
+    prompt."""
     response_B, P = batch.response_mask_BR.sum(1), batch.mask_BT.shape[1] - batch.response_mask_BR.shape[1]
     if config.packing:
         first_B = first_with_prompt(batch.tokens_BT[:, :P], batch.mask_BT[:, :P])
@@ -87,7 +89,7 @@ def _lengths(batch: Rollout | Experience, config: PPOConfig) -> Tensor:
 
 
 def _order(lengths_B3: Tensor, config: PPOConfig) -> Tensor:
-    """Longest rows first; packed, where rows of one prompt share it, longest prompts with all of their responses."""
+    """Longest rows first; if packed rows share prompts, longest prompts first with all their responses."""
     prompt_B, response_B, first_B = lengths_B3.unbind(-1)
     if not config.packing:
         return (prompt_B + response_B).argsort(descending=True, stable=True)
@@ -98,6 +100,6 @@ def _order(lengths_B3: Tensor, config: PPOConfig) -> Tensor:
 
 
 def _dealt(order_M: Tensor, world: int, config: PPOConfig) -> Tensor:
-    """order_NW: each rank's rows, dealt out one by one, or, where they share their prompt, all responses of a prompt."""
+    """order_NW: each rank's rows, dealt out row by row, or prompt by prompt if rows share prompts."""
     together = config.group_size if config.packing else 1
     return order_M.view(-1, world, together).transpose(1, 2).flatten(0, 1)

@@ -80,7 +80,8 @@ def expanded_percentiles(resampled: np.ndarray, groups: int) -> tuple[float, flo
     """Percentiles that leave a little less than 2.5 % outside: a bootstrap of few clusters is too narrow by
     √((G - 1)/G) and by what separates Student's t from the normal distribution.
     """
-    tail = norm.cdf(math.sqrt(groups / (groups - 1)) * student.ppf(0.025, groups - 1)) if groups > 1 else 0.025
+    stretch = math.sqrt(groups / (groups - 1)) if groups > 1 else 1.0
+    tail = float(norm.cdf(stretch * student.ppf(0.025, max(groups - 1, 1))))
     known = resampled[np.isfinite(resampled)]
     low, high = np.quantile(known, [tail, 1 - tail]) if known.size else (np.nan, np.nan)
     return float(low), float(high)

@@ -1,12 +1,12 @@
-"""Causal attention in bf16, where what transformers calls `sdpa` is slow. That still does all else: float32, masks (but
-for those of packed rows), dropout, a step of sampling.
+"""Causal attention in bf16 for the cases in which transformers' `sdpa` is slow. `sdpa` still does everything else:
+float32, masks (except those of packed rows), dropout, sampling steps.
 
-On a CPU whole rows are products over all rows and heads at once, a block of queries at a time: torch's kernel takes
-products of its own for each row, head and block, and twice the time. On a GPU packed rows go to flash attention as they
-are, one behind the other: with a mask every token is compared with those of all other rows.
+On a CPU, whole rows are computed as matrix products over all rows and heads, one block of queries at a time. Torch's
+kernel uses separate products for each row, head and block, and takes twice as long. On a GPU, packed rows go to flash
+attention; with a mask every token would be compared with the tokens of all other rows.
 
-B rows, A query heads, K key heads, T tokens, D head size; N = B · K, G query heads of a key head, Q queries of a block, L
-keys that they see, X = G · Q.
+B rows, A query heads, K key heads, T tokens, D head size; N = B · K, G query heads of a key head, Q queries of a block,
+L keys that they see, X = G · Q.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-BLOCK = 128  # queries whose scores exist at a time: few enough for a processor's cache
+BLOCK = 128  # queries whose scores exist at a time: few enough for a CPU's cache
 
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """What transformers asks of an attention: query_BATD, key_BKTD, value_BKTD → (out_BTAD, None).
+    """An attention function of transformers: query_BATD, key_BKTD, value_BKTD → (out_BTAD, None).
 
-    Packed rows are a batch of one; `cu_seq_lens_q` and `max_length_q` say where they end, as transformers and TRL name
-    it. The mask says the same, and is not read.
+    Packed rows are a batch of one, and `cu_seq_lens_q` and `max_length_q` (names of transformers) say where they end.
+    The mask says the same and is not read.
     """
     causal = getattr(module, "is_causal", True) and settings.get("is_causal") is not False
     plain = not settings.get("dropout") and settings.get("position_bias") is None
@@ -43,31 +43,31 @@ def attend(
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """The precision of matrix products with `x`, as autocast decides it where it is on."""
+    """The precision of matrix products with `x`, which autocast decides where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def has_windows(config: Any) -> bool:
-    """Whether a token of such a model does not see all that stands before it."""
+    """Whether attention is limited to a window of tokens."""
     return any(getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
 
 
 def _is_for_flash(module: Any, query_BATD: Tensor) -> bool:
-    """Whether torch's flash attention computes what this layer wants of packed rows."""
+    """Whether torch's flash attention can compute this layer on packed rows."""
     B, D = query_BATD.shape[0], query_BATD.shape[-1]
     return B == 1 and D % 8 == 0 and D <= 256 and not has_windows(module.config) and _has_flash(query_BATD.device)
 
 
 def _has_flash(device: torch.device) -> bool:
-    """An Ampere or a newer GPU has."""
+    """Whether this GPU is Ampere or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed_attention(
     q_1ATD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, ends: Tensor, longest: int, scale: float
 ) -> Tensor:
-    """out_1TAD of rows that stand one behind the other: row i from `ends[i]` to `ends[i + 1]`, int32."""
+    """out_1TAD of concatenated rows: row i is `ends[i]` to `ends[i + 1]`, int32."""
     q_TAD, k_TKD, v_TKD = (x[0].transpose(0, 1).to(torch.bfloat16).contiguous() for x in (q_1ATD, k_1KTD, v_1KTD))
     out_TAD: Any = varlen_attn(
         q_TAD, k_TKD, v_TKD, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
@@ -76,7 +76,7 @@ def packed_attention(
 
 
 def causal_attention(q_BATD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
-    """out_BATD = softmax(scale · q kᵀ) v, where a token sees itself and those before it; softmax in float32.
+    """out_BATD = softmax(scale · q kᵀ) v, where a token sees itself and the tokens before it; softmax in float32.
 
     A / K query heads share a key head.
     """
@@ -101,7 +101,8 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NGTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """With weights w = softmax(s): ds = w · (dw − Σ w dw), and Σ w dw = grad · out (Dao et al. 2022, appendix B.2)."""
+        """With weights w = softmax(s): ds = w · (dw − Σ w dw), and Σ w dw = grad · out (Dao et al. 2022, appendix
+        B.2)."""
         q_NGTD, k_NTD, v_NTD, out_NGTD = ctx.saved_tensors
         dtype, G = q_NGTD.dtype, q_NGTD.shape[1]
         dq_NGTD = torch.empty_like(q_NGTD)
@@ -120,7 +121,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _blocks(q_NGTD: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-    """Each block of queries, how many keys its last one sees, and bias_1XL, which hides the others from the rest."""
+    """(block of queries, number L of keys that its last query sees, bias_1XL that masks later keys for the others)."""
     _, G, T, _ = q_NGTD.shape
     for first in range(0, T, BLOCK):
         L = min(first + BLOCK, T)
@@ -131,5 +132,5 @@ def _blocks(q_NGTD: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
 
 
 def _weights(q_NGQD: Tensor, k_NLD: Tensor, bias_1XL: Tensor, scale: float) -> Tensor:
-    """weight_NXL; the softmax is computed in float32, and its result rounded."""
+    """weight_NXL; the softmax is computed in float32 and then rounded."""
     return torch.baddbmm(bias_1XL, q_NGQD.flatten(1, 2), k_NLD.transpose(1, 2), alpha=scale).softmax(-1)

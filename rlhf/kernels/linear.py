@@ -1,7 +1,7 @@
-"""Matrix products with fixed weights, laid out once for the processor's own kernels.
+"""Matrix products with fixed weights, packed once for the CPU's kernels.
 
-On a CPU oneDNN wants a weight in blocks of its own; given a plain matrix it makes them anew at every call, and torch
-gives float32 to MKL, which is slower on processors of other makers. On a GPU a plain matrix is right.
+On a CPU, oneDNN uses its own blocked layout. Given a plain matrix it converts it at every call, and torch hands float32
+to MKL, which is slower on CPUs that are not Intel's. On a GPU a plain matrix is used.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _SUPPORTED = {torch.float32, torch.bfloat16}
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN is there and has kernels for this weight."""
+    """Whether oneDNN is available and has kernels for this weight."""
     if weight.device.type != "cpu" or weight.dtype not in _SUPPORTED or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Linear:
-    """x_NI → x_NI · weight_OIᵀ, without bias, and what often follows it in the same pass. No gradient.
+    """x_NI → x_NI · weight_OIᵀ without bias, optionally fused with what follows. No gradient.
 
-    The packed form is a copy, which does not follow a weight that changes.
+    The packed weight is a copy: it does not follow later changes of the weight.
     """
 
     def __init__(self, weight_OI: Tensor) -> None:

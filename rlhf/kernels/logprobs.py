@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens and entropies, at the sampling temperature, always in float32.
 
-Sampling, reference and update must divide by the same temperature, or the KL penalty rises for no reason.
+Sampling, reference and update must use the same temperature, or the KL penalty is wrong.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of float32 logits that are worked on at a time. On a CPU so few that they stay in its cache.
+# Float32 logits processed at a time; on a CPU few enough for its cache.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-# Words whose gradients are added up at a time: on a CPU so few that their sum is still in its cache when it is cast.
+# Vocabulary entries whose gradients are summed at a time; on a CPU few enough for its cache.
 BLOCK_WORDS = {"cpu": 2048, "cuda": 1 << 30}
 
 
@@ -22,8 +22,9 @@ def logprobs_from_hidden(
 ) -> Tensor:
     """log softmax(hidden @ weight^T / temperature) at the labels without the [B, R, V] logits: float32 [B, R].
 
-    `hidden_BRH[:, t]` is the state that predicts `labels_BR[:, t]`. At most `chunk` positions have logits at a time;
-    with gradient those of the last chunk are kept for the backward pass, and the others are computed again in it.
+    `hidden_BRH[:, t]` is the state that predicts `labels_BR[:, t]`. Logits exist for at most
+    `chunk` positions at a time; with gradient, those of the last chunk are kept for the backward pass, which recomputes
+    the others.
     """
     return logprobs_and_entropy_from_hidden(hidden_BRH, weight_VH, labels_BR, temperature, chunk, with_entropy=False)[0]
 
@@ -37,8 +38,8 @@ def logprobs_and_entropy_from_hidden(
     *,
     with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`logprobs_from_hidden`, and from the same logits the entropies -Σ p log p [B, R] in nats, without a gradient;
-    zeros in their place where they are not asked for."""
+    """`logprobs_from_hidden`, and the entropies -Σ p log p [B, R] in nats without gradient, or zeros without
+    `with_entropy`."""
     read_2N: Any = _Logprobs.apply(
         hidden_BRH.flatten(0, 1), weight_VH, labels_BR.flatten(), temperature, chunk, with_entropy
     )
@@ -49,8 +50,8 @@ def logprobs_and_entropy_from_hidden(
 class _Logprobs(torch.autograd.Function):
     """(logprobs_N, entropy_N) of N positions.
 
-    By hand, because autograd would keep several [N, V] tensors and pass over each: here logits are turned into their
-    gradient in place, and gradients of the weight are added up where they belong.
+    Autograd would keep and read several [N, V] tensors. Here logits become their gradient in place, and the gradient of
+    the weight is accumulated in place.
     """
 
     @staticmethod
@@ -65,7 +66,7 @@ class _Logprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.temperature, ctx.dtypes = temperature, (hidden_NH.dtype, weight_VH.dtype)
         device = hidden_NH.device.type
-        if torch.is_autocast_enabled(device):  # here, because a product would cast the weight in every chunk
+        if torch.is_autocast_enabled(device):  # cast once here instead of in every chunk
             dtype = torch.get_autocast_dtype(device)
             hidden_NH, weight_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
         logprobs_N = hidden_NH.new_zeros(labels_N.shape, dtype=torch.float32)
@@ -74,7 +75,7 @@ class _Logprobs(torch.autograd.Function):
         ctx.chunks = [slice(start, start + chunk) for start in range(0, len(labels_N), chunk)]
         logits_CV = None
         for rows in ctx.chunks:
-            logits_CV = None  # before the next are made
+            logits_CV = None  # free them before the next are made
             logits_CV = F.linear(hidden_NH[rows], weight_VH)
             _read(logits_CV, labels_N[rows], temperature, logprobs_N[rows], entropy_N[rows] if with_entropy else None)
         ctx.last_CV = logits_CV
@@ -90,20 +91,20 @@ class _Logprobs(torch.autograd.Function):
         dweight_VH = make(weight_VH, dtype=ctx.dtypes[1]) if of_weight else None
         for number, rows in enumerate(reversed(ctx.chunks)):
             logits_CV = F.linear(hidden_NH[rows], weight_VH) if ctx.last_CV is None else ctx.last_CV
-            ctx.last_CV = None  # from here on it is overwritten
+            ctx.last_CV = None  # it is overwritten below
             dlogits_CV = _to_gradient(logits_CV, labels_N[rows], ctx.temperature, gradients[0][rows])
             if dhidden_NH is not None:
                 dhidden_NH[rows] = dlogits_CV @ weight_VH
             if dweight_VH is not None:
                 _add_product(dweight_VH, dlogits_CV, hidden_NH[rows], is_first=number == 0)
-            del logits_CV, dlogits_CV  # before the next are made
+            del logits_CV, dlogits_CV  # free them before the next are made
         return dhidden_NH, dweight_VH, None, None, None, None
 
 
 def _read(
     logits_CV: Tensor, labels_C: Tensor, temperature: float, logprobs_C: Tensor, entropy_C: Tensor | None
 ) -> None:
-    """Writes logprobs, and entropies where there is a place for them."""
+    """Writes logprobs, and entropies if they are wanted."""
     for rows in _blocks(logits_CV):
         all_logprobs_GV = _scaled(logits_CV[rows], temperature).log_softmax(-1)
         logprobs_C[rows] = all_logprobs_GV.gather(-1, labels_C[rows, None])[:, 0]
@@ -112,7 +113,7 @@ def _read(
 
 
 def _to_gradient(logits_CV: Tensor, labels_C: Tensor, temperature: float, gradient_C: Tensor) -> Tensor:
-    """In their place Σ gradient · d logprob / d logits = gradient · (one-hot of the label - softmax) / temperature."""
+    """In place: gradient · d logprob / d logits = gradient · (one-hot of the label - softmax) / temperature."""
     gradient_C1 = gradient_C[:, None] / temperature
     for rows in _blocks(logits_CV):
         probs_GV = _scaled(logits_CV[rows], temperature).softmax(-1)
@@ -121,7 +122,7 @@ def _to_gradient(logits_CV: Tensor, labels_C: Tensor, temperature: float, gradie
 
 
 def _add_product(sum_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor, is_first: bool) -> None:
-    """sum += dlogitsᵀ hidden; what stood in `sum` before the first does not count."""
+    """sum += dlogitsᵀ hidden; the first product replaces the content of `sum`."""
     words = BLOCK_WORDS[sum_VH.device.type]
     for sum_WH, dlogits_CW in zip(sum_VH.split(words), dlogits_CV.split(words, 1), strict=True):
         product_WH = (dlogits_CW.T @ hidden_CH).to(sum_WH.dtype)

@@ -1,10 +1,9 @@
 """RMS norms of a Llama's layers in bf16, as one operation.
 
-Under autocast transformers' norm leaves float32 behind, which every matrix product that follows casts and keeps for its
-own gradient; autograd keeps what stands between its small operations as well. Here the norm is cast once, for all of its
-readers, and its input alone is kept. On a CPU the values are the same bits; a GPU has a kernel for it. Gradients of the
-readers are added up in bf16, the precision in which each of them comes. The last norm of a model stays float32: heads
-read it.
+Under autocast, transformers' norm returns float32, which every following matrix product casts and keeps for its
+gradient; autograd also keeps the intermediate tensors. Here the result is cast once and only the input is kept. On a
+CPU the values are the same bits; a GPU has a kernel for it. The gradients of its readers are summed in bf16, the
+precision of each of them. The last norm of a model stays float32, because heads read it.
 
 N tokens, H hidden size.
 """
@@ -34,7 +33,7 @@ class RMSNorm(LlamaRMSNorm):
 
 
 def tune_norms(model: nn.Module) -> None:
-    """The norms of all Llama layers become `RMSNorm`; weights and their names stay."""
+    """Turns the norms of all Llama layers into `RMSNorm`; weights and names stay."""
     for name, part in model.named_modules():
         if type(part) is LlamaRMSNorm and name.endswith(OF_LAYERS):
             part.__class__ = RMSNorm

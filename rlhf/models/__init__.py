@@ -1,12 +1,11 @@
-"""Models: find, make, load and save. What is saved here loads in plain transformers and PEFT.
+"""Models: find, make, load and save. Saved folders load in plain transformers and PEFT.
 
-pretrained.py  folders ↔ causal models                     scalar.py  reward and value model
-folders.py     where a model is                            tokenizer.py  EOS ids, pad, chat template
-lora.py        adapters                                    tiny.py    a small Llama made on the spot
-gguf.py        GGUF files → ordinary folders              attention.py  causal attention in bf16
-packing.py     rows one behind the other                  norm.py    norms of a Llama's layers in bf16
-requirements.py  what a run asks of a model
-weights.py     a folder's weights one at a time           encoder.py  classifiers that only score
+pretrained.py    causal models from and to folders   scalar.py     reward and value model
+folders.py       where a model is                    tokenizer.py  EOS ids, pad token, chat template
+lora.py          adapters                            policy.py     logprobs of response tokens
+tiny.py          a new small Llama                   gguf.py       GGUF files to ordinary folders
+packing.py       concatenated rows                   weights.py    weights of a folder, one at a time
+requirements.py  what a run requires of a model      encoder.py    encoder classifiers, which only score
 """
 
 from pathlib import Path
@@ -61,8 +60,8 @@ __all__ = [
 
 
 def resolve(config: RunConfig) -> Path:
-    """The folder of the run's base model; `tiny` is made once in the run's folder, by the first rank. UserError (4) where
-    there is none. All ranks must call it."""
+    """The folder of the run's base model; the first rank makes `tiny` once, in the run's folder. UserError (4) if there
+    is none. All ranks must call it."""
     if config.model.path == "tiny":
         return collectives.broadcast_result(lambda: make_tiny(config))
-    return find_model(config.model.path)  # where it lies in a node's own cache of the hub is for the node to say
+    return find_model(config.model.path)  # each node has its own hub cache

@@ -1,4 +1,4 @@
-"""Classifiers on an encoder, such as DeBERTa: they score responses, and no stage trains them."""
+"""Encoder classifiers such as DeBERTa, which score responses; no stage trains them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlhf.errors import UserError
 from rlhf.models.folders import is_adapter
 from rlhf.models.pretrained import load_complete, load_config, read_weight
 
-HEADS = ("classifier.out_proj.weight", "classifier.weight")  # of RoBERTa and its like; of BERT and DeBERTa
+HEADS = ("classifier.out_proj.weight", "classifier.weight")  # RoBERTa and similar; BERT and DeBERTa
 
 
 class Encoder(nn.Module):
-    """Read by the model's own forward: its head may pool, or have layers of its own."""
+    """Uses the model's own forward pass, because its head may pool or have layers."""
 
     def __init__(self, classifier: Any) -> None:
         super().__init__()
@@ -28,12 +28,12 @@ class Encoder(nn.Module):
         return self.classifier.config
 
     def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """scores_B, float32. Padding stands on the right."""
+        """scores_B, float32. Padding is on the right."""
         return self.classifier(input_ids=tokens_BT, attention_mask=mask_BT.long()).logits[:, 0].float()
 
 
 def load_encoder(folder: Path) -> Encoder | None:
-    """The one-label classifier in `folder`; None where it is of no encoder's family. UserError (4) for other labels."""
+    """The one-label classifier in `folder`; None if it is not an encoder. UserError (4) for other numbers of labels."""
     if is_adapter(folder) or not is_encoder(load_config(folder)):
         return None
     head = next((weight for name in HEADS if (weight := read_weight(folder, name)) is not None), None)

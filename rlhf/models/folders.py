@@ -1,4 +1,4 @@
-"""Model folders: where one is, and what is in it."""
+"""Where a model folder is and what it contains."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ WEIGHTS = ["*.safetensors"]
 
 
 def find_model(name: str | Path, weights: bool = True) -> Path:
-    """The folder of a model that is named by its folder or on the hub. UserError (4) where there is none.
+    """The folder of a model, given as a folder or a hub name. UserError (4) if there is none.
 
-    `weights` False: of a model on the hub all other files will do.
+    `weights` False: does not download the weights of a hub model.
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file() or is_adapter(folder):
@@ -51,7 +51,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: Path) -> Path:
-    """The folder of the model that a PEFT adapter was trained on."""
+    """The folder of a PEFT adapter's base model."""
     file = folder / "adapter_config.json"
     try:
         base = json.loads(file.read_text()).get("base_model_name_or_path")

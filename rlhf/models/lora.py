@@ -1,6 +1,6 @@
-"""LoRA through PEFT (Hu et al. 2021): put adapters in, and take whole or adapter weights out of a state dict.
+"""LoRA with PEFT (Hu et al. 2021): adds adapters, and extracts merged or adapter weights from a state dict.
 
-Works on state dicts, because under ZeRO-3 the modules hold shards only.
+It uses state dicts, because under ZeRO-3 modules only hold shards.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ADAPTER = "default"
 
 
 def add_lora(model: Any, settings: LoraConfig, task: Literal["causal", "scalar"], seed: int) -> Any:
-    """A causal LM as PeftModel. A ScalarModel is given back with the adapter on its backbone; its head stays trainable.
+    """A causal LM as PeftModel, or a ScalarModel with an adapter on its backbone and a trainable head.
 
-    Adapters start from `seed`, equal on all ranks. UserError (2) for targets that the model does not have.
+    `seed` initialises the adapters, equally on all ranks. UserError (2) for targets that the model does not have.
     """
     if task == "scalar":
         model.backbone = _wrap(model.backbone, settings, "FEATURE_EXTRACTION", seed)
@@ -65,7 +65,7 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor], head: Tensor | None = None) -> None:
-    """A PEFT adapter folder. With a score head_1H it becomes one for AutoModelForSequenceClassification."""
+    """Saves a PEFT adapter folder; with a score head_1H one for AutoModelForSequenceClassification."""
     config: Any = copy.copy(model.peft_config[ADAPTER])
     config.inference_mode = True
     weights = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in state.items() if ".lora_" in name}

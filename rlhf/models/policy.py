@@ -1,4 +1,4 @@
-"""What PPO asks of a causal model: logprobs of the response tokens, as one forward pass of one module.
+"""PolicyModel: logprobs of the response tokens in one forward pass of one module.
 
 One module, because ZeRO-3 gathers a weight only inside the forward pass of the module that owns it.
 """
@@ -29,8 +29,8 @@ class PolicyModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(logprobs_BR, entropy_BR) of the last `response_length` tokens, float32, at the sampling temperature.
 
-        The token at position t is predicted at t - 1. The LM head runs on the N real response tokens alone; padding
-        gets 0, and so do all entropies that are not asked for.
+        The token at position t is predicted at t - 1. The LM head runs on the N real response tokens only. Padding is
+        0, and so are entropies without `with_entropy`.
         """
         hidden_BTH = hidden_states(self.causal, tokens_BT, mask_BT, self.packing, response_length)
         response_BR = mask_BT[:, -response_length:].bool()

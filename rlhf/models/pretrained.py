@@ -1,4 +1,4 @@
-"""From folders to models and back: find, check, load and save what transformers and PEFT can read."""
+"""Loads, checks and saves causal models in the formats of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from rlhf.models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-SHARD = "2GB"  # of a file of weights: safetensors may copy what it writes, and files are hashed side by side
+SHARD = "2GB"  # size of a weights file: safetensors may copy what it writes, and files are hashed in parallel
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration with every dropout at 0 (the first PPO ratio must be exactly 1), and its tokenizer's pad.
+    """The model's configuration with every dropout at 0 (the first PPO ratio must be exactly 1) and its tokenizer's
+    pad.
 
-    The embedding of the pad token gets no gradient: with pad = EOS the model would never learn what EOS is.
+    The embedding of the pad token gets no gradient; with pad = EOS the model would never learn EOS.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -45,7 +46,7 @@ def load_config(folder: Path) -> PretrainedConfig:
             if isinstance(value, float) and "drop" in key:
                 setattr(part, key, 0.0)
         if hasattr(part, "output_router_logits"):
-            part.output_router_logits = False  # no stage has a loss on routers, and a decoder step has no such logits
+            part.output_router_logits = False  # no stage has a router loss
     if has_tokenizer(folder):
         text = config.get_text_config()
         pad = load_tokenizer(folder).pad_token_id
@@ -56,7 +57,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 def load_causal(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
     """A causal LM without dropout, from a full checkpoint or from a PEFT adapter (merged into its base).
 
-    UserError (4) when the folder cannot be read or lacks weights; none is ever made up.
+    UserError (4) if the folder cannot be read or lacks weights; none is initialised at random.
     """
     folder = find_model(path)
     if is_adapter(folder):
@@ -68,9 +69,9 @@ def load_causal(path: str | Path, *, dtype: torch.dtype = torch.float32, attenti
 
 
 def make_savable(model: PreTrainedModel) -> None:
-    """Of generation settings that transformers would refuse to save only the token ids stay; PPO and chat have their own.
+    """Drops generation settings that transformers would refuse to save, except token ids; PPO and chat have their own.
 
-    Llama 2 and Vicuna, for one, come with a temperature and without do_sample.
+    Llama 2 and Vicuna, for example, have a temperature but no do_sample.
     """
     given = model.generation_config
     try:
@@ -84,16 +85,16 @@ def make_savable(model: PreTrainedModel) -> None:
 def load_complete(
     auto_class: Any, folder: Path, dtype: torch.dtype, attention: str, labels: int | None = None, **settings: Any
 ) -> Any:
-    """`auto_class.from_pretrained`, where a missing weight is a UserError (4) instead of a random one.
+    """`auto_class.from_pretrained`, with UserError (4) for missing weights, which it would initialise at random.
 
-    `labels`: rows of a classifier's head, which config.json need not say.
+    `labels`: rows of a classifier's head, which config.json may not say.
     """
     config = load_config(folder)
     if labels is not None:
         config.num_labels = labels
     families = auto_class._model_mapping
     if attention == "sdpa" and type(config) in families and not families[type(config)]._supports_sdpa:
-        attention = "eager"  # a run has refused before; what reads models without a run has no such setting
+        attention = "eager"  # a run has refused this before; other readers of models have no such setting
     try:
         with quiet():
             model, report = auto_class.from_pretrained(
@@ -110,7 +111,7 @@ def load_complete(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars, and its report of unused and missing weights: what matters in it is raised."""
+    """Silences transformers' progress bars and its report of unused and missing weights, which are raised as errors."""
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
@@ -123,18 +124,18 @@ def quiet() -> Iterator[None]:
 
 
 def _make_room_for_pad(model: PreTrainedModel, folder: Path) -> None:
-    """One more embedding row where the tokenizer had no token to spare for padding."""
+    """Adds an embedding row if the tokenizer needed a new token for padding."""
     if model.config.get_text_config().pad_token_id is not None or not has_tokenizer(folder):
         return
     tokenizer = load_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # all ranks must make the same row
+        torch.manual_seed(0)  # all ranks must add the same row
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def merge_adapter(load_base: Any, folder: Path, dtype: torch.dtype, attention: str) -> Any:
-    """`load_base` of the adapter's base with the adapter merged in. Read whole on each rank: shards cannot be merged."""
+    """The adapter's base with the adapter merged in. Loaded whole on each rank, because shards cannot be merged."""
     with _unsharded():
         base = load_base(adapter_base(folder), dtype=dtype, attention=attention)
         try:
@@ -145,7 +146,7 @@ def merge_adapter(load_base: Any, folder: Path, dtype: torch.dtype, attention: s
 
 @contextlib.contextmanager
 def _unsharded() -> Iterator[None]:
-    """Without the ZeRO-3 loading that may be on around us."""
+    """Switches off ZeRO-3 loading, which may be on in the caller."""
     active = sharding._hf_deepspeed_config_weak_ref
     sharding.unset_hf_deepspeed_config()
     try:
@@ -155,7 +156,7 @@ def _unsharded() -> Iterator[None]:
 
 
 def read_weight(folder: Path, name: str) -> Tensor | None:
-    """One tensor of a checkpoint as it lies on the disk, found by the end of its name."""
+    """One tensor of a checkpoint from the disk, found by the end of its name."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118  no mapping
@@ -171,9 +172,10 @@ def read_weight(folder: Path, name: str) -> Tensor | None:
 def save_causal(
     model: nn.Module, folder: str | Path, tokenizer: Any, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """An ordinary AutoModelForCausalLM folder, safetensors. `state_dict`: whole weights where `model` is sharded.
+    """Saves an ordinary AutoModelForCausalLM folder with safetensors. `state_dict`: whole weights if `model` is
+    sharded.
 
-    A model with LoRA is saved merged, so that every reader simply loads it, and the adapter alone in `adapter/`.
+    A model with LoRA is saved merged, so that any library loads it, and the adapter alone in `adapter/`.
     """
     folder = Path(folder)
     state = dict(model.state_dict() if state_dict is None else state_dict)
@@ -196,24 +198,24 @@ def without_adapter_wrapper(model: nn.Module) -> Any:
 
 
 def recompute_activations(module: nn.Module) -> None:
-    """Layers of the transformers model in `module` keep their inputs alone and run once more in the backward pass."""
+    """Switches gradient checkpointing on: layers keep only their inputs and run again in the backward pass."""
     model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
     model.gradient_checkpointing_enable()
-    module.train()  # layers do so in training mode alone; there is no dropout that it could wake
+    module.train()  # layers do so in training mode only; there is no dropout that it could switch on
 
 
 def hidden_states(
     model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False, response_length: int = 0
 ) -> Tensor:
-    """hidden_BTH before the LM head; positions count real tokens, so padding on either side changes nothing. It gets 0.
+    """hidden_BTH before the LM head, 0 at padding. Positions count real tokens, so padding on either side has no
+    effect.
 
-    Rows are read from their first real token on: no causal token sees the padding behind them, so that attention needs
-    no mask and its fastest kernel will do.
+    Rows are shifted to start with their first real token. No causal token sees the padding after them, so attention
+    needs no mask and can use its fastest kernel.
 
-    `packing`: the model reads the real tokens of all rows as one row of N tokens, and each prompt, which is what stands
-    before the last `response_length` columns, once. Where no prompt comes twice, positions that begin again without an
-    attention mask tell transformers where a row ends, and `_row_ends` tells flash attention; else a mask says what sees
-    what.
+    `packing`: the model reads the real tokens of all rows as one row of N tokens, and each prompt (the columns before
+    the last `response_length`) once. If no prompt occurs twice, restarting positions tell transformers where a row
+    ends, and `_row_ends` tells flash attention; otherwise a mask is used.
     """
     mask_BT = mask_BT.bool()
     read = partial(without_adapter_wrapper(model).base_model, use_cache=False)
@@ -238,18 +240,18 @@ def hidden_states(
 
 
 def can_share_prompts(model: nn.Module) -> bool:
-    """Whether the model's attention follows a mask of our own: not in flash attention, and not where it has windows."""
+    """Whether the model's attention can use our mask: not in flash attention, and not with attention windows."""
     config = without_adapter_wrapper(model).config.get_text_config()
     return config._attn_implementation in ("sdpa", "eager") and not has_windows(config)
 
 
 def follows_row_ends(model: nn.Module) -> bool:
-    """Whether a packed row's mask says no more than where rows end; in other families it may, and must be read."""
+    """Whether a packed row's mask only says where rows end. In other families it may say more and must be read."""
     return without_adapter_wrapper(model)._supports_flash_attn
 
 
 def _row_ends(model: nn.Module, mask_BT: Tensor) -> dict[str, Any]:
-    """Where packed rows end, by transformers' names; nothing for families that have no use for it."""
+    """The ends of packed rows under transformers' names; empty for families that do not use them."""
     if not follows_row_ends(model):
         return {}
     length_B = mask_BT.sum(1)
@@ -259,7 +261,7 @@ def _row_ends(model: nn.Module, mask_BT: Tensor) -> dict[str, Any]:
 
 
 def _mask_for(model: nn.Module, sees_11NN: Tensor) -> dict[str, Tensor]:
-    """As the model's attention wants it: bool for sdpa, what is added to the scores for eager."""
+    """The mask in the form of the model's attention: bool for sdpa, added to the scores for eager."""
     whole = without_adapter_wrapper(model)
     if whole.config.get_text_config()._attn_implementation == "sdpa":
         return {"attention_mask": sees_11NN}
@@ -269,8 +271,8 @@ def _mask_for(model: nn.Module, sees_11NN: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def check_packing(model: nn.Module, setting: str, sharing: bool = False) -> None:
-    """UserError (4) for families whose attention does not see from the positions where a packed row ends, or, with
-    `sharing`, does not follow the mask by which rows share a prompt. `setting` names what to turn off."""
+    """UserError (4) for families whose attention ignores where a packed row ends or, with `sharing`, the mask by which
+    rows share a prompt. `setting` names the setting to change."""
     device = next(model.parameters()).device
     tokens_BT = torch.tensor([[3, 4, 5], [6, 7, 8]], device=device)
     if sharing:
@@ -287,7 +289,7 @@ def check_packing(model: nn.Module, setting: str, sharing: bool = False) -> None
 
 
 def lm_head(model: nn.Module) -> nn.Module:
-    """The output projection. UserError (4) for families that change its logits afterwards."""
+    """The output projection. UserError (4) for families that change the logits afterwards."""
     whole = without_adapter_wrapper(model)
     config = whole.config.get_text_config()
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):

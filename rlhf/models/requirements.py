@@ -1,4 +1,4 @@
-"""What a run asks of a model, checked against its configuration alone: before the first stage, and where it is opened."""
+"""What a run requires of a model, checked from its configuration: before the first stage, and when a stage opens it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rlhf.models.encoder import is_encoder
 
 BAD_SETTING, UNFIT_MODEL = 2, 4
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-STRETCHED = ("linear", "dynamic", "yarn")  # rope types that see `factor` times the positions of before
+STRETCHED = ("linear", "dynamic", "yarn")  # rope types that extend the positions by `factor`
 PADDED_POSITIONS = ("roberta", "camembert", "longformer", "mpnet", "ibert", "data2vec-text")  # counted from pad + 1
 LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 HEAD_BIASES = ("phi", "gptj", "codegen", "ctrl", "modernbert-decoder")  # families whose LM head adds a bias
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """Tokens that a model can tell apart by place; None where there is no such limit."""
+    """The number of positions of a model; None without a limit."""
     text: Any = config.get_text_config()
-    if _has_alibi(text) and text.model_type != "mpt":  # MPT makes a table of its biases
+    if _has_alibi(text) and text.model_type != "mpt":  # MPT has a table of biases
         return None
     limit = next((value for key in POSITION_KEYS if (value := getattr(text, key, None))), None)
     if limit is None or limit < 0:
@@ -41,7 +41,7 @@ def positions(config: PretrainedConfig) -> int | None:
 
 
 def check_model(run: RunConfig, model: PretrainedConfig) -> None:
-    """UserError with everything in which the model does not fit the run; its exit code is that of the first."""
+    """UserError with everything that does not fit the run; its exit code is that of the first."""
     if found := list(misfits(run, model)):
         raise UserError("\n".join(text for text, _ in found), found[0][1])
 

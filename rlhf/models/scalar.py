@@ -1,6 +1,6 @@
-"""ScalarModel: a causal backbone with a float32 head over every position. It is both the reward and the value model.
+"""ScalarModel: a causal backbone with a float32 head over every position, used as reward model and as value model.
 
-A reward reads the last real token, a value the position before each response token (Llama 2, §3.2.2).
+A reward is read at the last real token, a value at the position before each response token (Llama 2, §3.2.2).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from rlhf.models.pretrained import (
 
 
 class Float32Head(nn.Module):
-    """hidden_BTH → values_BT in float32, also inside autocast: bf16 keeps three digits of a score.
+    """hidden_BTH → values_BT in float32, even inside autocast: bf16 would keep three digits of a score.
 
-    No nn.Linear, because DeepSpeed's autocast would gather such a weight in bf16.
+    Not an nn.Linear, because DeepSpeed's autocast would gather its weight in bf16.
     """
 
     def __init__(self, weight_1H: Tensor) -> None:
@@ -58,29 +58,28 @@ class ScalarModel(nn.Module):
         self.offset = offset
         """Mean score of SFT responses, subtracted by `score`; 0 until the model is centred."""
         self.packing = False
-        """Reads rows one behind the other instead of padded, and each prompt once; the values are the same."""
+        """Concatenates rows instead of padding them, and reads each prompt once; the values are the same."""
 
     @property
     def config(self) -> PretrainedConfig:
         return self.backbone.config  # type: ignore[return-value]
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
-        """values_BT, float32, without the offset. Padding may stand on either side.
+        """values_BT, float32, without the offset. Padding may be on either side.
 
-        Packed rows share a prompt where they are told that responses stand in the last `response_length` columns.
+        With `response_length`, the columns of the responses, packed rows share equal prompts.
         """
         return self.head(hidden_states(self.backbone, tokens_BT, mask_BT, self.packing, response_length))
 
     def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """scores_B, float32: the value at the last real token, less the offset."""
+        """scores_B, float32: the value at the last real token minus the offset."""
         return last_value(self(tokens_BT, mask_BT), mask_BT) - self.offset
 
     def save(self, folder: str | Path, tokenizer: Any, state_dict: dict[str, Tensor] | None = None) -> None:
-        """An ordinary AutoModelForSequenceClassification folder with one label, safetensors.
+        """Saves an ordinary AutoModelForSequenceClassification folder with one label and safetensors.
 
-        `state_dict`: whole weights by their names in this module, where it is sharded. The offset is kept in
-        config.json as `reward_offset`; other readers give the score without it. A backbone with LoRA is saved merged,
-        and the adapter with the head alone in `adapter/`.
+        `state_dict`: whole weights if the module is sharded. The offset is `reward_offset` in config.json; other
+        readers ignore it. A backbone with LoRA is saved merged, and the adapter with the head in `adapter/`.
         """
         folder = Path(folder)
         state = dict(self.state_dict() if state_dict is None else state_dict)
@@ -98,11 +97,11 @@ class ScalarModel(nn.Module):
 
 
 def new_critic(reward_model: ScalarModel) -> ScalarModel:
-    """The reward model as a critic whose head is zero, so all its values are.
+    """The reward model as a critic with a zero head, so that all its values start at 0.
 
-    Returns are centred, whitened and less the KL: scores are another scale, and where a critic starts from them its first
-    values are worse than none. The backbone already knows what good responses are. Initialising from the reward model:
-    Ouyang et al. 2022 (arXiv 2203.02155), appendix C.4.
+    Returns are centred, whitened and include the KL, so they are on another scale than scores: a critic that starts
+    with scores is worse than none. The backbone already knows good responses (initialising from the reward model:
+    Ouyang et al. 2022, arXiv 2203.02155, appendix C.4).
     """
     torch.nn.init.zeros_(reward_model.head.weight)
     reward_model.offset = 0.0
@@ -110,24 +109,24 @@ def new_critic(reward_model: ScalarModel) -> ScalarModel:
 
 
 def last_value(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """values_B at the last real token of each row, wherever its padding stands."""
+    """values_B at the last real token of each row, with padding on either side."""
     positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     last_B = (positions_T * mask_BT.long()).argmax(1)
     return values_BT.gather(1, last_B[:, None])[:, 0]
 
 
 def load_scalar(path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> ScalarModel:
-    """A ScalarModel from a folder saved by it, any one-label sequence classifier, a causal LM (the head is then zero),
-    or a PEFT adapter of either.
+    """A ScalarModel from a folder saved by it, any one-label sequence classifier, a causal LM (with a zero head), or a
+    PEFT adapter of either.
 
-    UserError (4) when the folder cannot be read, or says that it is a classifier and has no such head: a head that is
-    silently made anew would train a reward model that is noise.
+    UserError (4) if the folder cannot be read, or is a classifier without a head: a random head would make the scores
+    noise.
     """
     folder = find_model(path)
     if is_adapter(folder):
         return _from_adapter(folder, dtype, attention)
     config = load_config(folder)
-    _classifier_class(config)  # before hours of training, not after
+    _classifier_class(config)  # before hours of training
     if not _is_classifier(config):
         causal = load_causal(folder, dtype=dtype, attention=attention)
         return ScalarModel(causal.base_model, torch.zeros(1, config.get_text_config().hidden_size))
@@ -141,7 +140,7 @@ def _is_classifier(config: PretrainedConfig) -> bool:
 
 
 def _read_head(folder: Path) -> Tensor:
-    """head_1H straight from the file, so that loading the backbone in bf16 does not round it."""
+    """head_1H from the file, so that loading the backbone in bf16 does not round it."""
     head = read_weight(folder, "score.weight")
     if head is None:
         raise UserError(f"{folder} says that it is a reward model, and has no score.weight", 4)
@@ -163,7 +162,7 @@ def _from_adapter(folder: Path, dtype: torch.dtype, attention: str) -> ScalarMod
 
 
 def _load_classifier(path: Path, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model around which a classifier's adapter was trained; its head may be the adapter's own."""
+    """The base model of a classifier's adapter; the head may be the adapter's."""
     model = load_scalar(path, dtype=dtype, attention=attention)
     classifier = _empty_classifier(model.config, None, 0.0)
     setattr(classifier, classifier.base_model_prefix, model.backbone)
@@ -173,7 +172,7 @@ def _load_classifier(path: Path, *, dtype: torch.dtype, attention: str) -> PreTr
 
 
 def _empty_classifier(config: PretrainedConfig, pad_token_id: int | None, offset: float) -> PreTrainedModel:
-    """The classifier of this family without memory for weights: it knows how its folder is written."""
+    """The classifier of this family without memory for weights, which knows how to save its folder."""
     config = copy.deepcopy(config)
     config.num_labels = 1
     config.get_text_config().pad_token_id = pad_token_id

@@ -1,4 +1,4 @@
-"""A small Llama made on the spot, with a tokenizer trained on the run's demonstrations."""
+"""A new small Llama, with a tokenizer trained on the run's demonstrations."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ RECORD = "tiny.json"
 
 
 def make_tiny(config: RunConfig) -> Path:
-    """`<run>/base`: tokenizer and untrained model, made anew when the shape, the seed or the texts changed.
+    """`<run>/base`: tokenizer and untrained model, made again if the shape, the seed or the texts changed.
 
-    The folder appears whole by a rename, and several processes may ask for it at once.
+    The folder appears by a rename, so several processes may call this at once.
     """
     tiny, folder = config.model.tiny, config.folder / "base"
     _check_shape(tiny)
@@ -50,7 +50,7 @@ def make_tiny(config: RunConfig) -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Byte-level BPE with single digits; any text can be encoded, and the chat tags cost few tokens."""
+    """Byte-level BPE with single digits. It can encode any text, and the chat tags take few tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -71,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def untrained_llama(tiny: TinyConfig, tokenizer: Any, seed: int) -> LlamaForCausalLM:
-    """A Llama of this shape with seeded random weights; the caller's random state is left alone."""
+    """A Llama of this shape with seeded random weights; the caller's random state does not change."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=tiny.hidden_size,
@@ -111,7 +111,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _put_in_place(work: Path, folder: Path, record: dict[str, Any]) -> None:
-    """Rename `work` to `folder`; an old one gives way, an equal one that another process just made is kept."""
+    """Renames `work` to `folder`. An old folder is removed; an equal one of another process is kept."""
     old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
     try:
         if folder.exists() and _record(folder) != record:

@@ -19,10 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def load_tokenizer(path: str | Path, chat_format: str = "auto") -> Any:
-    """The tokenizer of a model folder with an EOS, a pad token that ends no response, and the template of `chat_format`.
+    """The tokenizer of a model folder with an EOS, a pad token that ends no response, and the template of
+    `chat_format`.
 
-    `auto` keeps the template that the folder brings, which in an artifact is the one it was trained with; without one it
-    is `llama2`. UserError (4) where the tokenizer cannot be read or has no EOS, (2) where `tokenizer` finds no template.
+    `auto` keeps the folder's template, which in an artifact is the one it was trained with; without a template it is
+    `llama2`. UserError (4) if the tokenizer cannot be read or has no EOS, (2) if `tokenizer` finds no template.
     """
     folder = find_model(path, weights=False)
     source = adapter_base(folder) if is_adapter(folder) and not has_tokenizer(folder) else folder
@@ -33,7 +34,7 @@ def load_tokenizer(path: str | Path, chat_format: str = "auto") -> Any:
     except LOAD_ERRORS as error:
         raise UserError(f"cannot read a tokenizer from {folder}: {error}", 4) from error
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.sep_token_id is not None:
-        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # as BERT names them
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # BERT's names
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no EOS token, so no answer could end", 4)
     tokenizer.model_eos_ids = _model_eos_ids(tokenizer, folder)
@@ -50,8 +51,8 @@ def load_tokenizer(path: str | Path, chat_format: str = "auto") -> Any:
 
 
 def _model_eos_ids(tokenizer: Any, folder: Path) -> list[int]:
-    """What transformers' `generate` stops at. Only special tokens: configurations of some families have an EOS by default
-    that in another tokenizer is a word."""
+    """Ids at which transformers' `generate` stops. Only special tokens: the default EOS of some families is an ordinary
+    word in another tokenizer."""
     while is_adapter(folder):
         folder = adapter_base(folder)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -64,7 +65,7 @@ def _model_eos_ids(tokenizer: Any, folder: Path) -> list[int]:
 
 
 def _separate_pad(tokenizer: Any, stop_ids: Collection[int], folder: Path) -> None:
-    """With a pad that ends a response the end would look like padding to every tool that compares ids."""
+    """The pad token must not be a stop id: the end of a response would look like padding to tools that compare ids."""
     if tokenizer.pad_token_id not in (None, *stop_ids):
         return
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

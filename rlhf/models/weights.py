@@ -1,4 +1,4 @@
-"""The weights of a model folder, one at a time: into a model that is there already."""
+"""The weights of a model folder, one at a time, for an existing model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from rlhf.models.pretrained import load_causal
 
 
 def weights_that_fit(path: str | Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]] | None:
-    """All weights of `shapes`, on the CPU, as `load_causal` would give them for `path`; None where it gives others.
+    """All weights of `shapes` on the CPU, as `load_causal` would load them from `path`; None if the names or shapes
+    differ.
 
-    From plain files each is read when its turn comes. Adapters, other formats and tables that have to grow need the
-    whole model in main memory.
+    Safetensors are read one by one. Adapters, other formats and embeddings that must grow need the whole model in main
+    memory.
     """
     folder = find_model(path)
     places = {} if is_adapter(folder) else _places(folder, shapes)
@@ -31,7 +32,7 @@ def weights_that_fit(path: str | Path, shapes: Mapping[str, torch.Size]) -> Iter
 
 
 def _places(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Path]:
-    """The file of every weight that is there in its shape."""
+    """The file of every weight that exists in its shape."""
     places = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:

@@ -1,1 +1,1 @@
-"""Where time and memory go, and how near that is to what the machine can do."""
+"""Roofline of the machine and of a model; memory of a worker."""

@@ -1,4 +1,4 @@
-"""Memory of a worker: how much is free, and what becomes of main memory that was freed."""
+"""Free memory of a worker, and keeping freed memory for reuse."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 1 << 30
-LARGEST_KEPT_BYTES = 32 << 20  # glibc takes no more: half of a thread's heap
+LARGEST_KEPT_BYTES = 32 << 20  # glibc's maximum: half of a thread's heap
 
 
 def keep_freed_memory() -> bool:
-    """From now on glibc keeps up to 1 GiB of freed memory for the next pass, which needs as much again.
+    """Makes glibc keep up to 1 GiB of freed memory for the next forward pass.
 
-    It would give it back at 64 MiB, and the kernel's fresh pages cost a training step on a CPU a sixth of its time.
-    False where it was not told so: the user's `MALLOC_…` variables go before, and another C library has no such setting.
+    By default it returns memory at 64 MiB, and fresh pages of the kernel take a sixth of a training step on a CPU.
+    Returns False if nothing was set: `MALLOC_…` variables of the user take precedence, and other C libraries have no
+    such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ:
@@ -28,17 +29,17 @@ def keep_freed_memory() -> bool:
 
 
 def free_bytes(device: torch.device, alone: bool = True) -> int:
-    """Memory that this worker may still take. On a GPU with what torch keeps for the next tensors, if nothing else works
-    there meanwhile (`alone`); of main memory its share among the workers of this machine."""
+    """Memory that this worker may still use. On a GPU this includes what torch has cached, unless something else runs
+    there (`alone` False). Main memory is divided by the workers of this machine."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + (kept if alone else 0)
     free = min(psutil.virtual_memory().available, container_free_bytes())
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun and Ray Train say it
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and Ray Train
 
 
 def container_free_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the container's limit leaves (cgroup v2); the cache of files gives way. Without a limit, more than there is."""
+    """What the container's limit leaves (cgroup v2), not counting the file cache. A huge number without a limit."""
     with suppress(OSError, ValueError):
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

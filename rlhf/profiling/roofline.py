@@ -1,9 +1,9 @@
-"""What a machine can do at best, and the arithmetic that a model asks of it: the two sides of every share of the limit.
+"""Roofline: the measured peak rates of a machine, and the FLOPs and bytes that a model needs.
 
-Counted, as by Kaplan et al. 2020 (§2.1) and Chowdhery et al. 2022 (App. B): two FLOPs per weight and token in each matrix
-product of a dense model, its LM head where a token is predicted, and four per feature of every (query, key) pair that
-causal attention sees. Not counted: norms, softmax, embedding rows, the optimizer, and whatever is done on padding or
-for a second time.
+Counted as by Kaplan et al. 2020 (§2.1) and Chowdhery et al. 2022 (App. B): two FLOPs per weight and token in each
+matrix product of a dense model, with its LM head where a token is predicted, and four per feature of every (query, key)
+pair of causal attention. Not counted: norms, softmax, embedding rows, the optimizer, padding, and anything computed
+twice.
 """
 
 from __future__ import annotations
@@ -18,51 +18,51 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 SIDES = (256, 512, 1024, 2048, 4096, 8192)
-LONG_ENOUGH_S = 0.005  # a product that takes this long is bound by arithmetic
-READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # more than a worker's share of any cache; on a GPU long beside the call
+LONG_ENOUGH_S = 0.005  # a matrix product that takes this long is compute-bound
+READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # larger than any cache; on a GPU long compared with the launch
 
 
 @dataclass(frozen=True)
 class Machine:
-    flops: float  # of a matrix product, per second
-    bandwidth: float  # bytes read from memory, per second
+    flops: float  # FLOP/s of a matrix product
+    bandwidth: float  # bytes/s read from memory
 
     def seconds(self, flops: float, bytes: float) -> float:
-        """The least time for so much arithmetic over so many bytes (roofline, Williams et al. 2009)."""
+        """The least time for this many FLOPs and bytes (roofline, Williams et al. 2009)."""
         return max(flops / self.flops, bytes / self.bandwidth)
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model in numbers. Weights of matrix products: `backbone` for every token, `head` where a token is predicted."""
+    """Sizes of a model. Weights of matrix products: `backbone` for every token, `head` where a token is predicted."""
 
     backbone: int
     head: int
     backbone_learns: int  # of `backbone`, those that get a gradient
     head_learns: int
-    all_learn: int  # every weight that the optimizer steps, tables and norms too
+    all_learn: int  # every weight that the optimizer steps, with embeddings and norms
     attention: int  # layers · query heads · head size
     weight_bytes: int  # of backbone and head
     cache_bytes: int  # keys and values of one token
 
 
 def measure(device: torch.device, precision: str) -> Machine:
-    """What this process gets of its device now, at the precision of the run: the best of a few tries, in ~0.3 s.
+    """The rates that this process reaches now in the run's precision: the best of a few tries, in about 0.3 s.
 
-    Draws from no random generator of the run.
+    Uses no random generator of the run.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return Machine(_matrix_rate(device, dtype), _bandwidth(device))
 
 
 def together(machines: Iterable[Machine]) -> Machine:
-    """Workers that measured side by side, as one machine."""
+    """Workers that measured at the same time, as one machine."""
     machines = list(machines)
     return Machine(sum(m.flops for m in machines), sum(m.bandwidth for m in machines))
 
 
 def size_of(module: nn.Module) -> ModelSize:
-    """Of a dense transformers model or of one of ours around it; a shard knows its whole shape."""
+    """The sizes of a dense transformers model, or of one of our wrappers; shards know their whole shape."""
     model = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
     head = model.get_output_embeddings() if model is not None else None
     head_weight = getattr(head, "weight", None)
@@ -83,34 +83,34 @@ def size_of(module: nn.Module) -> ModelSize:
 
 
 def forward_flops(size: ModelSize, length_B: Tensor, predicted: int, shared_B: Tensor | int = 0) -> float:
-    """Of one pass over rows of these lengths; `predicted`: tokens at which the LM head runs; `shared_B`: tokens at the
-    beginning of each row that another row has read."""
+    """FLOPs of one forward pass over rows of these lengths. `predicted`: tokens at which the LM head runs. `shared_B`:
+    tokens at the start of each row that another row has already read."""
     products = 2 * (size.backbone * int((length_B - shared_B).sum()) + size.head * predicted)
     return float(products + 4 * size.attention * (_pairs(length_B) - _pairs(torch.as_tensor(shared_B))))
 
 
 def backward_flops(size: ModelSize, length_B: Tensor, predicted: int, shared_B: Tensor | int = 0) -> float:
-    """As many as forward for the gradient of what goes through a product, twice as many in attention, whose both sides
-    have one, and those of the weights that learn: for a model that learns whole, forward and backward are 6 per weight."""
+    """FLOPs of the backward pass: as many as forward for the gradient of the inputs, twice as many in attention, plus
+    those of trainable weights. For a fully trainable model, forward and backward are 6 per weight and token."""
     learns = 2 * (size.backbone_learns * int((length_B - shared_B).sum()) + size.head_learns * predicted)
     pairs = _pairs(length_B) - _pairs(torch.as_tensor(shared_B))
     return forward_flops(size, length_B, predicted, shared_B) + float(learns + 4 * size.attention * pairs)
 
 
 def least_steps(stepped_B: Tensor, slots: int) -> int:
-    """Steps that draw so many tokens per row, with at most `slots` rows in each."""
+    """The least number of steps that draw this many tokens per row, with at most `slots` rows per step."""
     return max(-(-int(stepped_B.sum()) // slots), int(stepped_B.max()))
 
 
 def tokens_seen(prompt_B: Tensor, stepped_B: Tensor) -> int:
-    """Keys that these steps see, once per token that they read."""
+    """Keys that these steps read, summed over tokens."""
     return int((stepped_B * prompt_B).sum()) + _pairs(stepped_B)
 
 
 def best_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    """The shortest of several times."""
+    """The shortest of several measurements."""
     times = []
-    for _ in range(1 + repeats):  # the first is for warming up
+    for _ in range(1 + repeats):  # warm-up
         wait(device)
         start = time.perf_counter()
         run()
@@ -120,7 +120,7 @@ def best_seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5)
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was told."""
+    """Waits until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -151,7 +151,7 @@ def _attention(config: Any) -> tuple[int, int]:
 
 
 def _pairs(length_B: Tensor) -> int:
-    """(query, key) pairs of causal attention: a token sees itself and those before it."""
+    """(query, key) pairs of causal attention: a token sees itself and the tokens before it."""
     return int((length_B * (length_B + 1) // 2).sum())
 
 

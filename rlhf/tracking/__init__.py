@@ -1,11 +1,13 @@
 """Run history: JSONL files in the run's folder, which a background thread uploads to MLflow.
 
 base.py           what stages and the driver call; writes metrics.jsonl and events.jsonl
+abandoned.py      closes runs whose process is gone
 jsonl.py          JSONL files that survive a killed writer
 mlflow_sync.py    what MLflow already has of a folder (mlflow.json), the thread that uploads the rest, `fill_in`
 mlflow_client.py  the only file that calls MLflow
 """
 
+from rlhf.tracking.abandoned import close_abandoned
 from rlhf.tracking.base import NullTracker, Tracker, keep_earlier, mark_ended, open_parent, open_tracker, read_metrics
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
 from rlhf.tracking.mlflow_sync import NOTHING, catch_up, fill_in
@@ -16,6 +18,7 @@ __all__ = [
     "Tracker",
     "absolute_uri",
     "catch_up",
+    "close_abandoned",
     "fill_in",
     "keep_earlier",
     "mark_ended",

@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.runs.artifacts import code_diff, code_revision, plain, write_atomic
 from rlhf.tracking.jsonl import Lines, read_lines
-from rlhf.tracking.mlflow_sync import EVENTS, METRICS, STATE, SyncState, SyncThread, rewind
+from rlhf.tracking.mlflow_client import locked
+from rlhf.tracking.mlflow_sync import EVENTS, METRICS, STATE, SyncState, SyncThread, fill_in_behind, rewind
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 PROVENANCE = "provenance"
@@ -51,14 +52,14 @@ def open_parent(folder: Path, settings: TrackingConfig, run_name: str, provenanc
     tags = [event["values"] for event, _ in read_lines(folder / EVENTS) if event["event"] == "tags"]
     earlier = next((values[PROVENANCE] for values in reversed(tags) if PROVENANCE in values), provenance)
     if earlier != provenance:
-        keep_earlier(folder, new=True)
+        keep_earlier(folder, settings, new=True)
     tracker = open_tracker(folder, settings, run_name, parent_run_id=None, is_writer=True)
     tracker.tags({PROVENANCE: provenance})
     return tracker
 
 
-def keep_earlier(folder: Path, part: str = "", new: bool = False) -> None:
-    """Moves the files of the run in `folder / part` to `folder/earlier/<number>`, where `fill_in` still finds them.
+def keep_earlier(folder: Path, settings: TrackingConfig, part: str = "", new: bool = False) -> None:
+    """Moves the files of the run in `folder / part` to `folder/earlier/<number>`, and uploads the rest of them from there.
 
     `new`: under a number of its own; otherwise beside the parent that was moved last.
     """
@@ -67,9 +68,11 @@ def keep_earlier(folder: Path, part: str = "", new: bool = False) -> None:
     last = max((int(path.name) for path in (folder / "earlier").glob("[0-9]*")), default=0)
     target = folder / "earlier" / str(last + 1 if new or not last else last) / part
     target.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS, EVENTS, STATE):
-        if (folder / part / name).exists():
-            (folder / part / name).replace(target / name)
+    with locked(folder / part):  # waits while an upload runs
+        for name in (METRICS, EVENTS, STATE):
+            if (folder / part / name).exists():
+                (folder / part / name).replace(target / name)
+    fill_in_behind([target], settings)
 
 
 def mark_ended(folder: Path, status: Status, reason: str) -> bool:
@@ -113,7 +116,7 @@ class FileTracker:
 
     def __init__(self, folder: Path, settings: TrackingConfig, watch_system: bool) -> None:
         self._folder = folder
-        self._metrics, self._events = Lines(folder / METRICS), Lines(folder / EVENTS)
+        self._metrics, self._events = Lines(folder / METRICS), Lines(folder / EVENTS, hold=True)
         self._is_open = True
         self._event("status", status="RUNNING", reason="")
         self._record_code()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import time
@@ -16,11 +17,17 @@ from rlhf.runs.artifacts import plain
 
 
 class Lines:
-    """Writes one JSON object with its time (seconds since 1970) per line; another process sees each line at once."""
+    """Writes one JSON object with its time (seconds since 1970) per line; another process sees each line at once.
 
-    def __init__(self, path: Path) -> None:
+    `hold`: with a lock on the file, where there are locks, until it is closed or the process ends in any way.
+    """
+
+    def __init__(self, path: Path, hold: bool = False) -> None:
         self._path = path
         self._stream = path.open("a", encoding="utf-8")
+        if hold:
+            with suppress(OSError):
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _ends_within_a_line(path):
             self._stream.write("\n")
             self._stream.flush()
@@ -52,6 +59,16 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int
             start += len(line)
             with suppress(ValueError):
                 yield json.loads(line), start
+
+
+def is_free(path: Path) -> bool:
+    """Whether no process holds the lock of `path`. False where the file system has no locks: nobody can tell then."""
+    with path.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def _ends_within_a_line(path: Path) -> bool:

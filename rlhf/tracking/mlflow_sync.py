@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -87,11 +87,14 @@ def fill_in(folder: Path, settings: TrackingConfig) -> bool:
 
     Only for runs that no process writes to any more.
     """
-    if settings.uri is None:
-        return True
-    for path in sorted(folder.rglob(STATE), key=lambda path: len(path.parts)):
-        if failure := _try_to_upload(MLflowUploader(path.parent, settings)):
-            _warn(path.parent, settings, failure)
+    return _fill_in(sorted(path.parent for path in folder.rglob(STATE)), settings)
+
+
+def _fill_in(folders: Iterable[Path], settings: TrackingConfig) -> bool:
+    """A folder sorts before those below it, so the parents come first."""
+    for folder in folders if settings.uri is not None else ():
+        if failure := _try_to_upload(MLflowUploader(folder, settings)):
+            _warn(folder, settings, failure)
             return False
     return True
 
@@ -101,6 +104,11 @@ def catch_up(folder: Path, settings: TrackingConfig) -> None:
     thread = threading.Thread(target=fill_in, args=(folder, settings), daemon=True)
     thread.start()
     thread.join(CLOSE_LIMIT_S)
+
+
+def fill_in_behind(folders: Iterable[Path], settings: TrackingConfig) -> None:
+    """Uploads what MLflow missed of these runs, without those below them, in the background."""
+    threading.Thread(target=_fill_in, args=(sorted(folders), settings), daemon=True).start()
 
 
 class SyncThread(threading.Thread):

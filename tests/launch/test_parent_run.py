@@ -70,6 +70,24 @@ def test_other_settings_or_data_make_another_run(tmp_path: Path, change: list[st
     assert len(events(second.folder, "params")) == (1 if is_new else 2)
 
 
+def test_a_run_that_starts_over_keeps_what_it_recorded_and_nothing_else(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    run(config)
+    open_tracker(config.folder / "reward/safety", config.tracking, "reward/safety", "", is_writer=True).close()
+    (config.folder / "report.json").write_text("{}")
+    (config.folder / "sft/artifact").mkdir(parents=True)
+    parent_run.remove(config)
+    left = {path.relative_to(config.folder).as_posix() for path in config.folder.rglob("*") if path.is_file()}
+    recorded = {"metrics.jsonl", "events.jsonl", "mlflow.json", "git.diff"}
+    assert left <= {f"earlier/1/{part}{name}" for name in recorded for part in ("", "reward/safety/")}
+    assert {"earlier/1/events.jsonl", "earlier/1/reward/safety/events.jsonl"} <= left
+
+
+def test_nothing_is_kept_of_a_run_that_was_not_there(tmp_path: Path) -> None:
+    parent_run.remove(config_in(tmp_path))
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_a_failed_run_closes_the_stages_that_went_with_it(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     tracker = parent_run.begin(config, data_of("a"))

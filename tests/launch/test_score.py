@@ -206,7 +206,7 @@ def test_rows_that_the_format_cannot_hold_are_refused_or_skipped(
 def test_a_row_longer_than_the_model_is_not_cut(reward_model: Path) -> None:
     tokenizer = load_tokenizer(reward_model)
     rows = [demonstration("q " * 40), demonstration("q")]
-    texts, unfit = encode(tokenizer, rows, 30, "skip")
+    texts, unfit = encode(tokenizer, rows, 30)
     assert [text.row for text in texts] == [1]
     assert unfit[0].startswith("f:1: ")
     assert "and the model has 30 positions" in unfit[0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reward_data.converters import FORMATS, converter_for
 from reward_data.errors import BadRow, DataError
 from reward_data.files import Row
-from reward_data.load import Table, _records
+from reward_data.load import Table, records_of_table
 from reward_data.records import prompt_of
 
 DIALOGUE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -88,7 +88,7 @@ def test_spoiled_row_is_refused_or_read_but_never_breaks(name, data):
     holder[key] = data.draw(SPOILS)
     refused: list[BadRow] = []
     row = Row(value, "f:1")
-    for record in _records("prompts", Table(row, [row]), name, "helpful", refused):
+    for record in records_of_table("prompts", Table(row, [row]), name, "helpful", refused):
         assert all(isinstance(message.content, str) and message.content.strip() for message in prompt_of(record))
     assert all(bad.place == "f:1" and bad.reason for bad in refused)
 
@@ -98,7 +98,7 @@ def test_spoiled_row_is_refused_or_read_but_never_breaks(name, data):
 def test_row_that_is_no_object_is_refused(name, value):
     refused: list[BadRow] = []
     row = Row(value, "f:2")
-    assert list(_records("prompts", Table(Row(ROWS[name], "f:1"), [row]), name, "helpful", refused)) == []
+    assert list(records_of_table("prompts", Table(Row(ROWS[name], "f:1"), [row]), name, "helpful", refused)) == []
     assert [bad.place for bad in refused] == ["f:2"]
 
 

@@ -1,0 +1,47 @@
+"""What gives every response of an item a score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from launch.score import encode, load_reward_model, score_texts
+from rlhf.evaluation.bag_of_words import BagOfWords
+from rlhf.evaluation.items import Item
+from rlhf.models import load_tokenizer, positions
+
+
+class Scored(NamedTuple):
+    scores: dict[int, list[float]]  # number of the item → score of each response
+    unfit: list[str]  # why the others have none
+
+
+class Scorer(Protocol):
+    def score(self, items: Sequence[Item]) -> Scored: ...
+
+
+class ModelScorer:
+    def __init__(self, folder: Path, batch_size: int, precision: str) -> None:
+        self.tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
+        self.model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._batch_size, self._precision = batch_size, precision
+
+    def score(self, items: Sequence[Item]) -> Scored:
+        texts, unfit = encode(self.tokenizer, items, positions(self.model.config))
+        values = score_texts(self.model, self.tokenizer.pad_token_id, texts, self._batch_size, self._precision)
+        scores: dict[int, list[float]] = {}
+        for text, value in zip(texts, values, strict=True):
+            scores.setdefault(text.row, []).append(value)
+        return Scored(scores, unfit)
+
+
+class WordScorer:
+    def __init__(self, model: BagOfWords) -> None:
+        self._model = model
+
+    def score(self, items: Sequence[Item]) -> Scored:
+        values = iter(self._model.score([text for item in items for text in item.responses]))
+        return Scored({n: [next(values) for _ in item.responses] for n, item in enumerate(items)}, [])

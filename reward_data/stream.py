@@ -1,0 +1,70 @@
+"""Rows of a path a chunk at a time, so that a file of JSON lines is never whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from reward_data import files, folders
+from reward_data.converters import converter_for, form_of
+from reward_data.errors import BadRow, DataError
+from reward_data.json_rows import line_row
+from reward_data.load import SHIPPED, Table, records_of_table
+from reward_data.records import Kind, Record
+from reward_data.rows import Row
+
+CHUNK = 1000
+LINES = (".jsonl", ".ndjson")
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files behind a file, a folder, or `shipped` (its held-out preferences). DataError where there are none."""
+    if str(path) == "shipped":
+        return [SHIPPED / "preferences.held_out.jsonl"]
+    source = folders.find(path)
+    if source.hub:
+        raise DataError(f"{path}: there is no such file or folder")
+    return list(source.files)
+
+
+def row_chunks(file: Path, size: int = CHUNK) -> Iterator[list[Row]]:
+    """The rows of one file, `size` at a time. Only a file of JSON lines is read as they are asked for."""
+    rows = _lines(file) if _has_lines(file) else files.read_rows(file)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def joins_rows(first: list[Row]) -> bool:
+    """Whether the form makes records of several rows, which may stand anywhere in the file."""
+    return hasattr(converter_for("auto", form_of(first)), "group")
+
+
+def records_of(kind: Kind, first: list[Row], rows: list[Row]) -> tuple[list[Record], list[BadRow]]:
+    """The records of `rows` in the form that the file's `first` rows show, and the rows that cannot be used."""
+    refused: list[BadRow] = []
+    table = Table(form_of(first), rows)
+    return list(records_of_table(kind, table, "auto", "helpful", refused)), refused
+
+
+def _has_lines(file: Path) -> bool:
+    """Whether every line is a row by itself, as far as the first one tells."""
+    if file.is_dir() or file.suffix.lower() not in LINES:
+        return False
+    with file.open("rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+    try:
+        return first.lstrip().startswith(b"{") and not line_row(first.decode(), "").fault
+    except UnicodeDecodeError:
+        return False
+
+
+def _lines(file: Path) -> Iterator[Row]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                raise DataError(f"{file}:{number}: not UTF-8 text; is this a binary file?") from None
+            if text.strip():
+                yield line_row(text, f"{file}:{number}")

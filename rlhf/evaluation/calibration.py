@@ -1,0 +1,111 @@
+"""Whether σ(score gap) is the probability that the response with the higher score is the one that people chose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit
+from scipy.stats import t as student
+
+from rlhf.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean,
+    estimate,
+    expanded_percentiles,
+    proportion,
+    resampled_sums,
+    sums_by_cluster,
+)
+
+BINS = 10  # equal bins of confidence, from ½ to 1
+FLATTEST, STEEPEST = 1e-4, 1e4  # of 1 / temperature
+
+
+def calibration(margin_N: np.ndarray, prompts_N: np.ndarray) -> dict[str, Any]:
+    """Of margins (chosen less rejected score):
+
+    bins                by confidence σ(|margin|): edges, the mean confidence `predicted`, the `observed` accuracy
+    ece                 expected calibration error: mean over pairs of |predicted - observed| of their bin (Guo et al. 2017)
+    brier               mean (1 - σ(margin))²: 0 is sure and right, ¼ knows nothing
+    nll                 mean -log σ(margin), the loss of training without margins: log 2 knows nothing
+    temperature         T for which σ(margin / T) fits best: above 1 the model is overconfident
+    ece_at_temperature  ECE of margin / T
+    """
+    temperature = fitted_temperature(margin_N, prompts_N)
+    found = {
+        "ece": expected_calibration_error(margin_N, prompts_N),
+        "brier": bootstrap_mean((1 - expit(margin_N)) ** 2, prompts_N),
+        "nll": bootstrap_mean(np.logaddexp(0, -margin_N), prompts_N),
+        "temperature": temperature,
+        "ece_at_temperature": expected_calibration_error(margin_N / temperature.value, prompts_N),
+    }
+    return {**found, "bins": reliability(margin_N, prompts_N)}
+
+
+def reliability(margin_N: np.ndarray, prompts_N: np.ndarray) -> list[dict[str, Any]]:
+    """The bins that have pairs."""
+    confidence_N, wins_N = expit(np.abs(margin_N)), _wins(margin_N)
+    bin_N = _bins(confidence_N)
+    return [
+        {
+            "low": 0.5 + 0.5 * number / BINS,
+            "high": 0.5 + 0.5 * (number + 1) / BINS,
+            "predicted": float(confidence_N[bin_N == number].mean()),
+            "observed": proportion(wins_N[bin_N == number], prompts_N[bin_N == number]),
+        }
+        for number in np.unique(bin_N)
+    ]
+
+
+def expected_calibration_error(margin_N: np.ndarray, prompts_N: np.ndarray) -> Estimate:
+    """Its interval is the bootstrap's around twice the value: resampling adds noise to every bin, and so raises the error
+    above that of the sample by about as much as the sample's is above the truth.
+    """
+    confidence_N = expit(np.abs(margin_N))
+    gaps_NB = np.zeros((len(margin_N), BINS + 1))
+    gaps_NB[np.arange(len(margin_N)), _bins(confidence_N)] = confidence_N - _wins(margin_N)
+    gaps_NB[:, BINS] = 1  # the number of pairs
+    sums_GB = sums_by_cluster(gaps_NB, prompts_N)
+
+    def error(sums: np.ndarray) -> np.ndarray:
+        return np.abs(sums[..., :BINS]).sum(-1) / sums[..., BINS]
+
+    value = float(error(sums_GB.sum(0)))
+    low, high = expanded_percentiles(error(resampled_sums(sums_GB)), len(sums_GB))
+    return estimate(value, 2 * value - high, 2 * value - low, len(margin_N), within=(0.0, 1.0))
+
+
+def fitted_temperature(margin_N: np.ndarray, prompts_N: np.ndarray) -> Estimate:
+    """T by maximum likelihood, with the interval of the clustered (sandwich) variance of 1 / T.
+
+    1 / T stays between 0.0001 and 10,000: margins that are all right would make it infinite, and margins that are wrong
+    more often than right would make it negative.
+    """
+
+    def slope(inverse: float) -> float:
+        return float((margin_N * expit(-inverse * margin_N)).sum())
+
+    if slope(FLATTEST) <= 0:
+        inverse = FLATTEST
+    elif slope(STEEPEST) > 0:
+        inverse = STEEPEST
+    else:
+        inverse = float(brentq(slope, FLATTEST, STEEPEST, xtol=1e-12))  # type: ignore[arg-type]
+    p_N = expit(-inverse * margin_N)
+    scores_G = sums_by_cluster((margin_N * p_N)[:, None], prompts_N)[:, 0]
+    groups, curvature = len(scores_G), float((margin_N**2 * p_N * (1 - p_N)).sum())
+    if groups < 2 or curvature <= 0:
+        return estimate(1 / inverse, 1 / STEEPEST, 1 / FLATTEST, len(margin_N))
+    spread = np.sqrt((scores_G**2).sum() * groups / (groups - 1)) / curvature * student.ppf(0.975, groups - 1)
+    low, high = (1 / np.clip(inverse + side * spread, FLATTEST, STEEPEST) for side in (1, -1))
+    return estimate(1 / inverse, low, high, len(margin_N))
+
+
+def _wins(margin_N: np.ndarray) -> np.ndarray:
+    return np.where(margin_N == 0, 0.5, margin_N > 0)
+
+
+def _bins(confidence_N: np.ndarray) -> np.ndarray:
+    return np.minimum(((confidence_N - 0.5) * 2 * BINS).astype(int), BINS - 1)
