@@ -1,7 +1,7 @@
 """A reward of one's own: a Python function that compares the response with the row's reference response.
 
-In a run:       rlhf run configs/quickstart.yaml --ppo.rewards "{correct: {function: examples/my_reward.py:correct}}"
-In a notebook:  PPOTrainer(model, rewards={"correct": correct}, prompts=rows)
+In a run:       rlhf run quickstart --name short --ppo.rewards "{short: {function: examples/my_reward.py:short}}"
+In a notebook:  PPOTrainer(model, rewards={"correct": correct}, prompts=[{"prompt": "2 + 2?", "answer": "4"}])
 """
 
 from __future__ import annotations

@@ -17,10 +17,14 @@ from rlhf.distributed.engine import LocalEngine, prepare_environment
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler
 from rlhf.models import ScalarModel, find_model, load_causal, load_scalar, load_tokenizer
-from rlhf.rewards import ModelReward
+from rlhf.rewards import ModelReward, Responses, Reward, Scored
 
-Conversation = str | Sequence[dict[str, str]]
+Conversation = str | Sequence[dict[str, str] | Message]
 """The text of a user, or messages [{"role": …, "content": …}, …] that end with the user's."""
+
+
+GREEDY = 1e-6
+"""The temperature that stands for 0: the most likely token has all the probability."""
 
 
 class RewardModel:
@@ -37,7 +41,10 @@ class RewardModel:
         """
         prepare_environment()
         folder = find_model(path)
-        return cls(load_scalar(folder).to(_device()), load_tokenizer(folder))
+        model = load_scalar(folder)
+        if not model.head.weight.any():
+            raise UserError(f"{folder} is no reward model: it has no trained score head", 4)
+        return cls(model.to(_device()), load_tokenizer(folder))
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str], batch_size: int = 8) -> list[float]:
@@ -56,10 +63,17 @@ class RewardModel:
             scores += self.model.score(tokens_BT.to(device), mask_BT.to(device)).tolist()
         return scores
 
-    def as_reward(self, config: RunConfig) -> ModelReward:
-        """As a reward of `PPOTrainer`."""
+    def as_reward(self, config: RunConfig, tokenizer: Any) -> Reward:
+        """As a reward of `PPOTrainer`: it reads the policy's tokens where the policy's `tokenizer` makes the same ones, and
+        else the texts."""
+        if not _same_tokens(self.tokenizer, tokenizer):
+            return self._score_texts
         self.model.packing = config.ppo.packing
         return ModelReward(LocalEngine(self.model, None, 1, config.hardware), config.ppo)
+
+    def _score_texts(self, responses: Responses) -> Scored:
+        values = self.score([prompt.messages for prompt in responses.prompts], responses.texts)
+        return Scored(torch.tensor(values), torch.zeros(len(values), dtype=torch.bool))
 
 
 class Policy:
@@ -73,10 +87,16 @@ class Policy:
     def generate(
         self, prompts: Sequence[Conversation], max_new_tokens: int = 256, temperature: float = 1.0, seed: int = 0
     ) -> list[str]:
-        """A response to each prompt. A prompt gets the same response with the same seed, whatever stands beside it."""
+        """A response to each prompt; at a temperature of 0 the most likely tokens.
+
+        A prompt gets the same response with the same seed, whatever stands beside it; where it stands there again it gets
+        another one.
+        """
         rows = [Prompt(_messages(prompt), "helpful", f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        batch = to(prompt_batch(self.tokenizer, rows, [0] * len(rows), 1 << 30), _device())
-        settings = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens)
+        said = [row.messages for row in rows]
+        times = [said[:i].count(messages) for i, messages in enumerate(said)]
+        batch = to(prompt_batch(self.tokenizer, rows, times, 1 << 30), _device())
+        settings = SamplingConfig(temperature=temperature or GREEDY, max_new_tokens=max_new_tokens)
         rollout = self.sampler.sample(batch, settings, seed, iteration=0)
         R, lengths = max_new_tokens, rollout.response_mask_BR.sum(1).tolist()
         rows_of_tokens = rollout.tokens_BT[:, -R:].tolist()
@@ -93,7 +113,17 @@ def load_policy(path: str | Path) -> Policy:
 def _messages(prompt: Conversation) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
-    return tuple(Message(m["role"], m["content"]) for m in prompt)  # type: ignore[arg-type]
+    return tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in prompt)  # type: ignore[arg-type]
+
+
+def _same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same ids of a conversation."""
+    ours, theirs = format_of(one), format_of(other)
+    return (
+        one.get_vocab() == other.get_vocab()
+        and (one.chat_template, ours.name, ours.stop_ids) == (other.chat_template, theirs.name, theirs.stop_ids)
+        and one.pad_token_id == other.pad_token_id
+    )
 
 
 def _device() -> torch.device:

@@ -39,8 +39,9 @@ def source_digest(code: str) -> str:
 
 
 def _module_of_file(file: Path) -> ModuleType:
-    """The file as a module, once: a second name from it is one of the same module."""
-    name = f"user_code_{hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]}"
+    """The file as a module, once while it is unchanged: a second name from it is one of the same module."""
+    content = str(file.absolute()).encode() + file.read_bytes()
+    name = f"user_code_{hashlib.sha256(content).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

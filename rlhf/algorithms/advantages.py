@@ -42,6 +42,8 @@ class Estimator:
     """Scores are divided by their deviation over the batch, unless `ppo.whiten_rewards` says otherwise."""
     whiten_advantages: bool = False
     """Advantages are whitened over all tokens of the batch."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of a response that was cut off, unless `ppo.missing_eos_penalty` says otherwise."""
 
 
 def gae(
@@ -108,7 +110,7 @@ def reinforce_plus_plus(signals: Signals, gamma: float, gae_lambda: float) -> Te
 
 
 ADVANTAGES = {
-    "gae": Estimator(_gae, critic=True, whiten_rewards=True, whiten_advantages=True),
+    "gae": Estimator(_gae, critic=True, whiten_rewards=True, whiten_advantages=True, missing_eos_penalty=1.0),
     "grpo": Estimator(grpo, min_group_size=2, kl="loss", loss_mean="response"),
     "dr_grpo": Estimator(dr_grpo, min_group_size=2, kl="loss", loss_mean="constant"),
     "rloo": Estimator(rloo, min_group_size=2),
@@ -119,10 +121,15 @@ ADVANTAGES = {
 def estimate(estimator: Estimator, signals: Signals, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """(advantages_BR, returns_BR): what `estimator` gives, whitened where it asks for that, and the critic's targets.
 
-    Rows that do not count have no advantage.
+    Rows that do not count have no advantage. ValueError where the estimator's result has another shape, or is not finite.
     """
     mask_BR = signals.mask_BR & signals.counted_B[:, None]
-    advantages_BR = keep(estimator.advantages(signals, gamma, gae_lambda), mask_BR)
+    given_BR = estimator.advantages(signals, gamma, gae_lambda)
+    if given_BR.shape != mask_BR.shape:
+        raise ValueError(f"the advantages have the shape {tuple(given_BR.shape)}, not [B, R] = {tuple(mask_BR.shape)}")
+    advantages_BR = keep(given_BR, mask_BR)
+    if not advantages_BR.isfinite().all():
+        raise ValueError("the advantages are not finite")
     returns_BR = advantages_BR + keep(signals.values_BR, mask_BR)
     if estimator.whiten_advantages:
         mean, var = masked_mean_and_var(advantages_BR, mask_BR)

@@ -15,9 +15,9 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """π_ref/π - 1 - log(π_ref/π) per token: unbiased like k1, never negative, of lower variance. For reading only.
+    """π_ref/π - 1 - log(π_ref/π) per token: unbiased like k1, never negative, of lower variance.
 
-    Schulman 2020, "Approximating KL divergence". Not a loss: its gradient is that of KL(π_ref‖π).
+    Schulman 2020, "Approximating KL divergence". As a loss (GRPO's penalty) its gradient is that of KL(π_ref‖π).
     """
     log_ratio = ref_logprobs.float() - logprobs.float()
     return torch.expm1(log_ratio) - log_ratio

@@ -18,9 +18,10 @@ Tag = Literal["helpful", "safety"]
 
 
 def _absolute_file(code: str) -> str:
-    """`my/file.py:name` with the whole path: workers have other working directories."""
-    file, _, name = code.rpartition(":")
-    return f"{Path(file).expanduser().absolute()}:{name}" if file.endswith(".py") else code
+    """`my/file.py:name`, or `file:name` of the working directory, with the whole path: workers work elsewhere."""
+    place, _, name = code.rpartition(":")
+    file = Path(place if place.endswith(".py") else f"{place}.py").expanduser()
+    return f"{file.absolute()}:{name}" if place.endswith(".py") or file.is_file() else code
 
 
 Code = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$"), AfterValidator(_absolute_file)]

@@ -97,7 +97,7 @@ class PPOConfig(Settings):
     safety_threshold: Fraction = 0.15  # [P] on the sigmoid scale
     whiten_rewards: bool | None = None  # [P] for gae
     """None: as the estimator is published; gae divides the scores by their deviation, the others do not."""
-    missing_eos_penalty: Annotated[float, Field(ge=0.0)] = 1.0
+    missing_eos_penalty: Annotated[float, Field(ge=0.0)] | None = None
     """Subtracted from the score of a response that did not end itself, after whitening."""
     optim: OptimConfig = OptimConfig(lr=1e-6)  # [P]
     critic_optim: OptimConfig = OptimConfig(lr=5e-6)  # [O]

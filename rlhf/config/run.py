@@ -101,7 +101,7 @@ class RunConfig(Settings):
         misfits = [*self._uneven_batches(), *(info.context["misfits"](self) if info.context else ())]
         if "ppo" in self.pipeline:
             misfits += [*self._unknown_reward_models(), *self._uneven_minibatches()]
-            misfits += [*self._unshared_prompts(), *self._adapters_for_vllm()]
+            misfits += [*self._unshared_prompts(), *self._adapters_for_vllm(), *self._late_rewards()]
         if misfits:
             raise ValueError("\n".join(misfits))
         return self
@@ -112,6 +112,15 @@ class RunConfig(Settings):
                 yield f"ppo.{key} is {name!r}, but reward.models has {', '.join(self.reward.models)}"
         if self.ppo.rewards and not any(source.weight for source in self.ppo.rewards.values()):
             yield "ppo.rewards gives every reward the weight 0, so there is nothing to maximise"
+
+    def _late_rewards(self) -> Iterator[str]:
+        """While a worker waits for its functions, the others wait in a collective."""
+        seconds = sum(source.timeout_s for source in self.ppo.rewards.values() if source.function)
+        if seconds >= self.hardware.collective_timeout_s:
+            yield (
+                f"ppo.rewards: the functions may take {seconds:g} s (timeout_s), but the other workers wait "
+                f"{self.hardware.collective_timeout_s:g} s at most (hardware.collective_timeout_s); raise that or lower these"
+            )
 
     def _adapters_for_vllm(self) -> Iterator[str]:
         if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reward_data import Prompt
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import full_state
+from rlhf.errors import UserError
 from rlhf.evaluation.policy_report import Answers, gain, policy_report
 from rlhf.evaluation.statistics import Estimate
 from rlhf.models import ScalarModel, save_causal
@@ -19,12 +20,14 @@ from rlhf.models.policy import PolicyModel
 from rlhf.ppo.models import Models
 from rlhf.ppo.tables import before_and_after
 from rlhf.runs import checkpoint
+from rlhf.runs.artifacts import write_json
 
 
 def keep(checkpoints: Path, models: Models, iteration: int) -> Path:
     """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to."""
     best = checkpoint.best_folder(checkpoints, iteration)
     partial = best.with_name("partial")
+    collectives.rank_zero_only(lambda: shutil.rmtree(partial, ignore_errors=True), f"removing {partial}")
 
     def finish() -> None:
         shutil.rmtree(best, ignore_errors=True)
@@ -37,14 +40,14 @@ def keep(checkpoints: Path, models: Models, iteration: int) -> Path:
 
 
 def save(folder: Path, models: Models) -> None:
-    """Policy and, if there is one, critic in `folder`, each an ordinary folder of transformers. All ranks must call it.
+    """Policy and, if there is one, critic in the new `folder`, each an ordinary folder of transformers. All ranks must
+    call it.
 
     One after the other, so that the writer's main memory holds one model.
     """
     policy = cast(PolicyModel, models.policy.module)
 
     def save_policy(state: dict[str, Tensor]) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
         plain = {name.removeprefix("causal."): tensor for name, tensor in state.items()}
         save_causal(policy.causal, folder, models.tokenizer, plain)
 
@@ -52,6 +55,26 @@ def save(folder: Path, models: Models) -> None:
     if models.critic is not None:
         critic = cast(ScalarModel, models.critic.module)
         _with_full_state(critic, lambda state: critic.save(folder / "critic", models.tokenizer, state), folder)
+
+
+SAVED = "ppo_trainer.json"
+"""Says that a folder was written by `PPOTrainer.save`, so that the next save may replace it."""
+
+
+def make_room(folder: Path, partial: Path) -> None:
+    """UserError (2) where `folder` holds files that no save wrote; they are never removed."""
+    if folder.exists() and not (folder / SAVED).is_file() and any(folder.iterdir()):
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+        raise UserError(f"{folder} is not empty (it holds {inside}) and no earlier save: name a new folder")
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, folder: Path, mark: dict[str, Any]) -> None:
+    """The complete folder `partial` becomes `folder`."""
+    write_json(partial / SAVED, mark)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
 
 
 def compare(prompts: Sequence[Prompt], answers: Mapping[str, Answers]) -> dict[str, Any]:

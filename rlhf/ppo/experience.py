@@ -39,7 +39,10 @@ def make_experience(
     rewards_BR = token_rewards(final_B, kl_BR, kl_coef if estimator.kl == "reward" else 0.0, mask_BR)
     group_B = torch.arange(len(final_B)) // config.group_size
     signals = Signals(rewards_BR, scores.values_BR, mask_BR, group_B, counted_B)
-    advantages_BR, returns_BR = estimate(estimator, signals, config.gamma, config.gae_lambda)
+    try:
+        advantages_BR, returns_BR = estimate(estimator, signals, config.gamma, config.gae_lambda)
+    except ValueError as error:
+        raise UserError(f"ppo.advantage: {config.advantage}: {error}", 6) from error
     weight_BR, denominator_B = _loss_weights(estimator, mask_BR, counted_B, config.sampling.max_new_tokens)
     experience = Experience(
         tokens_BT=rollout.tokens_BT,
@@ -68,7 +71,9 @@ def _final_scores(combined: Combined, finished_B: Tensor, estimator: Estimator, 
         # Divide only: the sign of a centred reward still says better or worse than SFT.
         mean, var = masked_mean_and_var(final_B, counted_B)
         final_B = whiten(final_B, mean, var, counted_B, shift_mean=False)
-    return final_B - config.missing_eos_penalty * (~finished_B).float()
+    penalty = config.missing_eos_penalty
+    penalty = estimator.missing_eos_penalty if penalty is None else penalty
+    return final_B - penalty * (~finished_B).float()
 
 
 def _loss_weights(
@@ -87,10 +92,12 @@ def _loss_weights(
 
 
 def _metrics(rollout: Rollout, scores: Scores, combined: Combined) -> dict[str, float]:
-    """What whitening hides and what tells collapse from progress; definitions in docs/metrics.md."""
-    mask_BR, score_B = rollout.response_mask_BR, combined.score_B[~combined.failed_B]
-    kl_B = torch.where(mask_BR, k1(scores.logprobs_BR, scores.ref_logprobs_BR), 0.0).sum(1)
-    k3_BR = k3(scores.logprobs_BR, scores.ref_logprobs_BR)
+    """What whitening hides and what tells collapse from progress, over the rows that count; defined in docs/metrics.md."""
+    counted_B = ~combined.failed_B
+    mask_BR, score_B = rollout.response_mask_BR[counted_B], combined.score_B[counted_B]
+    logprobs_BR, ref_logprobs_BR = scores.logprobs_BR[counted_B], scores.ref_logprobs_BR[counted_B]
+    kl_B = torch.where(mask_BR, k1(logprobs_BR, ref_logprobs_BR), 0.0).sum(1)
+    k3_BR = k3(logprobs_BR, ref_logprobs_BR)
     return {
         "ppo/reward": float(score_B.mean()),
         "ppo/reward_std": float(score_B.std(correction=0)),
@@ -98,7 +105,7 @@ def _metrics(rollout: Rollout, scores: Scores, combined: Combined) -> dict[str, 
         "ppo/kl": float(kl_B.mean()),
         "ppo/kl_k3_per_token": float(masked_mean_and_var(k3_BR, mask_BR)[0]),
         "ppo/length": float(mask_BR.sum(1).float().mean()),
-        "ppo/eos_rate": float(rollout.finished_B.float().mean()),
+        "ppo/eos_rate": float(rollout.finished_B[counted_B].float().mean()),
     }
 
 

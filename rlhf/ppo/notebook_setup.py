@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from reward_data import Message, Prompt
+from rlhf.api import RewardModel
 from rlhf.config import DataConfig, PPOConfig, RoleConfig, RunConfig, TrackingConfig
 from rlhf.data import short_prompts
 from rlhf.distributed.engine import prepare_environment
@@ -20,51 +22,87 @@ from rlhf.errors import UserError
 from rlhf.models import find_model
 from rlhf.ppo.models import open_models
 from rlhf.ppo.setup import Setup
-from rlhf.rewards import FunctionReward, Reward, RewardSet, weighted_sum
-from rlhf.runs.artifacts import Artifact
+from rlhf.rewards import FunctionReward, ModelReward, Reward, RewardSet, is_reward, weighted_sum
+from rlhf.runs.artifacts import Artifact, digest_of, write_json
 from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker, open_tracker
+
+MADE_BY = "made_by.json"
+"""In the trainer's folder: a digest of what its checkpoints were made with."""
 
 
 def local_setup(
     model: Any,
     rewards: Mapping[str, Any],
     prompts: tuple[Sequence[Any], Sequence[Any]],
-    ppo: PPOConfig,
-    folder: str | Path | None,
-    seed: int,
+    config: RunConfig,
+    folder: Path,
+    keep: bool,
 ) -> Setup:
-    """Models, rewards and (training, held-out) prompts of a trainer that is alone in its process. UserError for what
-    cannot be used."""
+    """Models, rewards and (training, held-out) prompts of a trainer that is alone in its process, in `folder`, which the
+    user will `keep`. UserError for what cannot be used."""
     prepare_environment()
-    place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="rlhf-ppo-"))
-    config = _run_config(ppo, seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [_prompts(given, name) for given, name in zip(prompts, ("prompts", "held_out"), strict=True)]
+    if not rows[0]:
+        raise UserError("prompts is empty")
+    if not isinstance(rewards, Mapping) or not rewards:
+        raise UserError("rewards must name at least one reward, for example rewards={'short': my_function}")
+    model_folder = _model_folder(model, folder)
+    if keep:
+        _claim(folder, [config, str(model), sorted(rewards), *rows])
     context = StageContext(
         stage="ppo",
         rank=0,
         world_size=1,
-        device=device,
-        folder=place,
-        inputs={"sft": _model_folder(model, place)},
-        tracker=open_tracker(place, TrackingConfig(uri=None), "ppo", None, True) if folder else NullTracker(),
-        progress=Bar(place),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        folder=folder,
+        inputs={"sft": model_folder},
+        tracker=open_tracker(folder, TrackingConfig(uri=None), "ppo", None, True) if keep else NullTracker(),
+        progress=Bar(folder),
         local=True,
     )
     models = open_models(config, context, {})
-    named = {name: _reward(name, reward, config) for name, reward in rewards.items()}
-    if not named:
-        raise UserError("rewards is empty: name at least one, for example rewards={'short': my_function}")
-    kept, chosen_by = (
-        short_prompts(models.tokenizer, [_prompt(row, i, name) for i, row in enumerate(rows)], ppo.max_prompt_length)
-        for name, rows in zip(("prompts", "held_out"), prompts, strict=True)
-    )
-    if not kept:
-        raise UserError("prompts is empty")
-    for reward in named.values():
+    train, held_out = (short_prompts(models.tokenizer, part, config.ppo.max_prompt_length) for part in rows)
+    reward_set = _reward_set(rewards, config, models.tokenizer)
+    for reward in reward_set.rewards.values():
         if isinstance(reward, FunctionReward):
-            reward.check_columns(kept)
-    return Setup(config, context, models, RewardSet(named, weighted_sum([1.0] * len(named))), kept, chosen_by)
+            reward.check_columns(train)
+    return Setup(config, context, models, reward_set, train, held_out)
+
+
+def run_config(ppo: PPOConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The settings of a run with these of PPO, and other sections. UserError with all that does not fit together."""
+    if ppo.rewards:
+        raise UserError("config.rewards is for run files; give the rewards to PPOTrainer(rewards=…)")
+    nothing = RoleConfig(train=[])
+    data = DataConfig(demonstrations=nothing, preferences=nothing, prompts=nothing)
+    try:
+        given = {"name": "ppo", "data": data, **settings, "ppo": ppo}
+        return RunConfig.model_validate(given).with_fitting_micro_batches()
+    except ValidationError as error:
+        lines = []
+        for one in error.errors():
+            place = ".".join(map(str, one["loc"]))
+            lines += [
+                f"{place}: {line}" if place else line for line in one["msg"].removeprefix("Value error, ").splitlines()
+            ]
+        raise UserError("\n".join(lines)) from error
+
+
+def _claim(folder: Path, made_by: list[Any]) -> None:
+    """UserError (2) where the folder holds checkpoints of another training: resuming would mix the two."""
+    config = made_by[0].model_dump(mode="json")
+    for key in ("iterations", "eval_every", "checkpoint_every", "patience", "logged_samples", "alarms"):
+        config["ppo"].pop(key)
+    digest = digest_of({"config": config, "rest": repr(made_by[1:])})
+    file = folder / MADE_BY
+    if file.is_file() and json.loads(file.read_text())["digest"] != digest:
+        raise UserError(
+            f"{folder} holds another training (other settings, model, prompts or names of rewards): name a new folder, or "
+            "remove this one"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"digest": digest})
 
 
 class Bar(Progress):
@@ -85,19 +123,13 @@ class Bar(Progress):
             self._bar.close()
 
 
-def _run_config(ppo: PPOConfig, seed: int) -> RunConfig:
-    nothing = RoleConfig(train=[])
-    data = DataConfig(demonstrations=nothing, preferences=nothing, prompts=nothing)
-    try:
-        return RunConfig(name="ppo", seed=seed, data=data, ppo=ppo).with_fitting_micro_batches()
-    except ValidationError as error:
-        lines = [line for one in error.errors() for line in one["msg"].removeprefix("Value error, ").splitlines()]
-        raise UserError("\n".join(lines)) from error
-
-
 def _model_folder(model: Any, place: Path) -> Artifact:
     """The folder of the model to train. One in memory, given with its tokenizer, is saved first and stays as it is."""
     if isinstance(model, tuple):
+        if isinstance(model[0], PeftModel):
+            raise UserError(
+                "model is a PEFT model: give its base and settings={'model': {'lora': {'rank': 16}}}, or merge it"
+            )
         path = place / "model"
         for part in model:
             part.save_pretrained(path)
@@ -108,14 +140,29 @@ def _model_folder(model: Any, place: Path) -> Artifact:
     return Artifact("sft", path, digest="", parents={}, config_digest="", code_revision="", metrics={})
 
 
-def _reward(name: str, reward: Any, config: RunConfig) -> Reward:
-    from rlhf.api import RewardModel
+def _reward_set(rewards: Mapping[str, Any], config: RunConfig, tokenizer: Any) -> RewardSet:
+    named, weights = {}, []
+    for name, given in rewards.items():
+        reward, weight = given if isinstance(given, tuple) else (given, 1.0)
+        named[name] = _reward(name, reward, config, tokenizer)
+        weights.append(float(weight))
+    return RewardSet(named, weighted_sum(weights))
 
+
+def _reward(name: str, reward: Any, config: RunConfig, tokenizer: Any) -> Reward:
     if isinstance(reward, RewardModel):
-        return reward.as_reward(config)
+        return reward.as_reward(config, tokenizer)
+    if isinstance(reward, FunctionReward | ModelReward) or is_reward(reward):
+        return reward
     if not callable(reward):
         raise UserError(f"rewards[{name!r}] is a {type(reward).__name__}; give a function or an rlhf.RewardModel")
     return FunctionReward(name, reward)
+
+
+def _prompts(rows: Sequence[Any], argument: str) -> list[Prompt]:
+    if isinstance(rows, str):
+        raise UserError(f"{argument} is one text; give a list of texts or rows")
+    return [_prompt(row, number, argument) for number, row in enumerate(rows)]
 
 
 def _prompt(row: Any, number: int, argument: str) -> Prompt:

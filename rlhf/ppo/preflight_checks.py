@@ -48,8 +48,6 @@ without the trainer's weights is off by whole nats."""
 
 FIXED_TEXT = ("What is 2 + 2?", "2 + 2 is 4.")
 PADDING = 5
-MOST_FAILED = 0.5
-"""Of a reward's scores. A reward that fails more often than it works would train on a biased part of the responses."""
 ROWS, NEW_TOKENS = 16, 64  # of the small rollout, on each rank
 
 
@@ -74,7 +72,7 @@ def run(setup: Setup, fresh: bool) -> dict[str, str]:
         first_ratio(models.policy, rollout, scores, ppo, precision),
         broken_ends(rollout, models.sampler.stop_ids, tokenizer.pad_token_id),
         _sampler_check(models, rollout, scores, precision),
-        *rewards_work(setup.rewards, scores),
+        *rewards_work(setup.rewards),
     ]
     if fresh:
         results.append(same_as_reference(scores, rollout, precision))
@@ -184,18 +182,17 @@ def broken_ends(rollout: Rollout, stop_ids: Sequence[int], pad_id: int) -> Check
     )
 
 
-def rewards_work(rewards: RewardSet, scores: Scores) -> list[CheckResult]:
-    """Rewards that can fail must score most of the small rollout."""
-    columns = zip(rewards.rewards.items(), scores.failed_BN.float().mean(0).tolist(), strict=True)
+def rewards_work(rewards: RewardSet) -> list[CheckResult]:
+    """A function must neither raise nor be late. It may give single rows no score: there is an alarm for too many."""
     return [
         CheckResult(
             f"reward.{name}",
-            failed,
-            MOST_FAILED,
-            "the fraction of responses without a score",
-            f"The last failure: {reward.last_failure}.",
+            float(reward.call_failed),
+            0,
+            "the number of calls that raised or were late",
+            f"The last failure: {reward.last_failure}." if reward.last_failure else "",
         )
-        for (name, reward), failed in columns
+        for name, reward in rewards.rewards.items()
         if isinstance(reward, FunctionReward)
     ]
 

@@ -5,9 +5,11 @@ Llama 2, §3.2.3; what was not published is marked in rlhf/config.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -20,7 +22,7 @@ from rlhf.errors import UserError
 from rlhf.ppo import alarms, best, preflight_checks, step_profiler
 from rlhf.ppo.evaluator import Evaluator
 from rlhf.ppo.experience import make_experience, reward_metrics
-from rlhf.ppo.notebook_setup import local_setup
+from rlhf.ppo.notebook_setup import local_setup, run_config
 from rlhf.ppo.rollout_source import RolloutSource
 from rlhf.ppo.scoring import score_responses
 from rlhf.ppo.setup import Setup
@@ -29,7 +31,6 @@ from rlhf.ppo.tables import sampled
 from rlhf.ppo.update import update
 from rlhf.ppo.weight_sync import sync_weights
 from rlhf.runs import checkpoint
-from rlhf.runs.artifacts import link_tree
 from rlhf.tracking import NOTHING
 
 CPU = torch.device("cpu")
@@ -56,12 +57,14 @@ class PPOTrainer:
         trainer.train()
         trainer.save("out")
 
-    `model`: a folder, a hub name, or a model and its tokenizer. `rewards`: name → a function (`rlhf.rewards.FunctionReward`
-    says how it is called) or an `rlhf.RewardModel`; their sum is maximised. `prompts`: texts, or rows with `prompt` or
-    `messages` and columns for the rewards. `held_out`: prompts that choose the best policy; without them the last one is
-    kept. `folder`: where metrics and checkpoints go, and what training resumes from; None keeps them in memory.
+    `model`: a folder, a hub name, or a model and its tokenizer, which is copied. `rewards`: name → a function
+    (`rlhf.rewards.FunctionReward` says how it is called), an `rlhf.RewardModel`, or any `rlhf.rewards.Reward`; or a pair of
+    one and its weight. Their weighted sum is maximised. `prompts`: texts, or rows with `prompt` or `messages` and columns
+    for the rewards. `held_out`: prompts that choose the best policy; without them the last one is kept. `folder`: where
+    metrics and checkpoints go, and what training resumes from; None: a temporary one. `settings`: other sections of a run's
+    settings, for example `{"seed": 1, "model": {"lora": {"rank": 16}}, "hardware": {"precision": "bf16"}}`.
 
-    UserError where settings, prompts, rewards or the model cannot be used.
+    UserError where settings, prompts, rewards or the model cannot be used, or where `folder` holds another training.
     """
 
     def __init__(
@@ -73,9 +76,12 @@ class PPOTrainer:
         config: PPOConfig | None = None,
         held_out: Sequence[Any] = (),
         folder: str | Path | None = None,
-        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self._open(local_setup(model, rewards, (prompts, held_out), config or PPOConfig(), folder, seed))
+        self._temporary = TemporaryDirectory(prefix="rlhf-ppo-") if folder is None else None  # removed with the trainer
+        place = Path(self._temporary.name if self._temporary else folder or "")
+        config_of_run = run_config(config or PPOConfig(), settings or {})
+        self._open(local_setup(model, rewards, (prompts, held_out), config_of_run, place, keep=folder is not None))
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
@@ -95,18 +101,24 @@ class PPOTrainer:
         self.evaluator = Evaluator(self.config, self.context, models, self.rewards)
         self.state = TrainerState(kl_coef=self.config.ppo.kl_coef)
         self.history: list[dict[str, float]] = []  # the metrics of each iteration since the trainer was made
+        self._begun, self._in_step = False, False
 
     def train(self) -> Self:
-        """Trains until `iterations` are done, or until held-out reward has not risen for `patience` evaluations."""
+        """Trains until `iterations` are done, or until held-out reward has not risen for `patience` evaluations.
+
+        The first call resumes from the newest checkpoint of the folder, if there is one. UserError (6) where a check before
+        the first step fails, training must stop, or an earlier call was interrupted in the middle of an iteration.
+        """
         ppo, state = self.config.ppo, self.state
-        self._restore()
-        self.context.tracker.tags(preflight_checks.run(self._setup, fresh=state.iteration == 0))
+        self._begin()
         if state.best is None and self.held_out:
             self._evaluate()
         self.timer.restart()
         while state.iteration < ppo.iterations and state.since_best < ppo.patience:
             state.iteration += 1
+            self._in_step = True
             metrics = self.step()
+            self._in_step = False
             with self.timer("logging"):
                 self.context.tracker.metrics(metrics, step=state.iteration)
                 self._watch(metrics)
@@ -160,13 +172,19 @@ class PPOTrainer:
 
     def save(self, folder: str | Path) -> Path:
         """The policy in an ordinary folder of transformers, its critic in `critic/`: the best one where held-out prompts
-        chose it, else that of this moment. All ranks must call it."""
+        chose it, else that of this moment. All ranks must call it.
+
+        An earlier save in the folder is replaced as a whole. UserError (2) where the folder holds anything else.
+        """
         folder = Path(folder)
+        partial = folder.with_name(f"{folder.name}.partial")
+        mark = {"iteration": self.state.iteration, "best_iteration": self.state.best_iteration}
+        collectives.rank_zero_only(lambda: best.make_room(folder, partial), f"making room for {folder}")
         if self.state.best is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            collectives.rank_zero_only(lambda: link_tree(self.best_folder, folder), f"writing {folder}")
+            collectives.rank_zero_only(lambda: shutil.copytree(self.best_folder, partial), f"writing {partial}")
         else:
-            best.save(folder, self.models)
+            best.save(partial, self.models)
+        collectives.rank_zero_only(lambda: best.put_in_place(partial, folder, mark), f"writing {folder}")
         return folder
 
     @property
@@ -177,15 +195,25 @@ class PPOTrainer:
     def _parts(self) -> dict[str, checkpoint.Part]:
         return {**self.models.engines(), "prefetched": self.source.prefetched}
 
-    def _restore(self) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
+    def _begin(self) -> None:
+        """Goes on from the newest checkpoint, if there is one, and checks what every metric stands on."""
+        if self._in_step:
+            raise UserError(
+                f"training was interrupted in the middle of iteration {self.state.iteration}: make a new PPOTrainer; with "
+                "the same `folder` it goes on from the newest checkpoint",
+                6,
+            )
+        if self._begun:
+            return
         restored = checkpoint.restore(self.context.checkpoint_folder, self._parts())
         self.context.tracker.rewind(restored["iteration"] if restored else NOTHING)
         for name in (f.name for f in fields(TrainerState) if restored):
             setattr(self.state, name, restored[name])  # type: ignore[index]
         sync_weights(self.models.policy, self.models.sampler)
+        self.context.tracker.tags(preflight_checks.run(self._setup, fresh=self.state.iteration == 0))
         for entry in self.state.alarms:
             self.context.progress.warn(alarms.line(entry))
+        self._begun = True
 
     def _save_checkpoint(self) -> None:
         state = asdict(self.state)

@@ -4,7 +4,7 @@ base.py      the protocol               model.py    a reward model
 function.py  a Python function          combine.py  several rewards become one score
 """
 
-from rlhf.rewards.base import Responses, Reward, Scored
+from rlhf.rewards.base import Responses, Reward, Scored, is_reward
 from rlhf.rewards.combine import Combine, Combined, RewardSet, piecewise, weighted_sum
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.model import ModelReward
@@ -18,6 +18,7 @@ __all__ = [
     "Reward",
     "RewardSet",
     "Scored",
+    "is_reward",
     "piecewise",
     "weighted_sum",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,15 @@ class Responses:
 class Scored:
     values_B: Tensor  # float32; 0 where the score failed
     failed_B: Tensor  # bool: the row has no score, and is left out of the update
+
+
+def is_reward(given: Any) -> bool:
+    """Whether a callable says of itself that it is a `Reward`, by the type that it returns."""
+    try:
+        returns = inspect.signature(given).return_annotation
+    except (TypeError, ValueError):
+        return False
+    return returns is Scored or returns in ("Scored", "rewards.Scored", "rlhf.rewards.Scored")
 
 
 class Reward(Protocol):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.reward_shaping import flagged_unsafe, piecewise_reward
+from rlhf.distributed import collectives
+from rlhf.errors import UserError
 from rlhf.rewards.base import Responses, Reward
 
 
@@ -35,8 +37,18 @@ class RewardSet:
     combine: Combine
 
     def __call__(self, responses: Responses) -> tuple[Tensor, Tensor]:
-        """(rewards_BN float32, failed_BN) of this rank's rows, one column per reward."""
-        scored = [reward(responses) for reward in self.rewards.values()]
+        """(rewards_BN float32, failed_BN) of this rank's rows, one column per reward. All ranks must call it.
+
+        What one rank refuses, all refuse: a UserError of any reward is raised on every rank.
+        """
+        scored, refused = [], None
+        for reward in self.rewards.values():
+            try:
+                scored.append(reward(responses))
+            except UserError as error:  # of a function, which asks nothing of other ranks
+                refused = refused or error
+        if errors := [error for error in collectives.gather_objects(refused) if error is not None]:
+            raise errors[0]
         return torch.stack([s.values_B for s in scored], 1), torch.stack([s.failed_B for s in scored], 1)
 
 

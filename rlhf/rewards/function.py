@@ -36,6 +36,8 @@ class FunctionReward:
     def __init__(self, name: str, function: Callable[..., Any], timeout_s: float = 60.0) -> None:
         self.name, self.timeout_s = name, timeout_s
         self.last_failure = ""  # why the last scores failed that did, for people
+        self.call_failed = False  # the last call raised or was late
+        self._columns: set[str] = set()  # that some row of the run has
         self._function = function
         parameters = _parameters(name, function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -44,10 +46,11 @@ class FunctionReward:
 
     def __call__(self, responses: Responses) -> Scored:
         arguments = self._arguments(responses)
+        self.call_failed = False
         try:
             returned = self._in_time(arguments)
         except Exception as error:  # whatever a user's function raises
-            self.last_failure = f"{type(error).__name__}: {error}"
+            self.last_failure, self.call_failed = f"{type(error).__name__}: {error}", True
             log.warning("the reward %s failed", self.name, exc_info=error)
             returned = [None] * len(responses.texts)
         scores = [self._number(score) for score in self._as_list(returned, len(responses.texts))]
@@ -56,7 +59,7 @@ class FunctionReward:
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """UserError (2) where the function names what no row has."""
-        columns = {key for prompt in prompts for key in prompt.columns}
+        self._columns = columns = {key for prompt in prompts for key in prompt.columns}
         if missing := sorted({*self._required} - {*OWN} - columns):
             own = f"the columns {', '.join(sorted(columns))}" if columns else "no columns of their own"
             raise UserError(
@@ -72,7 +75,7 @@ class FunctionReward:
             "messages": [[{"role": m.role, "content": m.content} for m in p.messages] for p in responses.prompts],
             "finished": responses.rollout.finished_B.tolist(),
         }
-        columns = {key for prompt in responses.prompts for key in prompt.columns} | {*self._required}
+        columns = {key for prompt in responses.prompts for key in prompt.columns} | {*self._required} | self._columns
         given |= {key: responses.column(key) for key in sorted(columns - {*OWN})}
         return given if self._takes_all else {key: given[key] for key in self._named if key in given}
 

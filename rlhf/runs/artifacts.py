@@ -77,6 +77,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)  # a copy would write through a link that is there
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without links

@@ -161,7 +161,7 @@ def in_rollout_order(micro_batch, key):
 
 def our_token_rewards(given):
     kl_BR = k1(given.scores.logprobs_BR, given.scores.ref_logprobs_BR)
-    final_B = given.score_B - given.config.missing_eos_penalty * (~given.rollout.finished_B).float()
+    final_B = given.score_B - SETTINGS["missing_eos_penalty"] * (~given.rollout.finished_B).float()
     return token_rewards(final_B, kl_BR, given.config.kl_coef, given.rollout.response_mask_BR)
 
 

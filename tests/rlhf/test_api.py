@@ -16,6 +16,7 @@ from reward_data import Message
 from rlhf import PPOConfig, PPOTrainer, RewardModel, UserError, load_policy
 from rlhf.chat import format_of
 from rlhf.models import ScalarModel, load_causal, load_tokenizer, make_tiny
+from rlhf.rewards import FunctionReward, Responses, Scored
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 PROMPTS = ["what is the opposite of hot?", "name a fruit", "hello", "what is the opposite of up?"]
@@ -151,11 +152,15 @@ def test_a_folder_keeps_metrics_and_training_goes_on_from_its_checkpoint(model, 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rewards": {}}, "rewards is empty"),
+        ({"rewards": {}}, "rewards must name at least one reward"),
         ({"rewards": {"x": 3}}, r"rewards\['x'\] is a int"),
         ({"prompts": []}, "prompts is empty"),
         ({"prompts": ["a", 3]}, r"prompts\[1\] is '3'"),
         ({"prompts": [{"text": "a"}]}, r"prompts\[0\]"),
+        ({"prompts": "Name a fruit."}, "prompts is one text"),
+        ({"rewards": short}, "rewards must name at least one reward"),
+        ({"config": config(rewards={"s": {"function": "os:x"}})}, "config.rewards is for run files"),
+        ({"settings": {"model": {"lorra": {}}}}, "model.lorra"),
         ({"model": 7}, "model must be a folder"),
         ({"config": config(batch_size=10)}, "ppo.batch_size is 10, not a multiple of minibatch_size 8"),
         ({"config": config(group_size=1)}, "ppo.group_size is 1, but grpo"),
@@ -167,12 +172,110 @@ def test_what_cannot_be_used_is_said_before_anything_runs(model, given, message)
         PPOTrainer(**(usable | given))
 
 
+class Length:
+    """A `Reward` of one's own."""
+
+    def __call__(self, responses: Responses) -> Scored:
+        values = [float(len(text)) for text in responses.texts]
+        return Scored(torch.tensor(values), torch.tensor([value > 3 for value in values]))
+
+
+def test_rewards_of_every_kind_and_their_weights(model):
+    late = FunctionReward("late", short, timeout_s=600)
+    rewards = {"length": (Length(), 0.0), "short": (short, 2.0), "late": late}
+    trainer = PPOTrainer(model, rewards=rewards, prompts=PROMPTS, config=config(iterations=1)).train()
+    (told,) = trainer.history
+    assert told["ppo/reward"] == pytest.approx(3 * told["ppo/reward_short"], abs=1e-5)
+    assert told["ppo/reward_late"] == told["ppo/reward_short"] and told["ppo/reward_failed_fraction"] == 0
+
+
+def test_a_reward_model_with_another_tokenizer_reads_texts(model, tmp_path):
+    smoke = load(SMOKE, ["--runs_dir", str(tmp_path), "--model.tiny.vocab_size", "400"])
+    other = make_tiny(smoke)
+    backbone: Any = load_causal(other).base_model
+    head_1H = torch.randn(1, backbone.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    ScalarModel(backbone, head_1H).save(tmp_path / "judge", load_tokenizer(other))
+    judge, seen = RewardModel.load(tmp_path / "judge"), []
+
+    def watch(messages, responses):
+        seen.append((messages, responses))
+        return [0.0] * len(responses)
+
+    trainer = PPOTrainer(
+        model, rewards={"judge": judge, "watch": watch}, prompts=PROMPTS, config=config(iterations=1)
+    ).train()
+    assert trainer.history[0]["ppo/reward_judge"] == pytest.approx(sum(judge.score(*seen[-1])) / 8, abs=1e-5)
+
+
+def test_a_model_without_a_trained_head_is_no_reward_model(model):
+    with pytest.raises(UserError, match="is no reward model"):
+        RewardModel.load(model)
+
+
+def test_a_save_replaces_an_earlier_one_and_nothing_else(model, tmp_path):
+    trainer = PPOTrainer(model, rewards={"short": short}, prompts=PROMPTS, config=config(iterations=1)).train()
+    for _ in range(2):
+        trainer.save(tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="mine is not empty .it holds thesis.tex"):
+        trainer.save(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+    assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rewards": {"other": short}},
+        {"prompts": PROMPTS[:2]},
+        {"settings": {"seed": 7}},
+        {"config": config(kl_coef=0.5)},
+    ],
+)
+def test_a_folder_of_another_training_is_refused(model, tmp_path, other):
+    given: dict[str, Any] = {"rewards": {"short": short}, "prompts": PROMPTS, "config": config(iterations=1)}
+    PPOTrainer(model, folder=tmp_path, **given).train()
+    longer = given | {"config": config(iterations=2, checkpoint_every=1)}
+    PPOTrainer(model, folder=tmp_path, **longer)  # more iterations are the same training
+    with pytest.raises(UserError, match="holds another training"):
+        PPOTrainer(model, folder=tmp_path, **(given | other))
+
+
+def test_training_that_was_interrupted_inside_an_iteration_does_not_go_on(model):
+    trainer = PPOTrainer(model, rewards={"short": short}, prompts=PROMPTS, config=config(iterations=2))
+    step = trainer.step
+
+    def interrupted():
+        step()
+        raise KeyboardInterrupt
+
+    trainer.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.step = step  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="interrupted in the middle of iteration 1"):
+        trainer.train()
+
+
+def test_adapters_can_be_trained(model, tmp_path):
+    trainer = PPOTrainer(
+        model,
+        rewards={"short": short},
+        prompts=PROMPTS,
+        config=config(optim={"lr": 1e-2}),
+        settings={"model": {"lora": {"rank": 4}}},
+    )
+    trainer.train().save(tmp_path / "out")
+    assert (tmp_path / "out/adapter/adapter_config.json").exists()
+
+
 def test_a_reward_that_raises_stops_before_the_first_step(model):
     def broken(responses):
         raise KeyError("no such key")
 
     trainer = PPOTrainer(model, rewards={"broken": broken}, prompts=PROMPTS, config=config())
-    with pytest.raises(UserError, match="reward.broken: the fraction of responses without a score is 1.*KeyError"):
+    with pytest.raises(UserError, match="reward.broken: the number of calls that raised or were late is 1.*KeyError"):
         trainer.train()
     assert trainer.history == []
 
@@ -197,3 +300,6 @@ def test_a_policy_gives_a_prompt_the_same_response_beside_others_and_another_wit
     alone = policy.generate(PROMPTS[:1], max_new_tokens=12)
     assert policy.generate(PROMPTS, max_new_tokens=12)[:1] == alone
     assert policy.generate(PROMPTS[:1], max_new_tokens=12, seed=1) != alone
+    assert len({*policy.generate(PROMPTS[:1] * 4, max_new_tokens=12)}) == 4
+    greedy = [policy.generate(PROMPTS[:1], max_new_tokens=12, temperature=0, seed=seed) for seed in (0, 1)]
+    assert greedy[0] == greedy[1]

@@ -167,7 +167,7 @@ def test_the_order_of_rows_changes_only_their_order(name: str, rows: list[Row]):
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        ("gae", {"critic": True, "whiten_rewards": True, "whiten_advantages": True}),
+        ("gae", {"critic": True, "whiten_rewards": True, "whiten_advantages": True, "missing_eos_penalty": 1.0}),
         ("grpo", {"min_group_size": 2, "kl": "loss", "loss_mean": "response"}),
         ("dr_grpo", {"min_group_size": 2, "kl": "loss", "loss_mean": "constant"}),
         ("rloo", {"min_group_size": 2}),
@@ -176,7 +176,7 @@ def test_the_order_of_rows_changes_only_their_order(name: str, rows: list[Row]):
 )
 def test_each_asks_for_what_its_paper_has(name: str, published: dict[str, Any]):
     plain = {"critic": False, "min_group_size": 1, "kl": "reward", "loss_mean": "token"}
-    plain |= {"whiten_rewards": False, "whiten_advantages": False}
+    plain |= {"whiten_rewards": False, "whiten_advantages": False, "missing_eos_penalty": 0.0}
     asked = {key: value for key, value in vars(ADVANTAGES[name]).items() if key != "advantages"}
     assert asked == plain | published
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from reward_data import Message, Prompt
 from rlhf.config import HardwareConfig, PPOConfig
 from rlhf.distributed.engine import LocalEngine
 from rlhf.errors import UserError
@@ -19,9 +19,10 @@ from rlhf.generation import InProcessSampler
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import preflight_checks
 from rlhf.ppo.preflight_checks import CheckResult, agree
-from rlhf.rewards import FunctionReward, ModelReward, RewardSet, weighted_sum
+from rlhf.rewards import FunctionReward, ModelReward, Responses, RewardSet, weighted_sum
 
 EOS, PAD = 2, 0
+PROMPT = Prompt((Message("user", "hi"),), "helpful", "x:1")
 
 
 def passes(result: CheckResult) -> bool:
@@ -206,25 +207,25 @@ def test_a_checksum_is_of_the_bits_and_their_order():
 # --- rewards --------------------------------------------------------------------------------------------------------
 
 
-def of_rewards(failed_BN, **rewards):
-    scores: Any = SimpleNamespace(failed_BN=torch.tensor(failed_BN))
-    return preflight_checks.rewards_work(RewardSet(rewards, weighted_sum([1.0] * len(rewards))), scores)
+def of_rewards(**rewards):
+    return preflight_checks.rewards_work(RewardSet(rewards, weighted_sum([1.0] * len(rewards))))
 
 
-def test_a_function_that_scores_at_least_half_of_the_responses_passes(make_scalar):
+def test_a_function_may_leave_out_rows(make_scalar, iteration):
     """A reward model cannot fail, so it is not among the checks."""
-    model, works = ModelReward(engine(make_scalar(3)), PPOConfig()), FunctionReward("works", lambda responses: [])
-    failed = [[True, False], [True, True], [True, False], [True, True]]
-    (result,) = of_rewards(failed, model=model, works=works)
-    assert passes(result) and (result.name, result.figure) == ("reward.works", 0.5)
+    model = ModelReward(engine(make_scalar(3)), PPOConfig())
+    works = FunctionReward("works", lambda responses: [None] * len(responses))
+    works(Responses(iteration.rollout, [PROMPT] * 8, ["a"] * 8))
+    (result,) = of_rewards(model=model, works=works)
+    assert passes(result) and (result.name, result.figure) == ("reward.works", 0.0)
 
 
-def test_a_function_that_fails_more_often_than_it_works_is_found_with_its_last_failure():
+def test_a_function_that_raises_is_found_with_its_failure(iteration):
     broken = FunctionReward("broken", lambda responses: 1 / 0)
-    broken.last_failure = "ZeroDivisionError: division by zero"
-    (result,) = of_rewards([[True], [True], [False]], broken=broken)
+    broken(Responses(iteration.rollout, [PROMPT] * 8, ["a"] * 8))
+    (result,) = of_rewards(broken=broken)
     assert not passes(result)
-    with pytest.raises(UserError, match=r"reward\.broken: .* is 0\.667, .*ZeroDivisionError: division by zero"):
+    with pytest.raises(UserError, match=r"reward\.broken: .* is 1, .*ZeroDivisionError: division by zero"):
         agree([result])
 
 
