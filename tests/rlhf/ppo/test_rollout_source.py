@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -273,4 +274,4 @@ def test_two_ranks_prefetch_their_own_rows_and_fail_together(tmp_path, failing):
         assert told == {0: [216, 217, 218, 219], 1: [220, 221, 222, 223]}
     else:
         assert told[1] == "broken"
-        assert "losed by peer" in told[0]
+        assert re.search("closed by peer|reset by peer", told[0], re.IGNORECASE)
