@@ -1,4 +1,4 @@
-"""What a notebook uses beside `PPOTrainer`: a reward model that scores, and a policy that generates."""
+"""For notebooks, besides `PPOTrainer`: a reward model that scores, and a policy that generates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.models import ScalarModel, find_model, load_causal, load_scalar, load_
 from rlhf.rewards import ModelReward
 
 Conversation = str | Sequence[dict[str, str]]
-"""The text of a user, or messages [{"role": …, "content": …}, …] that end with the user's."""
+"""The user's text, or messages [{"role": …, "content": …}, …] that end with the user's."""
 
 
 class RewardModel:
@@ -33,7 +33,7 @@ class RewardModel:
     def load(cls, path: str | Path) -> Self:
         """From a folder or a hub name: an artifact of this project, a PEFT adapter, or a classifier with one label.
 
-        UserError (4) where it is none of these.
+        UserError (4) for anything else.
         """
         prepare_environment()
         folder = find_model(path)
@@ -41,7 +41,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str], batch_size: int = 8) -> list[float]:
-        """A score for each response to its prompt: the model's logit, less its mean over SFT responses."""
+        """A score for each response: the model's logit minus its mean over SFT responses."""
         if len(prompts) != len(responses):
             raise UserError(f"{len(prompts)} prompts, but {len(responses)} responses")
         chat = format_of(self.tokenizer)
@@ -73,7 +73,7 @@ class Policy:
     def generate(
         self, prompts: Sequence[Conversation], max_new_tokens: int = 256, temperature: float = 1.0, seed: int = 0
     ) -> list[str]:
-        """A response to each prompt. A prompt gets the same response with the same seed, whatever stands beside it."""
+        """A response to each prompt. With the same seed a prompt gets the same response, in any batch."""
         rows = [Prompt(_messages(prompt), "helpful", f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         batch = to(prompt_batch(self.tokenizer, rows, [0] * len(rows), 1 << 30), _device())
         settings = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens)
@@ -84,7 +84,7 @@ class Policy:
 
 
 def load_policy(path: str | Path) -> Policy:
-    """The model in a folder, or of a hub name, an adapter for instance. UserError (4) where there is none."""
+    """The model in a folder or on the hub, which may be an adapter. UserError (4) if there is none."""
     prepare_environment()
     folder = find_model(path)
     return Policy(load_causal(folder), load_tokenizer(folder))

@@ -1,4 +1,4 @@
-"""What a PPOTrainer needs in one process, from what a notebook has: a model, rewards and prompts."""
+"""The setup of a PPOTrainer in one process, from a model, rewards and prompts in memory."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def local_setup(
     folder: str | Path | None,
     seed: int,
 ) -> Setup:
-    """Models, rewards and (training, held-out) prompts of a trainer that is alone in its process. UserError for what
-    cannot be used."""
+    """Models, rewards and (training, held-out) prompts of a trainer in a single process. UserError for what cannot be
+    used."""
     prepare_environment()
     place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="rlhf-ppo-"))
     config = _run_config(ppo, seed)
@@ -96,7 +96,8 @@ def _run_config(ppo: PPOConfig, seed: int) -> RunConfig:
 
 
 def _model_folder(model: Any, place: Path) -> Artifact:
-    """The folder of the model to train. One in memory, given with its tokenizer, is saved first and stays as it is."""
+    """The folder of the model to train. A model in memory, given with its tokenizer, is saved first and does not
+    change."""
     if isinstance(model, tuple):
         path = place / "model"
         for part in model:
@@ -119,7 +120,8 @@ def _reward(name: str, reward: Any, config: RunConfig) -> Reward:
 
 
 def _prompt(row: Any, number: int, argument: str) -> Prompt:
-    """A text, {"prompt": text, …}, {"messages": [{"role": …, "content": …}, …], …} or a Prompt. Other keys are columns."""
+    """A text, {"prompt": text, …}, {"messages": [{"role": …, "content": …}, …], …} or a Prompt. Other keys are
+    columns."""
     if isinstance(row, Prompt):
         return row
     source = f"{argument}[{number}]"

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class TrainerState:
-    """All that a checkpoint keeps beside the models."""
+    """Everything that a checkpoint keeps besides the models."""
 
     kl_coef: float
     iteration: int = 0
@@ -49,19 +49,20 @@ class TrainerState:
 
 
 class PPOTrainer:
-    """Trains a policy by PPO or one of its kin (`config.advantage`) to earn more of its rewards.
+    """Trains a policy with PPO or a similar algorithm (`config.advantage`) to maximise its rewards.
 
         trainer = PPOTrainer("path/to/model", rewards={"short": short}, prompts=texts,
                              config=PPOConfig(iterations=20, advantage="grpo", group_size=4))
         trainer.train()
         trainer.save("out")
 
-    `model`: a folder, a hub name, or a model and its tokenizer. `rewards`: name → a function (`rlhf.rewards.FunctionReward`
-    says how it is called) or an `rlhf.RewardModel`; their sum is maximised. `prompts`: texts, or rows with `prompt` or
-    `messages` and columns for the rewards. `held_out`: prompts that choose the best policy; without them the last one is
-    kept. `folder`: where metrics and checkpoints go, and what training resumes from; None keeps them in memory.
+    `model`: a folder, a hub name, or a model and its tokenizer. `rewards`: name → a function
+    (`rlhf.rewards.FunctionReward` says how it is called) or an `rlhf.RewardModel`; their sum is maximised. `prompts`:
+    texts, or rows with `prompt` or `messages` and columns for the rewards. `held_out`: prompts that select the best
+    policy; without them the last one is kept. `folder`: for metrics and checkpoints, from which training resumes; None
+    keeps them in memory.
 
-    UserError where settings, prompts, rewards or the model cannot be used.
+    UserError if settings, prompts, rewards or the model cannot be used.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class PPOTrainer:
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
-        """A trainer of what a stage has opened. All ranks must call it."""
+        """A trainer with the models of a stage. All ranks must call it."""
         trainer = cls.__new__(cls)
         trainer._open(setup)
         return trainer
@@ -97,7 +98,8 @@ class PPOTrainer:
         self.history: list[dict[str, float]] = []  # the metrics of each iteration since the trainer was made
 
     def train(self) -> Self:
-        """Trains until `iterations` are done, or until held-out reward has not risen for `patience` evaluations."""
+        """Trains until `iterations` are done, or until the held-out reward has not improved for `patience`
+        evaluations."""
         ppo, state = self.config.ppo, self.state
         self._restore()
         self.context.tracker.tags(preflight_checks.run(self._setup, fresh=state.iteration == 0))
@@ -136,7 +138,7 @@ class PPOTrainer:
             rollout = collectives.gather_rows(to(sample.rollout, CPU))
             scores = collectives.gather_rows(scores)
         combined = self.rewards.combine(scores.rewards_BN, scores.failed_BN, sample.batch.is_safety_B)
-        # Of one rank, with its branches on floats and the KL that moves β.
+        # On one rank, because branches depend on floats, and the KL changes β.
         experience, metrics = collectives.broadcast_result(
             lambda: make_experience(rollout, scores, combined, config.ppo, state.kl_coef)
         )
@@ -159,8 +161,8 @@ class PPOTrainer:
         return metrics
 
     def save(self, folder: str | Path) -> Path:
-        """The policy in an ordinary folder of transformers, its critic in `critic/`: the best one where held-out prompts
-        chose it, else that of this moment. All ranks must call it."""
+        """Saves the policy as an ordinary transformers folder, with its critic in `critic/`: the best one if there are
+        held-out prompts, else the current one. All ranks must call it."""
         folder = Path(folder)
         if self.state.best is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ class PPOTrainer:
         return {**self.models.engines(), "prefetched": self.source.prefetched}
 
     def _restore(self) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
+        """Resumes from the newest checkpoint, if there is one."""
         restored = checkpoint.restore(self.context.checkpoint_folder, self._parts())
         self.context.tracker.rewind(restored["iteration"] if restored else NOTHING)
         for name in (f.name for f in fields(TrainerState) if restored):
@@ -207,7 +209,8 @@ class PPOTrainer:
             self.context.tracker.table("samples", table)
 
     def _watch(self, metrics: dict[str, float]) -> None:
-        """Alarms of the iteration: each becomes a tag and a warning once. UserError (6) where training must stop."""
+        """Reports the alarms of the iteration, each once as a tag and a warning. UserError (6) if training must
+        stop."""
         limits, state = self.config.ppo.alarms, self.state
         metrics = collectives.broadcast_result(lambda: metrics)  # times differ
         alarms.refuse_not_finite(metrics, state.iteration)
