@@ -53,6 +53,10 @@ def read(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:
     }
 
 
+def held_out_file(config: RunConfig, role: str) -> Path:
+    return _folder(config) / f"{role}.held_out.jsonl"
+
+
 def training_demonstrations(config: RunConfig) -> list[Demonstration]:
     """For the tokenizer of a tiny model, which may be needed before the data was written."""
     if manifest(config) is None:
