@@ -60,8 +60,8 @@ def finish(config: RunConfig, tracker: Tracker, result: Mapping[str, Any]) -> No
     """Ends the run with its headline metrics, its curves, and the report as its description."""
     tracker.rewind(NOTHING)  # a run whose stages were all complete records the same again
     tracker.metrics(report.headline(result), step=0)
-    for step, values in sorted(report.curves(config.folder, result).items()):
-        tracker.metrics(values, step)
+    for line in report.curves(config.folder, result):
+        tracker.metrics(line, int(line["step"]))
     tracker.tags({DESCRIPTION: described(report.markdown(result, {}, []))})
     for path in (*config.folder.glob("report.*"), *sorted((config.folder / "plots").glob("*.png"))):
         tracker.artifact(path)

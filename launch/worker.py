@@ -27,6 +27,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     """Runs `stage` as the rank that the environment names. Records what the stage raises, and raises it."""
     import torch
 
+    from launch.logged_model import describe
     from rlhf.distributed import collectives
     from rlhf.distributed.engine import prepare_environment
     from rlhf.kernels import enable_kernels
@@ -64,6 +65,8 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
         check_inputs(config, {name: artifact.path for name, artifact in context.inputs.items()})
         artifact = stage_of(stage).run(config, context)
         tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
+        if is_writer:
+            tracker.model(describe(config, artifact))
         tracker.close("FINISHED")
         return artifact
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""What a notebook uses beside `PPOTrainer`: a reward model that scores, and a policy that generates."""
+"""For notebooks, besides `PPOTrainer`: a reward model that scores, and a policy that generates."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RewardModel:
     def load(cls, path: str | Path) -> Self:
         """From a folder or a hub name: an artifact of this project, a PEFT adapter, or a classifier with one label.
 
-        UserError (4) where it is none of these.
+        UserError (4) for anything else.
         """
         prepare_environment()
         folder = find_model(path)
@@ -48,7 +48,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str], batch_size: int = 8) -> list[float]:
-        """A score for each response to its prompt: the model's logit, less its mean over SFT responses."""
+        """A score for each response: the model's logit minus its mean over SFT responses."""
         if len(prompts) != len(responses):
             raise UserError(f"{len(prompts)} prompts, but {len(responses)} responses")
         chat = format_of(self.tokenizer)
@@ -104,7 +104,7 @@ class Policy:
 
 
 def load_policy(path: str | Path) -> Policy:
-    """The model in a folder, or of a hub name, an adapter for instance. UserError (4) where there is none."""
+    """The model in a folder or on the hub, which may be an adapter. UserError (4) if there is none."""
     prepare_environment()
     folder = find_model(path)
     return Policy(load_causal(folder), load_tokenizer(folder))

@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 
 
 def load_object(code: str, setting: str) -> Any:
-    """The object that `code` names. UserError (2), with the `setting` that named it, where there is none."""
+    """The object that `code` names. UserError (2), with the name of the `setting`, if there is none."""
     place, _, name = code.rpartition(":")
     try:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
@@ -27,12 +27,12 @@ def load_object(code: str, setting: str) -> Any:
 
 
 def source_digest(code: str) -> str:
-    """SHA-256 of the file that holds the code; "" where it is in no readable file."""
+    """SHA-256 of the file with the code; "" if there is no readable file."""
     place = code.rpartition(":")[0]
     if not place.endswith(".py"):
         try:
             spec = importlib.util.find_spec(place)
-        except (ImportError, ValueError):  # no such package; a module without a file, as a notebook's
+        except (ImportError, ValueError):  # no such package, or a module without a file, as in a notebook
             spec = None
         place = spec.origin if spec and spec.origin else ""
     return hashlib.sha256(Path(place).read_bytes()).hexdigest() if Path(place).is_file() else ""
@@ -46,7 +46,7 @@ def _module_of_file(file: Path) -> ModuleType:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, file
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
     except BaseException:

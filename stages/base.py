@@ -1,4 +1,4 @@
-"""What a stage of the pipeline is, and which stages there are.
+"""The stages of the pipeline: what a stage is, and the registry.
 
 The command line, the pipeline, preflight and the report read this registry. A new stage is a line here and a file
 `stages/<name>.py`, which is imported only when the stage runs: nothing here imports a library.
@@ -50,16 +50,17 @@ def _check_ppo(config: RunConfig, part: str, data: Mapping[str, Split]) -> None:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    """In `pipeline` and on the command line; also its section of the settings and its module in `stages/`."""
+    """Its name in `pipeline` and on the command line, of its section of the settings, and of its module in
+    `stages/`."""
     roles: tuple[str, ...]
     """The data that it reads: demonstrations, preferences, prompts."""
     inputs: Callable[[RunConfig], list[str]] = lambda config: []
     """Parts of other stages from whose artifacts it starts."""
     parts: Callable[[RunConfig], list[str]] | None = None
-    """`name/PART` of each part that runs by itself; None: the stage is one part, called like itself."""
+    """`name/PART` of each part that runs separately; None: the stage is a single part with its own name."""
     workers: Callable[[RunConfig], int] = lambda config: config.hardware.workers
     check_data: Callable[[RunConfig, str, Mapping[str, Split]], None] = lambda config, part, data: None
-    """Raises UserError (3) for data, by role, that a part could not use: before anything runs."""
+    """Raises UserError (3), before anything runs, for data that a part could not use."""
 
     def parts_of(self, config: RunConfig) -> list[str]:
         return self.parts(config) if self.parts else [self.name]
@@ -93,12 +94,12 @@ def stage_of(part: str) -> Stage:
 
 
 def parts_of(config: RunConfig) -> list[str]:
-    """All that a run makes, in the order of its pipeline: sft, reward/helpfulness, reward/safety, ppo."""
+    """All parts of a run in the order of its pipeline: sft, reward/helpfulness, reward/safety, ppo."""
     return [part for name in config.pipeline for part in STAGES[name].parts_of(config)]
 
 
 def misfits(config: RunConfig) -> Iterator[str]:
-    """What is wrong with `pipeline`, a line each that begins with the dotted name of the setting to change."""
+    """Mistakes in `pipeline`, one line each, starting with the dotted name of the setting to change."""
     for place, name in enumerate(config.pipeline):
         before = config.pipeline[:place]
         if name not in STAGES:

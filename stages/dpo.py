@@ -31,12 +31,12 @@ from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
 from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, silence, trainer_arguments
 
-IGNORED = -100  # the label of tokens without a logprob, as transformers has it
+IGNORED = -100  # transformers' label of tokens without a logprob
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference in tokens. The responses end with what ends a turn."""
+    """A preference in tokens. The responses include the tokens that end a turn."""
 
     row: Preference
     prompt: list[int]
@@ -50,7 +50,7 @@ class Pair:
 
 class Trainer(OwnOptimizer, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        """The rows as they are: TRL would render and tokenize texts, and these are the tokens of our chat format."""
+        """The rows unchanged: TRL would render and tokenize texts, but these are tokens of our chat format."""
         return dataset
 
 
@@ -89,7 +89,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
 
 
 def encode_pairs(tokenizer: Any, rows: Sequence[Preference], max_length: int) -> list[Pair]:
-    """The pairs that fit into `max_length` tokens. UserError (3) where none does."""
+    """The pairs that fit into `max_length` tokens. UserError (3) if none does."""
     chat = format_of(tokenizer)
     pairs = [_encode(chat, row) for row in rows]
     short = [pair for pair in pairs if pair.length <= max_length]
@@ -108,7 +108,8 @@ def _encode(chat: ChatFormat, row: Preference) -> Pair:
 
 
 def open_trainer(config: RunConfig, context: StageContext, tokenizer: Any, train: Dataset, steps: int) -> Trainer:
-    """Policy and reference, sharded where there are ranks. With LoRA the reference is the policy without its adapter."""
+    """Policy and reference, sharded if there are several ranks. With LoRA the reference is the policy without its
+    adapter."""
     sft, lora = context.inputs["sft"].path, config.model.lora
     arguments = trainer_arguments(config, config.dpo, context, steps)
     reference = None
@@ -127,7 +128,7 @@ def open_trainer(config: RunConfig, context: StageContext, tokenizer: Any, train
         processing_class=tokenizer,
     )
     trainer.optim = config.dpo.optim
-    if lora is not None:  # TRL's copy of the new adapter, which does nothing yet: the model without one is the same
+    if lora is not None:  # TRL's copy of the new adapter, which does nothing yet, so the model without it is the same
         model.delete_adapter("ref")
     return trainer
 
@@ -141,7 +142,7 @@ class HeldOut:
         self.reference: list[float] = []
 
     def report(self) -> dict[str, Any]:
-        """As of a reward model, and `loss`: the mean DPO loss."""
+        """The report of a reward model, and `loss`, the mean DPO loss."""
         model: Any = self.trainer.model
         if not self.reference:  # it never changes
             off = model.disable_adapter() if self.trainer.ref_model is None else contextlib.nullcontext()
@@ -164,7 +165,7 @@ class HeldOut:
 
     @torch.no_grad()
     def _logprobs(self, model: Any) -> list[float]:
-        """log p of each response, on every rank; each rank reads its share, long texts together."""
+        """log p of each response, on every rank; each rank reads its shard, texts of similar length together."""
         config, device, texts = self.config, self.context.device, self.texts
         pad_id: Any = self.trainer.processing_class.pad_token_id  # type: ignore[union-attr]
         was_training = model.training

@@ -1,4 +1,4 @@
-"""Stage 3, PPO: trains the SFT policy to earn more of its rewards, and keeps the best policy."""
+"""Stage 3, PPO: trains the SFT policy to maximise its rewards, and keeps the best policy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
 
 
 def _report(config: RunConfig, context: StageContext, trainer: PPOTrainer, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Base, SFT and best policy on the prompts that chose nothing. The models of training give way one to the other."""
+    """Evaluates base, SFT and best policy on prompts that were not used to select, with one model in memory at a
+    time."""
     folders = {"base": resolve(config), "sft": context.inputs["sft"].path, "ppo": trainer.best_folder}
     answers, sampler = {}, trainer.models.sampler
     for name, folder in folders.items():

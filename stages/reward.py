@@ -1,4 +1,5 @@
-"""Stage 2, one reward model on preference pairs, on TRL: ranking loss with margins, float32 head, centred on SFT responses.
+"""Stage 2, one reward model on preference pairs, on TRL: ranking loss with margins, float32 head, centred on SFT
+responses.
 
 Llama 2, §3.2.2.
 """
@@ -33,7 +34,7 @@ from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, s
 
 
 class PairScorer(nn.Module):
-    """A ScalarModel with the face that TRL's RewardTrainer expects of a classifier."""
+    """A ScalarModel with the interface of a classifier that TRL's RewardTrainer expects."""
 
     def __init__(self, scalar: ScalarModel) -> None:
         super().__init__()
@@ -50,11 +51,11 @@ class PairScorer(nn.Module):
         backbone.gradient_checkpointing_enable(**settings)
 
     def add_model_tags(self, tags: Any) -> None:
-        """TRL's tags are not for our artifacts."""
+        """Ignores TRL's tags."""
 
 
 class Collator(DataCollatorForPreference):
-    """Pairs as TRL batches them, and whether each side is safe: 1, 0, or -1 where nobody said."""
+    """Pairs as TRL batches them, and whether each side is safe: 1, 0, or -1 if unknown."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         sides = [e["chosen_is_safe"] for e in examples] + [e["rejected_is_safe"] for e in examples]
@@ -70,7 +71,7 @@ class Trainer(OwnOptimizer, RewardTrainer):
         loss, outputs = cast(tuple[Tensor, Any], super().compute_loss(model, inputs, return_outputs=True))
         if self.safety_loss_weight:
             total, _ = safety_loss(outputs.logits[:, 0], is_safe_B.float(), is_safe_B >= 0)
-            # Over all responses, known or not: a constant, so no split into micro-batches changes the gradient.
+            # Divided by all responses, known or not: a constant, so no split into micro-batches changes the gradient.
             loss = loss + self.safety_loss_weight * total / len(is_safe_B)
         return (loss, outputs) if return_outputs else loss
 
@@ -160,7 +161,7 @@ class HeldOut:
 def score_all(
     model: nn.Module, rows: Sequence[Sequence[int]], config: RunConfig, context: StageContext, pad_id: int
 ) -> list[float]:
-    """The raw score of every row, on every rank; each rank reads its share, long rows together."""
+    """The raw score of every row, on every rank; each rank reads its shard, rows of similar length together."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)

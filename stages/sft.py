@@ -1,4 +1,4 @@
-"""Stage 1, supervised fine-tuning on TRL: chat encoding, loss on responses alone, packing, held-out loss.
+"""Stage 1, supervised fine-tuning on TRL: chat encoding, loss on responses only, packing, held-out loss.
 
 Llama 2, §3.1.
 """
@@ -40,11 +40,11 @@ from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
 from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, silence, trainer_arguments
 
-IGNORED = -100  # the label of tokens without loss, as transformers has it
+IGNORED = -100  # transformers' label of tokens without loss
 
 
 class Trainer(OwnOptimizer, SFTTrainer):
-    """TRL's, with a loss of ours: its own is made for GPU kernels and spends most of a CPU's step on the LM head."""
+    """TRL's trainer with our loss; its own is made for GPU kernels and spends most of a CPU's step on the LM head."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = 1
@@ -55,8 +55,8 @@ class Trainer(OwnOptimizer, SFTTrainer):
 
 
 class PackingCheck(TrainerCallback):
-    """Asks the model before the first step, when it is sharded and can be read, whether packed rows stay apart: here, and
-    in PPO, which would find out two stages later."""
+    """Checks before the first step, when the model is sharded and readable, that packed rows stay separate, here and in
+    PPO, which would find out two stages later."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -103,8 +103,8 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     trainer.optim = config.sft.optim
     trainer.add_callback(PackingCheck(config))
     if hasattr(causal.config.get_text_config(), "output_router_logits"):
-        causal.config.get_text_config().output_router_logits = False  # TRL turned it on for a loss that is not ours
-    causal.forward = partial(answer_logprobs, causal)  # in place of TRL's, and inside whatever wraps the model
+        causal.config.get_text_config().output_router_logits = False  # TRL turned it on for its own loss
+    causal.forward = partial(answer_logprobs, causal)  # replaces TRL's, inside any wrapper of the model
 
     def measure() -> float:
         return held_out_loss(model, held_out, config, context, tokenizer.pad_token_id)
@@ -117,7 +117,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
 
 
 def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
-    """Sequences packed to `max_length`, with their lengths, so that none sees another; as they are without packing."""
+    """Sequences packed to `max_length` with their lengths, so that none sees another; unchanged without packing."""
     dataset = Dataset.from_list(list(rows))
     if not settings.packing:
         return dataset
@@ -125,9 +125,9 @@ def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
 
 
 def answer_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
-    """logprobs_N, float32: the forward pass of a causal model for its response tokens, those whose label is one.
+    """logprobs_N, float32: the forward pass of a causal model for its response tokens, those with a label.
 
-    Where rows are packed TRL gives their positions, and where they end.
+    For packed rows TRL passes their positions and their ends.
     """
     if not follows_row_ends(causal):
         inputs = {name: value for name, value in inputs.items() if not name.startswith(("cu_seq_lens", "max_length"))}

@@ -1,4 +1,4 @@
-"""What the stages on TRL trainers share: the settings of a transformers Trainer, its callbacks, its checkpoints."""
+"""Common parts of the stages on TRL trainers: settings of a transformers Trainer, callbacks, checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlhf.tracking import NOTHING
 def trainer_arguments(
     config: RunConfig, settings: SupervisedConfig, context: StageContext, steps: int
 ) -> dict[str, Any]:
-    """Keyword arguments of a TRL config; our own callbacks measure, log and show."""
+    """Keyword arguments of a TRL config; our callbacks evaluate, log and show progress."""
     accumulation = settings.batch_size // (settings.micro_batch_size * context.world_size)
     save_every = math.ceil(steps / (settings.checkpoints + 1))
     if not context.local:
@@ -34,7 +34,7 @@ def trainer_arguments(
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
-        "train_sampling_strategy": "sequential",  # the rows stand in their order already
+        "train_sampling_strategy": "sequential",  # the rows are already in order
         "learning_rate": settings.optim.lr,
         "max_grad_norm": settings.optim.max_grad_norm,
         "bf16": config.hardware.precision == "bf16" and context.local,  # ZeRO has autocast in its own settings
@@ -56,10 +56,11 @@ def trainer_arguments(
 def in_training_order(
     dataset: Dataset, lengths: Sequence[int], settings: SupervisedConfig, stage: str, seed: int
 ) -> Dataset:
-    """The rows of every step, batch after batch: each epoch in a new order, rows of like length in one forward pass.
+    """The rows of every step, batch after batch: each epoch in a new order, with rows of similar length in one
+    micro-batch.
 
-    Whole batches only: of the rows that fill none a Trainer makes a step too, in which each of them weighs more.
-    UserError (3) where there is not one batch, with which a Trainer ends at once and says nothing.
+    Full batches only, because a Trainer would also make a step of the remaining rows, in which each weighs more.
+    UserError (3) if there is no full batch: a Trainer would end at once without a message.
     """
     size = settings.batch_size
     if len(dataset) < size:
@@ -76,8 +77,8 @@ def in_training_order(
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: str) -> list[int]:
-    """Row numbers of one epoch's whole batches. Batches are random; inside one, rows stand by length, so those of one
-    forward pass need little padding."""
+    """Row numbers of one epoch's full batches. Batches are random; within one, rows are sorted by length, so a
+    micro-batch needs little padding."""
     rows = random.Random(seed).sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
     for start in range(0, len(rows), batch_size):
         rows[start : start + batch_size] = sorted(rows[start : start + batch_size], key=lambda i: lengths[i])
@@ -101,7 +102,7 @@ class OwnOptimizer:
 
 
 class Reporter(TrainerCallback):
-    """Sends a Trainer's figures to the tracker and the progress bar, and takes held-out figures a few times."""
+    """Sends a Trainer's metrics to the tracker and the progress bar, and evaluates held-out data a few times."""
 
     def __init__(
         self,
@@ -111,9 +112,9 @@ class Reporter(TrainerCallback):
         evals: int,
         measure: Callable[[], dict[str, float]],
     ) -> None:
-        """`names`: the Trainer's name of a figure → ours. `shown`: the one of ours for the progress bar.
+        """`names`: the Trainer's name of a metric → ours. `shown`: the one for the progress bar.
 
-        The bar shows the last held-out figures beside it.
+        The bar also shows the last held-out metrics.
         """
         self.context, self.names, self.shown, self.evals, self.measure = context, names, shown, evals, measure
         self.measured: dict[str, float] = {}
@@ -135,16 +136,16 @@ class Reporter(TrainerCallback):
 
 
 class CheckpointCommitter(TrainerCallback):
-    """A Trainer writes its checkpoint file by file and takes the newest folder for a whole one; a seal tells."""
+    """Commits a Trainer's checkpoint when it is complete; the Trainer itself would resume from the newest folder."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint.commit(Path(args.output_dir) / f"checkpoint-{state.global_step}", {"step": state.global_step})
 
 
 def fit(trainer: Any, reporter: Reporter) -> None:
-    """Trains from the newest whole checkpoint on, with `reporter` in place of the Trainer's own printing.
+    """Trains from the newest complete checkpoint on, with `reporter` instead of the Trainer's own logging.
 
-    What was recorded after that checkpoint is dropped, because its steps are made again.
+    What was recorded after that checkpoint is removed, because those steps are made again.
     """
     context = reporter.context
     trainer.remove_callback(PrinterCallback)
@@ -156,7 +157,7 @@ def fit(trainer: Any, reporter: Reporter) -> None:
 
 
 def silence() -> None:
-    """No library chatter in a worker's log beyond warnings that matter."""
+    """Silences the libraries in a worker's log, except for important warnings."""
     import datasets
 
     datasets.disable_progress_bars()

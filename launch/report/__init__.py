@@ -55,14 +55,9 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for section, found in _sections(report) for name, value in section.headline(found).items()}
 
 
-def curves(folder: Path, report: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """Step → metrics by which the training of runs is compared, for the parent run in MLflow."""
-    steps: dict[int, dict[str, float]] = {}
-    for section, _ in _sections(report):
-        for name, points in section.curves(folder).items():
-            for step, value in points:
-                steps.setdefault(step, {})[name] = value
-    return steps
+def curves(folder: Path, report: Mapping[str, Any]) -> list[Mapping[str, float]]:
+    """The metrics by which the training of runs is compared, a line a step, for the parent run in MLflow."""
+    return [line for section, _ in _sections(report) for line in section.curves(folder)]
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:

@@ -9,7 +9,7 @@ from typing import Any
 from launch import plots, profile_table
 from launch.report.section import Metrics, Section, Table, flat, interval, nested, number, quoted
 from rlhf.ppo import alarms
-from rlhf.tracking import read_metrics
+from rlhf.tracking import read_lines_of, read_metrics
 
 POLICIES = ("base", "sft", "ppo")
 SAMPLES = 10
@@ -85,9 +85,8 @@ def _headline(found: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    series = read_metrics(folder / "ppo")
-    return {name: series[name] for name in CURVES if name in series}
+def _curves(folder: Path) -> list[dict[str, float]]:
+    return read_lines_of(folder / "ppo", CURVES)
 
 
 def _appendix(metrics: Metrics) -> list[str]:

@@ -30,8 +30,8 @@ class Section:
     warnings: Callable[[Any], Sequence[str]] = lambda found: ()
     headline: Callable[[Any], Mapping[str, float]] = lambda found: {}
     """The figures by which runs are compared, named for the parent run in MLflow."""
-    curves: Callable[[Path], Mapping[str, Sequence[tuple[int, float]]]] = lambda folder: {}
-    """(the run's folder) → (step, value) of the metrics that the parent run in MLflow has too."""
+    curves: Callable[[Path], Sequence[Mapping[str, float]]] = lambda folder: ()
+    """(the run's folder) → lines with `step`, `time` and those metrics that the parent run in MLflow has too."""
     drawings: Callable[[Any], Mapping[str, tuple[str, Callable[[], bytes]]]] = lambda found: {}
     """File name of each plot → its title, and what draws it."""
     appendix: Callable[[Metrics], Sequence[str]] = lambda metrics: ()

@@ -1,4 +1,4 @@
-"""Estimators of the advantage, and what each asks of the rest of PPO: the registry that `ppo.advantage` names."""
+"""Advantage estimators, and what each needs of the rest of PPO: the registry of `ppo.advantage`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from rlhf.algorithms.masked import keep, masked_mean_and_var, whiten
 
 GRPO_EPS = 1e-4
-"""Added to the deviation of a group, as TRL and DeepSeekMath's code do."""
+"""Added to the standard deviation of a group, as in TRL and DeepSeekMath's code."""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What an estimator is given, of all rows of an iteration."""
+    """The input of an estimator: all rows of an iteration."""
 
-    rewards_BR: Tensor  # float32, 0 in masked slots; the score stands at the last token of a response
-    values_BR: Tensor  # float32, of the critic; 0 where there is none
+    rewards_BR: Tensor  # float32, 0 in masked slots; the score is at the last token of a response
+    values_BR: Tensor  # float32, of the critic; 0 without a critic
     mask_BR: Tensor  # bool, tokens of responses
     group_B: Tensor  # int64, equal for responses to one prompt
-    counted_B: Tensor  # bool, False for rows whose score failed: they are part of no statistic
+    counted_B: Tensor  # bool, False for rows whose score failed; they are in no statistic
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Estimator:
     """Whether a critic is trained. Its targets are advantages_BR + values_BR, before whitening."""
     min_group_size: int = 1
     kl: Literal["reward", "loss"] = "reward"
-    """Where the KL penalty stands: -β·k1 in the reward of each token, or +β·k3 in the loss."""
+    """Where the KL penalty is: -β·k1 in the reward of each token, or +β·k3 in the loss."""
     loss_mean: Literal["token", "response", "constant"] = "token"
-    """The policy loss is divided by all tokens; by the tokens of a response, then by responses; or by max_new_tokens
-    and responses."""
+    """The policy loss is divided by all tokens; or by the tokens of a response and then by responses; or by
+    max_new_tokens and responses."""
     whiten_rewards: bool = False
-    """Scores are divided by their deviation over the batch, unless `ppo.whiten_rewards` says otherwise."""
+    """Scores are divided by their standard deviation over the batch, unless `ppo.whiten_rewards` says otherwise."""
     whiten_advantages: bool = False
     """Advantages are whitened over all tokens of the batch."""
     missing_eos_penalty: float = 0.0
@@ -74,9 +74,10 @@ def _gae(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
 
 
 def grpo(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
-    """(R - mean of the group) / (deviation of the group + 1e-4), the same at every token of a response.
+    """(R - mean of the group) / (standard deviation of the group + 1e-4), the same at every token of a response.
 
-    The deviation is the unbiased one. Shao et al. 2024 (arXiv 2402.03300), §4.1.2. A row alone in its group gets 0.
+    The standard deviation is the unbiased one. Shao et al. 2024 (arXiv 2402.03300), §4.1.2. A single row in a group
+    gets 0.
     """
     del gamma, gae_lambda
     score_B, count_B = signals.rewards_BR.sum(1), _group_sum(torch.ones_like(signals.counted_B), signals)
@@ -93,9 +94,10 @@ def dr_grpo(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
 
 
 def rloo(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
-    """R - mean of the *other* responses of the group, the same at every token. Ahmadian et al. 2024 (arXiv 2402.14740), eq. 6.
+    """R - mean of the *other* responses of the group, the same at every token. Ahmadian et al. 2024 (arXiv 2402.14740),
+    eq. 6.
 
-    R is the sum of the rewards of all tokens, the KL penalty inside.
+    R is the sum of the rewards of all tokens, with the KL penalty.
     """
     del gamma, gae_lambda
     score_B, count_B = signals.rewards_BR.sum(1), _group_sum(torch.ones_like(signals.counted_B), signals)
@@ -104,7 +106,7 @@ def rloo(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
 
 
 def reinforce_plus_plus(signals: Signals, gamma: float, gae_lambda: float) -> Tensor:
-    """The discounted sum of the rewards from each token on. Hu 2025 (arXiv 2501.03262), eq. 6; whitened over the batch."""
+    """The discounted sum of rewards from each token on. Hu 2025 (arXiv 2501.03262), eq. 6; whitened over the batch."""
     del gae_lambda
     return gae(signals.rewards_BR, torch.zeros_like(signals.values_BR), signals.mask_BR, gamma, 1.0)[0]
 
@@ -119,7 +121,7 @@ ADVANTAGES = {
 
 
 def estimate(estimator: Estimator, signals: Signals, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """(advantages_BR, returns_BR): what `estimator` gives, whitened where it asks for that, and the critic's targets.
+    """(advantages_BR, returns_BR) of `estimator`: advantages, whitened if it says so, and the critic's targets.
 
     Rows that do not count have no advantage. ValueError where the estimator's result has another shape, or is not finite.
     """
@@ -138,12 +140,12 @@ def estimate(estimator: Estimator, signals: Signals, gamma: float, gae_lambda: f
 
 
 def _group_sum(x_B: Tensor, signals: Signals) -> Tensor:
-    """sum_B: of the counted rows of each row's group."""
+    """sum_B over the counted rows of each row's group."""
     sums_G = torch.zeros(int(signals.group_B.max()) + 1, device=x_B.device)
     return sums_G.index_add(0, signals.group_B, keep(x_B, signals.counted_B))[signals.group_B]
 
 
 def _at_every_token(advantage_B: Tensor, count_B: Tensor, signals: Signals) -> Tensor:
-    """advantages_BR. A group with one counted row says nothing about it."""
+    """advantages_BR; 0 in a group with one counted row."""
     comparable_B = signals.counted_B & (count_B > 1)
     return keep(advantage_B[:, None].expand_as(signals.rewards_BR), signals.mask_BR & comparable_B[:, None])

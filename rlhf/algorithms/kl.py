@@ -32,10 +32,11 @@ def approx_kl(new_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n: int) -> float:
-    """β · (1 + clip(kl/target - 1, ±0.2) · n/horizon), after `n` more responses with a mean KL of `kl` nats per response.
+    """β · (1 + clip(kl/target - 1, ±0.2) · n/horizon), after `n` more responses with a mean KL of `kl` nats per
+    response.
 
-    Ziegler et al. 2019 (arXiv 1909.08593), §2.2. n/horizon counts as 1 at most, so that no batch, however large, moves
-    β by more than a fifth.
+    Ziegler et al. 2019 (arXiv 1909.08593), §2.2. n/horizon counts as 1 at most, so that no batch changes β by more than
+    a fifth.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * min(n / horizon, 1.0))

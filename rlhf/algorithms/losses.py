@@ -12,7 +12,7 @@ from rlhf.algorithms.kl import approx_kl, k3
 from rlhf.algorithms.masked import keep, masked_sum
 
 LARGEST_LOG_RATIO = 20.0
-"""exp of more would end as inf, and 0 · inf as a NaN in the gradient of clipped tokens."""
+"""exp of more would be inf, and 0 · inf a NaN in the gradient of clipped tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def policy_loss(
 
         w_t · max(-A_t ρ_t, -A_t clip(ρ_t, 1 - clip_range, 1 + clip_range))        ρ_t = exp(log π_new - log π_old)
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, per token; w is `importance_weight`, which makes up for a sampler
-    that is not quite the old policy, times the token's part of the mean.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, per token; w is `importance_weight`, which corrects for a sampler
+    that differs from the old policy, times the token's weight in the mean.
     """
     new_BR, old_BR = keep(new_logprobs_BR, mask_BR), keep(old_logprobs_BR.detach(), mask_BR)
     advantages_BR, weight_BR = keep(advantages_BR.detach(), mask_BR), keep(weight_BR.detach(), mask_BR)

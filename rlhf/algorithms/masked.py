@@ -1,4 +1,4 @@
-"""Sums and whitening over the real tokens alone."""
+"""Sums and whitening over real tokens only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_VARIANCE = 1e-8
-"""At or below it values count as all equal: dividing by their spread would only blow up rounding errors."""
+"""At or below it values count as equal: dividing by their spread would amplify rounding errors."""
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 def masked_mean_and_var(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (divided by n, not n - 1) of the real entries; (0, 0) for an empty mask.
 
-    For whitening, give it the values of all ranks, so that they share one statistic.
+    For whitening, pass the values of all ranks, so that they use one statistic.
     """
     count = mask.bool().sum().clamp(min=1)
     mean = masked_sum(x, mask) / count
@@ -36,8 +36,8 @@ def masked_mean_and_var(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(x: Tensor, mean: Tensor, var: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     """(x - mean) / sqrt(var) if `shift_mean`, else x / sqrt(var); masked slots give 0.
 
-    Advantages are shifted. Rewards are only divided: good stays positive and bad stays negative. Values without a
-    spread (a single one, for instance) are not divided.
+    Advantages are shifted. Rewards are only divided: good stays positive and bad stays negative. Values without
+    spread, such as a single one, are not divided.
     """
     scale = torch.where(var > SMALLEST_VARIANCE, var, 1.0).rsqrt()
     shifted = keep(x, mask) - mean if shift_mean else keep(x, mask)

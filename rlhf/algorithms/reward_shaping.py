@@ -1,4 +1,4 @@
-"""From the scores of two reward models to one reward per token."""
+"""The reward per token from the scores of two reward models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rlhf.algorithms.masked import keep
 def flagged_unsafe(safety_logit_B: Tensor, threshold: float) -> Tensor:
     """flagged_B: whether the safety model calls a response unsafe, σ(logit) < threshold.
 
-    The logit is the raw one: σ of it is the probability of a safe response, σ of a centred score is none. `threshold` is
-    moved to the scale of logits, so large ones are not saturated. Llama 2 (arXiv 2307.09288), §3.2.3.
+    It must be the raw logit, whose σ is the probability of a safe response; σ of a centred score is not. `threshold` is
+    converted to a logit, so large logits do not saturate. Llama 2 (arXiv 2307.09288), §3.2.3.
     """
     return safety_logit_B.float() < torch.logit(torch.tensor(threshold)).item()
 
 
 def piecewise_reward(helpful_B: Tensor, safety_B: Tensor, is_safety_B: Tensor, flagged_B: Tensor) -> Tensor:
-    """score_B, float32: safety's score where the prompt is about safety or the response is flagged, else helpfulness.
+    """score_B, float32: the safety score where the prompt is about safety or the response is flagged, else helpfulness.
 
         R_c = R_s  if is_safety(prompt) or flagged(response), else R_h
 
@@ -30,7 +30,7 @@ def piecewise_reward(helpful_B: Tensor, safety_B: Tensor, is_safety_B: Tensor, f
 def token_rewards(score_B: Tensor, kl_BR: Tensor, kl_coef: float, mask_BR: Tensor) -> Tensor:
     """-β · KL at every real token, plus the response's score once, at its last real token (its EOS, if it has one).
 
-    Float32 [B, R], 0 in masked slots; a row without tokens earns nothing. Llama 2 (arXiv 2307.09288), §3.2.3, eq. 4;
+    Float32 [B, R], 0 in masked slots; a row without tokens has no reward. Llama 2 (arXiv 2307.09288), §3.2.3, eq. 4;
     per-token placement as in Ziegler et al. 2019 (arXiv 1909.08593).
     """
     mask_BR = mask_BR.bool()

@@ -1,4 +1,4 @@
-"""The chat formats by name, and which of them a tokenizer has. Another one is a class and a line in FORMATS."""
+"""The chat formats by name, and which of them a tokenizer has. To add one, write a class and a line in FORMATS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ChatFormat(Protocol):
     """Messages to ids and back. UserError (3) for messages that the format cannot hold."""
 
     name: ClassVar[str]
-    """The value of `model.chat_format` that stands for it."""
+    """Its value of `model.chat_format`."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -25,7 +25,8 @@ class ChatFormat(Protocol):
         ...
 
     def encode(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-        """Ids of a dialogue that ends with a response, and a mask that is 1 on responses and what ends them."""
+        """Ids of a dialogue that ends with a response, and a mask that is 1 on responses and the tokens that end
+        them."""
         ...
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -37,7 +38,7 @@ class ChatFormat(Protocol):
         ...
 
     def validate(self, messages: Sequence[ChatMessage]) -> None:
-        """Raises what encoding would, as far as it can be told without making ids."""
+        """Raises what encoding would, as far as that is known without encoding."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -46,19 +47,19 @@ class ChatFormat(Protocol):
 
 
 FORMATS: dict[str, type[Llama2 | TokenizerTemplate]] = {"llama2": Llama2, "tokenizer": TokenizerTemplate}
-"""Each has a `template`: the Jinja text that stands for it in a tokenizer; None: whatever the tokenizer brings."""
+"""Each has a `template`: its Jinja template in a tokenizer; None: the tokenizer's own."""
 
 
 PROBE = [Turn("user", "question"), Turn("assistant", "answer"), Turn("user", "more"), Turn("assistant", "end")]
 
 
 def format_of(tokenizer: Any) -> ChatFormat:
-    """The format that the tokenizer's chat template stands for, which is also how an artifact keeps its format."""
+    """The format of the tokenizer's chat template. This is also how an artifact keeps its format."""
     template = getattr(tokenizer, "chat_template", None) or Llama2.template
     return next((known for known in FORMATS.values() if known.template == template), TokenizerTemplate)(tokenizer)
 
 
 def check_format(chat: ChatFormat) -> None:
-    """UserError (3) where no dialogue of two turns could be trained on."""
+    """UserError (3) if the format cannot encode a dialogue of two turns."""
     for length in (2, 4):
         chat.encode(PROBE[:length])

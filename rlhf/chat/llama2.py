@@ -5,7 +5,7 @@ Source: Touvron et al. 2023 (arXiv 2307.09288) and the chat code that was publis
     closed turn:  B + enc("[INST] {user.strip()} [/INST] {response.strip()} ") + E
     open turn:    B + enc("[INST] {user.strip()} [/INST]")
 
-A system text stands between `<<SYS>>\n` and `\n<</SYS>>\n\n` in front of the first user text. All tags are plain text.
+A system text is put before the first user text, between `<<SYS>>\n` and `\n<</SYS>>\n\n`. All tags are plain text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
 
-# The same format for tools that read `chat_template`; it keeps less guard than the functions below.
+# The same format for tools that read `chat_template`; it checks less than the functions below.
 TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}"
     "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}"
@@ -54,10 +54,11 @@ class Llama2:
         return eos_ids(self.tokenizer)
 
     def encode(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-        """Ids of a dialogue that ends with a response, and a mask that is 1 on each response, its closing space and its EOS.
+        """Ids of a dialogue that ends with a response, and a mask that is 1 on each response, its closing space and its
+        EOS.
 
-        Raises UserError (3) for roles out of order, for tags inside a message, and where the tokenizer merges the end of
-        the prompt with the start of the response, so that no mask could be right.
+        UserError (3) for roles out of order, for tags inside a message, and if the tokenizer merges the end of the
+        prompt with the start of the response, so that no mask would be right.
         """
         turns = _turns(messages)
         require_last(messages, "assistant")
@@ -86,7 +87,7 @@ def validate(messages: Sequence[ChatMessage]) -> None:
 
 
 def _turns(messages: Sequence[ChatMessage]) -> list[Exchange]:
-    """User and response by turn, the system text folded into the first user text."""
+    """User text and response by turn, with the system text in the first user text."""
     for number, message in enumerate(messages, 1):
         _refuse_tags(message.content, f"message {number} ({message.role})")
     texts = [message.content for message in messages]
@@ -141,5 +142,5 @@ def _encode_turn(tokenizer: Any, turn: Exchange, number: int) -> tuple[list[int]
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain text: nothing added, and a written-out `</s>` stays text instead of ending the turn."""
+    """Ids of plain text: nothing is added, and a literal `</s>` stays text instead of ending the turn."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

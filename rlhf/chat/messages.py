@@ -16,7 +16,7 @@ class ChatMessage(Protocol):
 
 
 class Turn(NamedTuple):
-    """A message of our own making."""
+    """A message made by this package."""
 
     role: str
     content: str
@@ -42,7 +42,7 @@ def eos_ids(tokenizer: Any) -> list[int]:
 
 
 def decode_response(tokenizer: Any, ids: Sequence[int], stop_ids: Collection[int]) -> str:
-    """Text of sampled ids up to the first stop id, without special tokens and outer spaces."""
+    """Text of sampled ids up to the first stop id, without special tokens and surrounding spaces."""
     end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
     text = tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()

@@ -1,8 +1,8 @@
-"""The chat format that a tokenizer brings as a Jinja template. The mask comes from rendered prefixes.
+"""The chat format of a tokenizer's own Jinja template. The mask comes from rendered prefixes.
 
-What stands before an assistant message is the template's rendering of the messages before it, with its generation
-prompt. A response goes from there through the token that ends the turn; what the template writes after that token belongs
-to the next turn. So the ids are those of `tokenizer.apply_chat_template`, up to the end of the last response.
+The text before a response is the template's rendering of the messages before it, with its generation prompt. The
+response goes from there to the token that ends the turn; whatever the template writes after that token belongs to the
+next turn. So the ids are those of `tokenizer.apply_chat_template` up to the end of the last response.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class TokenizerTemplate:
 
     @property
     def stop_ids(self) -> list[int]:
-        """EOS ids, and the token by which the template ends an assistant's turn."""
+        """EOS ids, and the token that ends an assistant's turn in the template."""
         ends = [] if self._end_id is None else [self._end_id]
         return list(dict.fromkeys([*eos_ids(self.tokenizer), *ends]))
 
     def encode(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-        """Ids of a dialogue that ends with a response, and a mask that is 1 on each response and the token that ends it."""
+        """Ids of a dialogue that ends with a response, and a mask that is 1 on each response and the token that ends
+        it."""
         prompts, text = self._render_checked(messages)
         ids = self._ids(text)
         mask = [0] * len(ids)
@@ -65,7 +66,7 @@ class TokenizerTemplate:
     def validate(self, messages: Sequence[ChatMessage]) -> None:
         if messages and messages[-1].role == "assistant":
             responses = [message.content for message in messages if message.role == "assistant"]
-            if any(text != text.strip() for text in responses):  # which tokens like to merge with
+            if any(text != text.strip() for text in responses):  # with which tokens may merge
                 self.encode(messages)
             else:
                 self._render_checked(messages)
@@ -78,7 +79,7 @@ class TokenizerTemplate:
         return decode_response(self.tokenizer, ids, self.stop_ids)
 
     def _render_checked(self, messages: Sequence[ChatMessage]) -> tuple[list[str], str]:
-        """The text before each response, and the whole text, of which each must be a prefix."""
+        """The text before each response, and the whole text; each must be a prefix of it."""
         require_last(messages, "assistant")
         self._refuse_special_tokens(messages)
         text = self._render(messages)

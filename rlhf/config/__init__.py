@@ -1,4 +1,4 @@
-"""Every setting of a run, one model per concern. An unknown key is an error; nothing here imports torch.
+"""Every setting of a run, as pydantic models. An unknown key is an error; nothing here imports torch.
 
 Marks: [P] published for Llama 2-Chat (arXiv 2307.09288), [O] our choice where nothing was published.
 

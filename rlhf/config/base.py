@@ -1,4 +1,4 @@
-"""What settings are made of: their types, and the settings of an optimizer."""
+"""Types of settings, and the settings of an optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-"""Also a folder's name and a part of dotted names."""
+"""Used in names of folders and in dotted names."""
 
 Tag = Literal["helpful", "safety"]
 
@@ -41,6 +41,6 @@ class OptimConfig(Settings):
     max_grad_norm: Positive = 1.0
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: Fraction = 0.1
-    """The cosine ends at this share of `lr`."""
+    """The cosine schedule ends at this fraction of `lr`."""
     warmup_ratio: Fraction = 0.0
     min_warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -11,7 +11,7 @@ from rlhf.config.base import Count, Folder, Settings, Tag
 
 
 class SourceConfig(Settings):
-    """Rows of one file, folder or hub data set; `path: shipped` is the data that the project ships."""
+    """Rows of one file, folder or hub data set; `path: shipped` is the data of the project."""
 
     path: str
     format: Literal[
@@ -32,13 +32,13 @@ class SourceConfig(Settings):
         "prompts",
     ] = "auto"
     tag: Tag | None = None
-    """Tag for rows that bring none of their own (None: helpful)."""
+    """Tag for rows without their own (None: helpful)."""
     split: str | None = None
     """`train` or `held_out` of shipped data; a split of a hub data set or of the files in a folder."""
     config: str | None = None
     """A subset of a hub data set, or a folder in it."""
     columns: dict[str, str] = {}
-    """Which column holds what: {prompt: question, chosen: good, rejected: bad}. Empty: the row's own names."""
+    """Which column holds what: {prompt: question, chosen: good, rejected: bad}. Empty: the names of the forms."""
     select_file: str | None = None
     """JSON file with lists of row numbers; only those under `select_key` are read."""
     select_key: str | None = None
@@ -60,7 +60,7 @@ class DataConfig(Settings):
     """None where no stage of the pipeline reads it."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     shared_prompts: Literal["refuse", "drop"] = "refuse"
-    """What happens to training rows whose prompt is also held out, for whatever role."""
+    """What happens to training rows whose prompt is held out in any role."""
     held_out_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     gold: Literal["none", "shipped"] = "none"
-    """`shipped`: responses are also given their true quality; only the shipped world has one."""
+    """`shipped`: responses also get a gold score, their true quality, which only the shipped world has."""

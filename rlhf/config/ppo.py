@@ -1,4 +1,4 @@
-"""Settings of PPO and its kin."""
+"""Settings of PPO and similar algorithms."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ GROUPED = ("grpo", "dr_grpo", "rloo")
 
 class SamplingConfig(Settings):
     engine: Literal["inprocess", "vllm"] = "inprocess"
-    """What samples responses in training. vllm: `make vllm` installs it; adapters (model.lora) it does not sample from."""
+    """The sampler of training. `make vllm` installs vLLM, which cannot sample from adapters (model.lora)."""
     temperature: Positive = 1.0  # [O]
     max_new_tokens: Count = 512  # [O]
     batch_size: Count = 64  # rows sampled together on one worker
     one_step_off_policy: bool = False
-    """Samples the responses of the next iteration during the update, so by a policy that is one update older; the
-    importance weight makes up for that."""
+    """Samples the responses of the next iteration during the update, with the policy before it; importance weights
+    correct for the difference."""
 
 
 class RewardSource(Settings):
@@ -29,10 +29,10 @@ class RewardSource(Settings):
     model: Name | None = None
     """A name in `reward.models`."""
     function: Code | None = None
-    """It is called with `prompts` and `responses` (texts), and with the columns of the rows that it names."""
+    """It is called with `prompts` and `responses` (texts), and with the columns of the rows that its arguments name."""
     weight: float = 1.0
     timeout_s: Positive = 60.0
-    """For one call of a function with all responses of a worker; scores that come later have failed."""
+    """Limit for one call of a function with all responses of a worker; later scores count as failed."""
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardSource:
@@ -42,49 +42,51 @@ class RewardSource(Settings):
 
 
 class KLTargetConfig(Settings):
-    """Adaptive beta (Ziegler et al. 2019, §2.2)."""
+    """Adaptive KL coefficient (Ziegler et al. 2019, §2.2)."""
 
     target: Positive
     horizon: Positive = 10_000.0
 
 
 class AlarmConfig(Settings):
-    """Signs of a run that goes wrong: a tag, a warning in the terminal and in the report. NaN and Inf always stop it."""
+    """Limits of alarms: a tag, and a warning in the terminal and the report. NaN and infinity always stop the stage."""
 
     stop: bool = False
-    """True: the first alarm stops the stage; its checkpoints stay, and it goes on when the limit is raised."""
+    """True: the first alarm stops the stage. Its checkpoints stay, and it resumes when the limit is raised."""
     kl_max: Positive = 50.0
-    """Nats per response. Gao et al. 2022 (arXiv 2210.10760, fig. 1): true quality falls while the reward still rises [O]."""
+    """Nats per response. Gao et al. 2022 (arXiv 2210.10760, fig. 1): true quality falls while the reward still rises
+    [O]."""
     eos_rate_min: Fraction = 0.02
-    """Responses that end themselves. With fewer, the reward is mostly that of text that was cut off [O]."""
+    """Fraction of responses that end with EOS. With fewer, the reward mostly scores truncated text [O]."""
     entropy_ratio_min: Fraction = 0.1
-    """Of the first iteration's entropy. A policy that hardly chooses explores nothing [O]."""
+    """Fraction of the first iteration's entropy. A policy with little entropy does not explore [O]."""
     rollout_logprob_diff_max: Positive = 1.0
-    """Nats at one token between sampler and trainer: well past log 2, where tis_cap begins to cut [O]. With
-    `ppo.sampling.one_step_off_policy` they differ by an update at every token, so there it is the mean that must not reach it."""
+    """Largest difference at one token between sampler and trainer in nats; well above log 2, where tis_cap begins to
+    cap [O]. With `ppo.sampling.one_step_off_policy` every token differs by an update, so the limit applies to the
+    mean."""
     reward_failed_fraction_max: Fraction = 0.1
-    """Scores that a reward could not give. Those that fail may be of a kind, so what is left is biased [O]."""
+    """Fraction of failed scores. Failures may have something in common, so the rest may be biased [O]."""
 
 
 class PPOConfig(Settings):
     helpfulness_model: str = "helpfulness"
     safety_model: str = "safety"
-    """Names in `reward.models`; the same name twice uses one reward model alone."""
+    """Names in `reward.models`; the same name twice uses one reward model in both roles."""
     rewards: dict[Name, RewardSource] = {}
     """Rewards whose weighted sum is maximised, in place of Llama 2's rule over the two models above."""
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] | Code = "gae"
-    """An estimator of `rlhf.algorithms.advantages`, or `module:name` of one's own; gae alone trains a critic."""
+    """An estimator of `rlhf.algorithms.advantages`, or `module:name` of your own; only gae trains a critic."""
     iterations: Count = 200  # [P] 200–400
     batch_size: Count = 512  # responses per iteration over all workers [P]
     group_size: Count = 1  # [O]
-    """All responses of a prompt stay on one worker and in one minibatch, so that they can share the work on it."""
+    """Responses per prompt. They stay on one worker and in one minibatch, so that the prompt is read once."""
     minibatch_size: Count = 64  # [P]
     epochs: Count = 1  # [P]
-    micro_batch_size: Count = 4  # rows at once on a worker, at most
+    micro_batch_size: Count = 4  # maximum rows of a micro-batch
     micro_batch_tokens: Count | None = None
-    """Tokens at once on a worker, padding inside, in place of `micro_batch_size`; a longer row goes alone."""
+    """Limits a micro-batch by tokens, padding included, instead of `micro_batch_size`; a longer row is read alone."""
     packing: bool = False
-    """Models read the rows of a forward pass one behind the other, without padding; none sees another."""
+    """Models read the rows of a micro-batch concatenated, without padding; rows do not see each other."""
     max_prompt_length: Count = 2048
     sampling: SamplingConfig = SamplingConfig()
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.01  # [P] 7B/13B .01, 34B/70B .005
@@ -111,12 +113,12 @@ class PPOConfig(Settings):
 
     @property
     def names_code(self) -> bool:
-        """Whether the user's own code takes part."""
+        """Whether the settings name code of the user."""
         return ":" in self.advantage or any(source.function for source in self.rewards.values())
 
     @property
     def reward_models(self) -> dict[str, str]:
-        """Setting → the reward model of the run that it names."""
+        """Setting → the name of the reward model."""
         if self.rewards:
             return {f"rewards.{key}.model": source.model for key, source in self.rewards.items() if source.model}
         return {"helpfulness_model": self.helpfulness_model, "safety_model": self.safety_model}

@@ -1,4 +1,4 @@
-"""Settings of a whole run, and how they are shown."""
+"""Settings of a whole run, and how they are printed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoraConfig(Settings):
 
 
 class TinyConfig(Settings):
-    """Shape of the Llama that `model.path: tiny` makes on the spot, and of its tokenizer."""
+    """Shape of the new Llama of `model.path: tiny`, and of its tokenizer."""
 
     vocab_size: Count = 768
     hidden_size: Count = 128
@@ -36,10 +36,10 @@ class TinyConfig(Settings):
 
 class ModelConfig(Settings):
     path: str = "tiny"
-    """A folder, a hub name, or `tiny`: made from `model.tiny` with a tokenizer trained on the run's demonstrations."""
+    """A folder, a hub name, or `tiny`: a new model with a tokenizer trained on the run's demonstrations."""
     chat_format: Literal["auto", "llama2", "tokenizer"] = "auto"
-    """How dialogues become tokens: `tokenizer` by the tokenizer's own chat template, `auto` by that where there is one,
-    else as Llama 2-Chat does. Artifacts keep theirs."""
+    """How dialogues become tokens: `tokenizer` uses the tokenizer's own chat template, `llama2` the format of Llama
+    2-Chat, `auto` the template if there is one, else llama2. Artifacts keep their format."""
     tiny: TinyConfig = TinyConfig()
     lora: LoraConfig | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -49,7 +49,7 @@ class ModelConfig(Settings):
 class HardwareConfig(Settings):
     workers: Count = 1
     workers_per_reward_model: Count | None = None
-    """None: as many as `workers`. Fewer leave room for reward models side by side."""
+    """None: as many as `workers`. With fewer, reward models can run side by side."""
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -57,7 +57,7 @@ class HardwareConfig(Settings):
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: float32 master weights, bfloat16 autocast in forward and backward; heads and losses stay float32."""
     ray_address: str | None = None
-    """None: a private Ray on this machine. `auto` or `ray://…`: the cluster that is already there."""
+    """None: a private Ray on this machine. `auto` or `ray://…`: an existing cluster."""
     placement_timeout_s: Positive = 600.0
     collective_timeout_s: Positive = 600.0
     max_restarts: Annotated[int, Field(ge=0)] = 1
@@ -65,14 +65,14 @@ class HardwareConfig(Settings):
 
 class TrackingConfig(Settings):
     uri: str | None = "sqlite:///mlflow.db"
-    """Any MLflow tracking URI; null keeps the run's own JSONL files alone."""
+    """Any MLflow tracking URI; null writes only the JSONL files of the run."""
     experiment: str = "rlhf"
 
 
 class RunConfig(Settings):
     name: Name
     pipeline: Annotated[list[str], Field(min_length=1)] = ["sft", "reward", "ppo"]
-    """Stages in their order; `stages/base.py` lists those that there are."""
+    """Stages in order; `stages/base.py` has the list."""
     seed: int = 0
     runs_dir: Folder = Path("runs")
     model: ModelConfig = ModelConfig()
@@ -94,9 +94,9 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _settings_fit_together(self, info: ValidationInfo) -> RunConfig:
-        """All misfits in one error, a line each that begins with the dotted name of the setting to change.
+        """Raises all misfits in one error, one per line, starting with the dotted name of the setting to change.
 
-        The caller may find more: those of the pipeline, whose stages are not known here (`context["misfits"]`).
+        The caller may add those of the pipeline, whose stages are not known here (`context["misfits"]`).
         """
         misfits = [*self._uneven_batches(), *(info.context["misfits"](self) if info.context else ())]
         if "ppo" in self.pipeline:
@@ -127,7 +127,7 @@ class RunConfig(Settings):
             yield "ppo.sampling.engine is vllm, which samples from whole weights alone, but model.lora is set; use inprocess"
 
     def _uneven_batches(self) -> Iterator[str]:
-        """Under ZeRO-3 every rank must make the same number of forward passes, or all of them wait for ever."""
+        """Under ZeRO-3 every rank must make the same number of forward passes, or all wait for ever."""
         own = self.hardware.workers_per_reward_model is not None
         for stage, (total, workers) in self._batches().items():
             name = "ppo.minibatch_size" if stage == "ppo" else f"{stage}.batch_size"
@@ -136,7 +136,7 @@ class RunConfig(Settings):
                 yield f"{name} is {total}, which is not a multiple of {workers} workers ({key})"
 
     def _batches(self) -> dict[str, tuple[int, int]]:
-        """Rows of an optimizer step of each stage of the pipeline, and the workers that share them."""
+        """(rows of an optimizer step, workers) of each stage of the pipeline."""
         batches = {}
         for stage in self.pipeline:
             own = getattr(self, stage, None)
@@ -169,7 +169,7 @@ class RunConfig(Settings):
             )
 
     def with_fitting_micro_batches(self) -> RunConfig:
-        """Each stage's micro_batch_size lowered to the nearest that divides a worker's share of the batch."""
+        """Lowers each stage's micro_batch_size to the nearest divisor of a worker's rows of the batch."""
 
         def fit(stage: SupervisedConfig | PPOConfig, share: int) -> Settings:
             sizes = range(min(stage.micro_batch_size, share), 0, -1)
@@ -180,8 +180,7 @@ class RunConfig(Settings):
 
 
 def without_secrets(value: Any) -> Any:
-    """`value` as it may be shown and stored: texts in it lose what stands before the host of an address, a user's name
-    and password, and the values of keys like `token` behind a `?`."""
+    """`value` without secrets: user name and password in addresses, and values of keys such as `token` after a `?`."""
     if isinstance(value, str):
         return SECRET_KEY.sub(r"\1***", CREDENTIALS.sub("", value))
     if isinstance(value, Mapping):
@@ -190,5 +189,5 @@ def without_secrets(value: Any) -> Any:
 
 
 def public(config: RunConfig) -> dict[str, Any]:
-    """All settings, as they may be shown and stored."""
+    """All settings without secrets."""
     return without_secrets(config.model_dump(mode="json"))

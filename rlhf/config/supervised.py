@@ -1,4 +1,4 @@
-"""Settings of the stages that learn from given responses: SFT, reward models, DPO."""
+"""Settings of the stages that train on given responses: SFT, reward models, DPO."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rlhf.config.base import Count, Fraction, Name, OptimConfig, Positive, Setti
 
 
 class SupervisedConfig(Settings):
-    """What a stage on a TRL trainer needs."""
+    """Settings of a stage on a TRL trainer."""
 
     epochs: Positive = 1.0
     batch_size: Count = 64  # rows per optimizer step over all workers
-    micro_batch_size: Count = 8  # rows at once on a worker, at most
+    micro_batch_size: Count = 8  # maximum rows of a micro-batch
     max_length: Count = 4096
     optim: OptimConfig
-    evals: Count = 4  # held-out figures so many times in the stage
+    evals: Count = 4  # held-out evaluations in the stage
     checkpoints: Annotated[int, Field(ge=0)] = 2
 
 
@@ -30,7 +30,7 @@ class SFTConfig(SupervisedConfig):
 class RewardModelConfig(Settings):
     own_tag: Tag
     other_fraction: Fraction = 0.0
-    """Share of the training set that comes from the other tag (helpfulness 0.5, safety 0.1) [P]."""
+    """Fraction of the training set with the other tag (helpfulness 0.5, safety 0.1) [P]."""
     safety_loss_weight: Annotated[float, Field(ge=0.0)] = 0.0
     """λ of the auxiliary safe/unsafe loss [O]."""
 
@@ -44,13 +44,13 @@ class RewardConfig(SupervisedConfig):
     batch_size: Count = 512  # pairs [P], as epochs
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine", warmup_ratio=0.03, min_warmup_steps=5)  # [P]
     center_rows: Count = 256
-    """SFT responses over which the mean reward is taken and subtracted; drawn by hash, of every tag and source."""
+    """Number of SFT responses whose mean reward is subtracted; drawn by hash from every tag and source."""
 
 
 class DPOConfig(SupervisedConfig):
     """Rafailov et al. 2023 (arXiv 2305.18290), whose beta, batch_size (pairs) and learning rate these are."""
 
     beta: Positive = 0.1
-    """How dear it is to leave the SFT model: the KL coefficient of the reward that the policy stands for."""
+    """KL coefficient of the implicit reward: how strongly the policy is held near the SFT model."""
     micro_batch_size: Count = 4
     optim: OptimConfig = OptimConfig(lr=1e-6, weight_decay=0.0, schedule="cosine", warmup_ratio=0.1)

@@ -1,4 +1,8 @@
-"""From records to token batches: load, hold out, mix, encode."""
+"""From the user's files to token batches.
+
+loading.py   rows from files        splitting.py  held-out rows, mixtures     parsed.py   the rows of a run on disk
+encoding.py  rows to token batches  batches.py    the dataclasses of tensors
+"""
 
 from rlhf.data.encoding import (
     MARGINS,

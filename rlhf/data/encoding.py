@@ -1,6 +1,7 @@
 """Rows as tokens, and prompts as batches.
 
-Rows that are too long are left out and counted, never truncated: a truncated response teaches to stop in the middle.
+Rows that are too long are left out and counted, never truncated: a truncated response would teach the model to stop in
+the middle.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SAFETY = {"safe": 1, "unsafe": 0, "unknown": -1}
 
 
 def encode_demonstrations(tokenizer: Any, rows: Sequence[Demonstration], max_length: int) -> list[dict[str, list[int]]]:
-    """`input_ids` and `assistant_masks` of each row, as TRL's SFTTrainer names them; rows over `max_length` left out."""
+    """`input_ids` and `assistant_masks` of each row, as TRL's SFTTrainer names them; rows over `max_length` left
+    out."""
 
     chat = format_of(tokenizer)
 
@@ -46,7 +48,7 @@ def encode_preferences(
     tokenizer: Any, rows: Sequence[Preference], margin: str, max_length: int
 ) -> list[dict[str, Any]]:
     """`chosen_ids`, `rejected_ids` and `margin` of each pair, as TRL's RewardTrainer names them; pairs with a side over
-    `max_length` left out. `chosen_is_safe` and `rejected_is_safe` are 1, 0, or -1 where nobody said.
+    `max_length` left out. `chosen_is_safe` and `rejected_is_safe` are 1, 0, or -1 if unknown.
     """
 
     chat = format_of(tokenizer)
@@ -72,7 +74,7 @@ class EncodedPrompt(Prompt):
 
 
 def short_prompts(tokenizer: Any, prompts: Sequence[Prompt], max_prompt_length: int) -> list[EncodedPrompt]:
-    """The prompts that fit into `max_prompt_length` tokens, with their tokens: no later batch encodes them again."""
+    """The prompts that fit into `max_prompt_length` tokens, with their tokens, so that no batch encodes them again."""
     chat = format_of(tokenizer)
 
     def encode(row: Prompt) -> EncodedPrompt:
@@ -101,7 +103,7 @@ def _with_source(row: Any, encode: Callable[[Any], Any]) -> Any:
 
 
 def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], max_prompt_length: int) -> PromptBatch:
-    """Open prompts, left-padded. `ids`: keys of their responses. UserError (3) for one that is too long."""
+    """Prompts, left-padded. `ids`: keys of the random numbers of their responses. UserError (3) if one is too long."""
     chat = format_of(tokenizer)
 
     def tokens_of(row: Prompt) -> list[int]:
@@ -117,10 +119,10 @@ def prompt_batch(tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[int], 
 
 
 def next_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iteration: int) -> PromptBatch:
-    """The iteration's prompts, the same on all ranks: a new permutation for every pass through the set, each prompt as
-    often as it gets responses.
+    """The iteration's prompts, the same on all ranks: a new permutation for every epoch over the prompts, and each
+    prompt `group_size` times.
 
-    An id counts passes and responses too: a prompt that is drawn twice in an iteration gets other responses.
+    Ids also count epochs and responses, so a prompt that is drawn twice in an iteration gets different responses.
     """
     answers = config.ppo.group_size
     size, count, ids = config.ppo.batch_size // answers, len(prompts), []
@@ -137,7 +139,7 @@ def next_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iter
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """tokens_BT int64 and mask_BT bool of sequences of unequal length; the mask comes from the lengths."""
+    """tokens_BT int64 and mask_BT bool of sequences of different lengths; the mask comes from the lengths."""
     longest = max(len(sequence) for sequence in sequences)
     tokens_BT = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
     mask_BT = torch.zeros(len(sequences), longest, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Rows from the user's files: reads the sources that a run names, and holds prompts out of each kind of data."""
+"""Reads the sources of a run from the user's files, and holds rows out of each kind of data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Validate = Callable[[Sequence[ChatMessage]], None]
 
 
 def load_demonstrations(config: RunConfig, validate: Validate = llama2.validate) -> Split:
-    """Demonstrations of the run. UserError (3) names file, line and reason of what cannot be used.
+    """Demonstrations of the run. UserError (3) with file, line and reason for rows that cannot be used.
 
     `validate` raises UserError for messages that the chat format cannot hold.
     """
@@ -105,7 +105,7 @@ def _load_source(kind: Any, source: SourceConfig, data: DataConfig) -> reward_da
 
 
 def _place(path: str, root: Path) -> str:
-    """Where a source is: shipped, under the root, or (where nothing lies there) a hub name."""
+    """Where a source is: shipped, under the root, or, if nothing is there, a hub name."""
     if path == "shipped":
         return path
     place = root / path
@@ -113,7 +113,7 @@ def _place(path: str, root: Path) -> str:
 
 
 def _without_unfit(rows: list, data: DataConfig, validate: Validate) -> tuple[list, list[str]]:
-    """Rows that the chat format can hold, and what is wrong with the others."""
+    """Rows that the chat format can encode, and what is wrong with the others."""
     fit, unfit = [], []
     for row in rows:
         try:

@@ -1,6 +1,6 @@
 """The run's data as records in `runs/<run>/data`: parsed once, by the driver or the first rank, and read by every rank.
 
-`data.json` is written last. It holds the settings that the rows were made by, and the digests of the user's files.
+`data.json` is written last. It holds the settings of the data and the digests of the user's files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RECORDS = {"demonstrations": Demonstration, "preferences": Preference, "prompts"
 
 
 def write(config: RunConfig, splits: Mapping[str, Split]) -> None:
-    """`splits` by role, in place of what is there."""
+    """Writes `splits` by role and replaces older data."""
     folder = _folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -35,7 +35,7 @@ def write(config: RunConfig, splits: Mapping[str, Split]) -> None:
 
 
 def manifest(config: RunConfig) -> dict[str, Any] | None:
-    """`digests` and `findings` by role; None where the data was not parsed yet, or by other settings."""
+    """`digests` and `findings` by role; None if the data was not parsed yet, or with other settings."""
     try:
         found = json.loads((_folder(config) / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -53,8 +53,12 @@ def read(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:
     }
 
 
+def held_out_file(config: RunConfig, role: str) -> Path:
+    return _folder(config) / f"{role}.held_out.jsonl"
+
+
 def training_demonstrations(config: RunConfig) -> list[Demonstration]:
-    """For the tokenizer of a tiny model, which may be asked for before a run has data."""
+    """For the tokenizer of a tiny model, which may be needed before the data was written."""
     if manifest(config) is None:
         return load_demonstrations(config).train
     return _read_rows(config, "demonstrations", "train")
@@ -65,7 +69,7 @@ def _folder(config: RunConfig) -> Path:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """That the rows depend on: the chat format decides which dialogues can be used."""
+    """The settings on which the rows depend; the chat format decides which dialogues can be used."""
     model = {"path": config.model.path, "chat_format": config.model.chat_format}
     return {"data": config.data.model_dump(mode="json"), "model": model}
 

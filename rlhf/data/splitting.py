@@ -1,4 +1,4 @@
-"""Which rows are for what: held-out prompts, the draw of rows by hash, the mixture of a reward model."""
+"""Held-out rows, drawing rows by hash, and the mixture of a reward model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Split:
 
 
 def without_shared(kind: str, train: list, held_out: set[str], where: str, data: DataConfig) -> tuple[list, list]:
-    """Training rows whose prompt is none of `held_out`, and the others; UserError (3) where these are refused.
+    """Training rows whose prompt is not in `held_out`, and the others; UserError (3) if these are refused.
 
     `where` says in the message where their prompt is held out.
     """
@@ -45,7 +45,7 @@ def prompts_of(rows: Sequence[Any]) -> set[str]:
 
 
 def hold_out(rows: list, share: float) -> tuple[list, list]:
-    """Training and held-out rows by a hash of the first user text, so that one dialogue never stands on both sides."""
+    """Training and held-out rows by a hash of the first user text, so that a dialogue is never on both sides."""
     parts: tuple[list, list] = ([], [])
     for row in rows:
         first = next(m for m in prompt_of(row) if m.role == "user")
@@ -55,9 +55,9 @@ def hold_out(rows: list, share: float) -> tuple[list, list]:
 
 
 def hold_out_everywhere(splits: Mapping[str, Split], data: DataConfig) -> dict[str, Split]:
-    """What is held out for one role is trained on in none: `splits` by role, without such training rows.
+    """`splits` by role without training rows whose prompt is held out in another role.
 
-    UserError (3) where there are some and `data.shared_prompts` refuses them, or where no training row is left.
+    UserError (3) if there are some and `data.shared_prompts` refuses them, or if no training row is left.
     """
     held_out = {role: prompts_of(split.held_out) for role, split in splits.items()}
     return {role: _without_others(role, split, held_out, data) for role, split in splits.items()}
@@ -65,7 +65,9 @@ def hold_out_everywhere(splits: Mapping[str, Split], data: DataConfig) -> dict[s
 
 def _without_others(role: str, split: Split, held_out: Mapping[str, set[str]], data: DataConfig) -> Split:
     train, digests, findings = split.train, dict(split.digests), [*split.findings]
-    for other in (name for name in held_out if name != role):  # in one order everywhere: the digests name it
+    for other in (
+        name for name in held_out if name != role
+    ):  # in the same order everywhere, because digests depend on it
         train, shared = without_shared(role, train, held_out[other], f"held out in data.{other}", data)
         if shared:
             names = sorted(row.source for row in shared)
@@ -77,11 +79,11 @@ def _without_others(role: str, split: Split, held_out: Mapping[str, set[str]], d
 
 
 def draw_rows(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(`count` rows, the others), drawn by a hash of their prompts, whatever their order in the files.
+    """(`count` rows, the other rows), drawn by a hash of their prompts, independently of their order in the files.
 
-    Stratified: of every tag and source as large a part as of the whole, within one prompt. Rows that share a prompt stay
-    together, so fewer than `count` are drawn where the next prompt has more rows than are wanted. Both lists are in the
-    order of the draw, so their beginnings are mixed too.
+    Stratified: every tag and source has the same proportion as in the whole, within one prompt. Rows with one prompt
+    stay together, so fewer than `count` are drawn if the next prompt has more rows than are wanted. Both lists are in
+    the order of the draw, so their beginnings are mixed too.
     """
     rows_of: dict[str, list[Row]] = {}
     for row in rows:
@@ -93,7 +95,7 @@ def draw_rows(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], li
     strata: dict[tuple[str, str], list[str]] = {}
     for prompt in sorted(rows_of, key=key):
         strata.setdefault(min((row.tag, row.source.rpartition(":")[0]) for row in rows_of[prompt]), []).append(prompt)
-    # The k-th of n prompts stands at (k + ½) / n, so every beginning of the list has the proportions of the whole.
+    # The k-th of n prompts is placed at (k + ½) / n, so every beginning of the list has the proportions of the whole.
     places = [((k + 0.5) / len(own), key(prompt), prompt) for own in strata.values() for k, prompt in enumerate(own)]
     drawn: list[Row] = []
     others: list[Row] = []
@@ -104,9 +106,9 @@ def draw_rows(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], li
 
 
 def split_held_out(prompts: Sequence[Prompt], for_choice: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts that choose the best iteration, and others for the report: a maximum must not be its own witness.
+    """Prompts that select the best iteration, and others for the report, because a maximum overestimates itself.
 
-    UserError (3) where nothing is left for the report.
+    UserError (3) if nothing is left for the report.
     """
     if len(prompts) <= for_choice:
         raise UserError(
@@ -118,7 +120,8 @@ def split_held_out(prompts: Sequence[Prompt], for_choice: int, seed: int) -> tup
 
 
 def mix_preferences(rows: Sequence[Preference], model: RewardModelConfig, seed: int) -> list[Preference]:
-    """All rows of the model's own tag, and others drawn evenly until they are `other_fraction` of the set (§3.2.2)."""
+    """All rows of the model's own tag, and others drawn at random until they are `other_fraction` of the set
+    (§3.2.2)."""
     own = [row for row in rows if row.tag == model.own_tag]
     other = [row for row in rows if row.tag != model.own_tag]
     if not own:

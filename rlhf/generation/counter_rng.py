@@ -1,7 +1,7 @@
-"""Random numbers that belong to a token, not to a rank or a batch.
+"""Counter-based random numbers, which belong to a token and not to a rank or a batch.
 
-The uniform number for a token is a hash of (seed, iteration, prompt id, position), so a prompt gets the same response in
-whatever batch and on whatever rank it is sampled, and a resumed run needs no generator state.
+The uniform number for a token is a hash of (seed, iteration, prompt id, position). So a prompt gets the same response
+in any batch and on any rank, and a resumed run needs no generator state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
-BLOCK = 128  # tokens of the vocabulary that are added up together
+BLOCK = 128  # vocabulary entries summed together
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -29,12 +29,13 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def keyed_uniform(seed: int, iteration: int, ids_B: Tensor, position: int | Tensor) -> Tensor:
-    """float32 in [0, 1), one per row: 24 bits of a hash of the four keys. `position`: one for all rows, or one each."""
+    """float32 in [0, 1), one per row: 24 bits of a hash of the four keys. `position`: one for all rows, or one per
+    row."""
     return _shift_right(_hash(seed, iteration, ids_B, position), 40).to(torch.float32) * 2.0**-24
 
 
 def keyed_seed(seed: int, iteration: int, ids_B: Tensor) -> Tensor:
-    """int64 in [0, 2^63), one per row, for an engine that draws its own numbers: a hash of the three keys."""
+    """int64 seeds in [0, 2^63), one per row, for an engine with its own generators: a hash of the three keys."""
     return _shift_right(_hash(seed, iteration, ids_B), 1)
 
 
@@ -48,8 +49,8 @@ def _hash(seed: int, iteration: int, ids_B: Tensor, *keys: int | Tensor) -> Tens
 def pick_token(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Inverse of the cumulative distribution: the first token whose cumulative probability exceeds the uniform number.
 
-    Summed over blocks of the vocabulary first and then inside one block, which reads `probs_BV` once. What rounding
-    leaves falls to the last possible token: one of probability 0 is never picked.
+    First sums blocks of the vocabulary and then one block, which reads `probs_BV` once. If rounding leaves a remainder,
+    the last token with a probability above 0 is picked.
     """
     V = probs_BV.shape[1]
     whole = V - V % BLOCK
@@ -66,6 +67,6 @@ def pick_token(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:
-    """The first place whose sum exceeds the target, or the last sum where rounding has put the target past it."""
+    """The first index whose cumulative sum exceeds the target, or the last if rounding put the target beyond it."""
     below_last_B1 = cumulative_BN[:, -1:] * (1 - 2.0**-23)
     return torch.searchsorted(cumulative_BN, target_B1.minimum(below_last_B1), right=True)

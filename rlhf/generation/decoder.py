@@ -1,4 +1,4 @@
-"""Forward passes of any causal language model of transformers, over a cache whose rows come and go."""
+"""Forward passes of any causal transformers model over a cache whose rows join and leave."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from rlhf.generation.kv_cache import SlotCache
 
 
 class Decoder(Protocol):
-    """What a sampler asks of a model. G: newcomers, W: their longest prompt, S: rows in the cache, V: vocabulary."""
+    """The interface between sampler and model. G: joining rows, W: their longest prompt, S: rows in the cache, V:
+    vocabulary."""
 
     packs: bool  # reads prompts without the padding between them
 
     def prefill(self, tokens_GW: Tensor, mask_GW: Tensor, cache: SlotCache) -> Tensor:
-        """Lets left-padded prompts join the cache; returns the logits_GV after their last tokens."""
+        """Adds left-padded prompts to the cache; returns the logits_GV after their last tokens."""
         ...
 
     def step(self, token_S: Tensor, cache: SlotCache) -> Tensor:
@@ -24,7 +25,7 @@ class Decoder(Protocol):
 
 
 class CausalDecoder:
-    """By the model's own forward pass, adapters and all."""
+    """Uses the model's own forward pass, with adapters."""
 
     packs = False
 

@@ -1,7 +1,6 @@
 """Sampling in the training process from a full copy of the policy, refreshed once per iteration.
 
-Continuous batching: a row that has ended leaves, and a waiting prompt takes its slot. Rows with one prompt share the
-reading of it.
+Continuous batching: a finished row leaves, and a waiting prompt takes its slot. Rows with equal prompts read it once.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from rlhf.models import weights_that_fit
 from rlhf.profiling.memory import free_bytes
 from rlhf.profiling.roofline import ModelSize, size_of
 
-# Prompts wait until this share of the slots is free: reading few of them at a time costs a pass over the weights each.
+# Prompts wait until this fraction of the slots is free, because each reading of prompts reads all weights.
 ADMIT_SHARE = 0.125
-# Prompt tokens read in one forward pass, padding inside: enough for the full rate of a matrix product.
+# Prompt tokens per forward pass, with padding: enough for the full rate of a matrix product.
 PREFILL_TOKENS = 2048
-# Of the memory that is free, for keys and values: the rest is for the passes, and for pieces too small to use. Beside
-# an update it is shared with what these need.
+# Fraction of free memory for keys and values; the rest is for forward passes and fragmentation. During an update less
+# is free.
 CACHE_SHARE, CACHE_SHARE_BESIDE = 0.8, 0.4
 
 
 class InProcessSampler:
-    """Samples from `model`, any causal language model of transformers. Each of `stop_ids` ends a response, `pad_id` fills it up."""
+    """Samples from `model`, any causal transformers model. `stop_ids` end a response; `pad_id` pads it."""
 
     def __init__(
         self,
@@ -48,16 +47,16 @@ class InProcessSampler:
         device: torch.device | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        """`device`: where the model goes; where it is, if not given. `cache_bytes`: memory for keys and values; a share
-        of what is free if not given."""
+        """`device` None: where the model is. `cache_bytes`: memory for keys and values; None: a fraction of free
+        memory."""
         self.cache_bytes = cache_bytes
         self.model = model.eval().requires_grad_(False)
         self.stop_ids, self.pad_id = stop_ids, pad_id
-        self.positions = (0, 0)  # that the model computed in the last `sample`: in prompts, in steps of one token
+        self.positions = (0, 0)  # tokens computed in the last `sample`: in prompts, in steps
         if precision == "bf16":
-            for parameter in model.parameters():  # not the buffers: rounded rotary frequencies misplace every token
+            for parameter in model.parameters():  # not the buffers: rounded rotary frequencies would shift positions
                 parameter.data = parameter.data.to(torch.bfloat16)
-        if device is not None:  # cast first: a float32 copy takes twice the memory there
+        if device is not None:  # cast first: a float32 copy would take twice the memory
             model.to(device)
 
     @property
@@ -75,8 +74,8 @@ class InProcessSampler:
         return total
 
     def take(self, path: str | Path) -> bool:
-        """Becomes the sampler of the model in `path`, tensor by tensor, and without adapters of its own. False, and
-        nothing of it is read, where that model has another shape."""
+        """Loads the weights of the model in `path`, tensor by tensor, without its own adapters. Returns False, and
+        reads nothing, if that model has another shape."""
         if isinstance(self.model, PeftModel):
             self.model = self.model.unload()
         named = weights_that_fit(path, {name: p.shape for name, p in self.model.named_parameters()})
@@ -86,7 +85,7 @@ class InProcessSampler:
         return named is not None
 
     def close(self) -> None:
-        """Lets its weights go; nothing can be sampled afterwards."""
+        """Frees the weights; nothing can be sampled afterwards."""
         self.model = nn.Module()
 
     @torch.no_grad()
@@ -98,12 +97,12 @@ class InProcessSampler:
         iteration: int,
         go_on: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Responses for every prompt, `settings.batch_size` rows at a time, or as many as memory holds keys and values of;
-        the others wait. R is `settings.max_new_tokens`. UserError (5) where there is no memory for one row.
+        """Responses for every prompt, sampling `settings.batch_size` rows at a time, or fewer if their keys and values
+        do not fit into memory. R is `settings.max_new_tokens`. UserError (5) if one row does not fit.
 
-        The number drawn for a token depends on (seed, iteration, prompt id, position) alone. `go_on`: see `Sampler`.
+        The random number of a token depends on (seed, iteration, prompt id, position) only. `go_on`: see `Sampler`.
         """
-        alone = go_on is None  # else an update runs at the same time
+        alone = go_on is None  # otherwise an update runs at the same time
         decoder = decoder_of(self.model, alone)
         longest = int(prompts.mask_BP.sum(1).max()) if len(prompts.ids_B) else 0
         slots = self.rows_at_once(longest, settings, alone)
@@ -116,9 +115,10 @@ class InProcessSampler:
         return rollout_of(prompts, run.tokens_BR, run.logprobs_BR, run.length_B, self.stop_ids)
 
     def rows_at_once(self, prompt_length: int, settings: SamplingConfig, alone: bool = True) -> int:
-        """Rows of up to so long a prompt that are sampled together. UserError (5) where there is no room for one.
+        """The number of rows with prompts up to this length that are sampled together. UserError (5) if one does not
+        fit.
 
-        `alone`: nothing else asks for memory while it samples.
+        `alone`: nothing else uses memory while it samples.
         """
         free = self.cache_bytes
         if free is None:
@@ -142,12 +142,12 @@ class InProcessSampler:
 
 
 def decoder_of(model: nn.Module, alone: bool = False) -> Decoder:
-    """The tuned forward pass where it computes what the model computes, else the model's own."""
+    """The tuned forward pass if it computes the same as the model, else the model's own."""
     return LlamaDecoder(model, alone) if is_plain_llama(model) else CausalDecoder(model)
 
 
 class _Run:
-    """One call of `sample`: the responses as they grow, the prompts that wait, and the rows (S) in the cache."""
+    """The state of one call of `sample`: growing responses, waiting prompts, and the rows (S) in the cache."""
 
     def __init__(
         self,
@@ -165,15 +165,14 @@ class _Run:
         self.tokens_BR = torch.full((B, R), pad_id, dtype=torch.int64, device=device)
         self.logprobs_BR = torch.zeros((B, R), dtype=torch.float32, device=device)
         self.length_B = torch.zeros(B, dtype=torch.int64, device=device)
-        # Long prompts first and like lengths together, so that little of a forward pass is padding; equal prompts are
-        # neighbours, because they are read once.
+        # Longest prompts first, so that little of a forward pass is padding; equal prompts are neighbours and read once.
         self.prompt_length_B = prompts.mask_BP.sum(1)
         self.prompt_B = first_with_prompt(prompts.tokens_BP, prompts.mask_BP)
         by_prompt = self.prompt_B.argsort(stable=True)
         self.waiting = by_prompt[self.prompt_length_B[by_prompt].argsort(descending=True, stable=True)]
         most_columns = int(self.prompt_length_B.max()) + R if B else None
         self.cache = SlotCache(min(B, slots), device, most_columns)
-        self.index_S = self.waiting[:0]  # the row of the batch that sits in each slot
+        self.index_S = self.waiting[:0]  # the row of the batch in each slot
         self.token_S = self.index_S  # its last token, not yet read by the model
         self.prompt_positions = self.step_positions = 0  # that the model computed so far
 
@@ -187,12 +186,12 @@ class _Run:
         return free >= min(len(self.waiting), max(1, round(ADMIT_SHARE * self.cache.slots))) > 0
 
     def admit(self) -> None:
-        """The next prompts take free slots, each distinct one read once; every row draws its first token."""
+        """Puts the next prompts into free slots, reads each distinct one once, and draws every row's first token."""
         width = int(self.prompt_length_B[self.waiting[0]])
         count = self._newcomers(max(1, PREFILL_TOKENS // width))
         index_G, self.waiting = self.waiting[:count], self.waiting[count:]
         is_copy_G = _is_as_before(self.prompt_B[index_G])
-        source_G = (~is_copy_G).cumsum(0) - 1  # which of the prompts that are read is the row's
+        source_G = (~is_copy_G).cumsum(0) - 1  # index of the row's prompt among those that are read
         index_G, source_G = (torch.cat([x[~is_copy_G], x[is_copy_G]]) for x in (index_G, source_G))
         D, slot = count - int(is_copy_G.sum()), self.cache.rows
         tokens_DW, mask_DW = (x[index_G[:D], -width:] for x in (self.prompts.tokens_BP, self.prompts.mask_BP))
@@ -204,21 +203,21 @@ class _Run:
         self._release()
 
     def _newcomers(self, prompts: int) -> int:
-        """How many waiting rows enter: of at most so many prompts, and all rows of a prompt, unless it is the first."""
+        """How many waiting rows join: at most this many prompts, and all rows of a prompt unless it is the first."""
         free = self.cache.slots - self.cache.rows
         number_W = (~_is_as_before(self.prompt_B[self.waiting[: free + 1]])).cumsum(0)  # 1 for rows of the first prompt
-        if len(number_W) > free:  # the row after the last free slot: its prompt must wait
+        if len(number_W) > free:  # the row after the last free slot, whose prompt waits
             prompts = min(prompts, max(int(number_W[free]) - 1, 1))
         return min(int((number_W <= prompts).sum()), free)
 
     def step(self) -> None:
-        """One more token for every row."""
+        """Samples one token for every row."""
         self.step_positions += len(self.token_S)
         self.token_S = self._draw(self.decoder.step(self.token_S, self.cache), self.index_S)
         self._release()
 
     def _draw(self, logits_GV: Tensor, index_G: Tensor) -> Tensor:
-        """The next token of each row, written down with its logprob."""
+        """Draws and records the next token of each row with its logprob."""
         t_G = self.length_B[index_G]
         probs_GV = torch.softmax(logits_GV.float().div_(self.temperature), -1)
         token_G = pick_token(probs_GV, keyed_uniform(*self.key, self.prompts.ids_B[index_G], t_G))
@@ -228,7 +227,7 @@ class _Run:
         return token_G
 
     def _release(self) -> None:
-        """Rows that have ended, or are as long as they may be, leave their slots."""
+        """Removes rows that have ended or reached the maximum length."""
         alive_S = ~is_stop(self.token_S, self.stop_ids) & (self.length_B[self.index_S] < self.R)
         if not alive_S.all():
             from_S = self.cache.keep(alive_S)
@@ -236,5 +235,5 @@ class _Run:
 
 
 def _is_as_before(prompt_N: Tensor) -> Tensor:
-    """True where a prompt is the same as the one before it."""
+    """True where a prompt equals the one before it."""
     return torch.cat([torch.zeros_like(prompt_N[:1], dtype=torch.bool), prompt_N[1:] == prompt_N[:-1]])

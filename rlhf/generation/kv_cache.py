@@ -1,8 +1,8 @@
-"""The keys and values of the rows that are being sampled, written in place.
+"""The KV cache of the rows that are being sampled, written in place.
 
-S slots, L columns in sight. The rows are the first `rows` slots, and all of them end in the same column: a step writes
-one column for everybody, and what a row does not own lies to its left. So a mask is one comparison per row, relative
-positions are column differences, and a newcomer of any length joins by ending where the others end.
+S slots, L visible columns. The rows are the first `rows` slots, and all of them end in the same column: a step writes
+one column for all rows. So a mask is one comparison per row, relative positions are column differences, and a new row
+of any length ends where the others end.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# Columns added when a cache is full: at least so many, and this share of those in use. Making room copies the cache once
-# in so many steps, on a GPU graphs are recorded anew, and every step reads all columns.
+# Columns added to a full cache: at least this many, and this fraction of those in use. More columns mean fewer copies
+# (and on a GPU fewer new graphs), but every step reads all columns.
 SPARE_COLUMNS, SPARE_SHARE = 32, {"cpu": 0.125, "cuda": 0.25}
 
 
 @dataclass
 class Span:
-    """Where the forward pass under way writes, and the first column that it sees."""
+    """Where the current forward pass writes, and the first column that it sees."""
 
     rows: slice
     first: int
@@ -37,15 +37,15 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self.cache = weakref.proxy(cache)  # a circle would keep its memory until the next garbage collection
+        self.cache = weakref.proxy(cache)  # a reference cycle would keep its memory until the next garbage collection
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, because a masked column still takes part with weight 0, and 0 · NaN is NaN.
+        # Zeros, because a masked column has weight 0, and 0 · NaN is NaN.
         self.keys, self.values = (self.cache.room(x, self.cache.columns) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Writes [rows, heads, columns, head size] and returns views of all that these rows see."""
+        """Writes [rows, heads, columns, head size] and returns views of everything these rows see."""
         span = self.cache.span
         self.write(span.rows, span.at, key_states, value_states)
         seen = slice(span.first, span.at + key_states.shape[2])
@@ -59,7 +59,7 @@ class SlotLayer(CacheLayerMixin):
         self.values[rows, :, columns] = value_states
 
     def write_column(self, at_1: Tensor, key_SKD: Tensor, value_SKD: Tensor) -> None:
-        """One column of the first S slots. Its number is a tensor, so that the device need not tell it."""
+        """Writes one column of the first S slots. Its index is a tensor, so that nothing waits for the device."""
         for x, new in ((self.keys, key_SKD), (self.values, value_SKD)):
             x[: len(new)].index_copy_(2, at_1, new[:, :, None])
 
@@ -74,13 +74,13 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A cache of transformers in which rows come and go. `admit` or `step`, then the forward pass."""
+    """A transformers cache in which rows join and leave. Call `admit` or `step`, then the forward pass."""
 
     def __init__(self, slots: int, device: torch.device, most_columns: int | None = None) -> None:
-        """`most_columns`: no row will be longer, so there is never room for more."""
+        """`most_columns`: the length of the longest row, which limits the columns."""
         super().__init__(layers=[])
         self.slots, self.columns, self.most_columns = slots, 0, most_columns
-        self.moves = 0  # how often all that is kept went elsewhere
+        self.moves = 0  # how often the buffers were moved
         self.rows = 0
         self.end = 0  # the column of the next token
         self.start_S = torch.zeros(slots, dtype=torch.int64, device=device)  # the first column of each row
@@ -95,7 +95,7 @@ class SlotCache(Cache):
         return self.layer(layer_idx).update(key_states, value_states)
 
     def admit(self, length_G: Tensor) -> None:
-        """The next slots become rows whose first `length_G` tokens the coming forward pass writes, right-aligned."""
+        """Adds rows whose first `length_G` tokens the next forward pass writes, right-aligned."""
         width = int(length_G.max())
         if not self.rows:
             self.end = min(width, self.columns)
@@ -107,7 +107,7 @@ class SlotCache(Cache):
         self.span = Span(newcomers, self.end - width, self.end - width)
 
     def fork(self, slot_F: Tensor) -> None:
-        """The next slots become copies of the rows in `slot_F`, which the last forward pass wrote."""
+        """Adds copies of the rows in `slot_F`, which the last forward pass wrote."""
         newcomers, columns = slice(self.rows, self.rows + len(slot_F)), slice(self.span.first, self.end)
         for number in range(len(self.layers)):
             for x in (self.layer(number).keys, self.layer(number).values):
@@ -116,14 +116,14 @@ class SlotCache(Cache):
         self.rows = newcomers.stop
 
     def step(self) -> None:
-        """The coming forward pass writes one token per row."""
+        """Prepares a forward pass of one token per row."""
         if self.end == self.columns or self.columns > 2 * self._with_spare(self.used):
             self._move(0)
         self.span = Span(slice(0, self.rows), self.end - self.used, self.end)
         self.end += 1
 
     def keep(self, alive_S: Tensor) -> Tensor:
-        """The other rows leave, and the last ones take their slots. Returns, for each row, the slot it came from."""
+        """Removes the other rows; the last rows take their slots. Returns the old slot of each row."""
         alive, self.rows = alive_S.nonzero()[:, 0], int(alive_S.sum())
         free = (~alive_S[: self.rows]).nonzero()[:, 0]
         moved = alive[alive >= self.rows]
@@ -138,7 +138,7 @@ class SlotCache(Cache):
 
     @property
     def used(self) -> int:
-        """Columns from the first that any row owns to the end."""
+        """The columns from the first that any row uses to the end."""
         return self.end - int(self.start_S[: self.rows].min()) if self.rows else 0
 
     def position_S(self) -> Tensor:
@@ -146,7 +146,7 @@ class SlotCache(Cache):
         return self.end - 1 - self.start_S[: self.rows]
 
     def mask_SL(self) -> Tensor:
-        """True at the columns in sight that belong to the row."""
+        """True at the visible columns that belong to the row."""
         return self.mask_SC()[:, self.span.first : self.end]
 
     def mask_SC(self) -> Tensor:
@@ -155,7 +155,7 @@ class SlotCache(Cache):
         return (column_C >= self.start_S[: self.rows, None]) & (column_C < self.end)
 
     def _move(self, to: int) -> None:
-        """What is used goes to column `to` of a buffer with room to spare."""
+        """Moves the used columns to column `to` of a buffer with spare columns."""
         used, start = self.used, self.end - self.used
         self.columns = max(to + used, min(to + self._with_spare(used), self.most_columns or sys.maxsize))
         for layer in self.layers:
@@ -164,7 +164,7 @@ class SlotCache(Cache):
                 moved = self.room(x, self.columns)
                 moved[: self.rows, :, to : to + used] = x[: self.rows, :, start : self.end]
                 setattr(layer, name, moved)
-                del x  # the old one goes before the next new one comes
+                del x  # frees the old one before making the next
         self.start_S += to - start
         self.end = to + used
         self.moves += 1
@@ -178,6 +178,6 @@ class SlotCache(Cache):
 
 
 def rows_that_fit(free: int, bytes_per_token: int, tensors: int, columns: int) -> int:
-    """Rows of `columns` tokens whose keys and values fit into `free` bytes, in so many tensors of equal size. A cache is
-    moved tensor by tensor, so that one of them exists twice."""
+    """The number of rows of `columns` tokens whose keys and values fit into `free` bytes, in this many tensors of equal
+    size. One tensor more is counted, because the cache is moved tensor by tensor."""
     return int(free * tensors // (bytes_per_token * columns * (tensors + 1)))

@@ -1,8 +1,8 @@
-"""Forward passes of a plain Llama over a cache whose rows come and go, with as few operations as torch allows.
+"""Forward passes of a plain Llama over a cache whose rows join and leave, with as few operations as possible.
 
-The same mathematics as transformers' LlamaForCausalLM (softmax and norms in float32), in another order of work:
-prompts are packed without padding, query, key and value are one matrix product, and the query heads that share a key
-head are rows of one product with it, so keys and values are not repeated.
+The same mathematics as transformers' LlamaForCausalLM (softmax and norms in float32), computed differently: prompts are
+packed without padding; query, key and value are one matrix product; the query heads of one key head are rows of one
+product, so keys and values are not repeated.
 
 N tokens, H hidden size, S rows in the cache, C its columns, A query heads, K key heads, Q = A / K, D head size.
 """
@@ -26,7 +26,7 @@ from rlhf.kernels.linear import Linear
 
 
 def is_plain_llama(model: nn.Module) -> bool:
-    """Whether `LlamaDecoder` computes what this model computes. Adapters, biases and other rotations are not plain."""
+    """Whether `LlamaDecoder` computes the same as this model: no adapters, no biases, standard rotary positions."""
     if type(model) is not LlamaForCausalLM:
         return False
     config = model.config
@@ -55,12 +55,12 @@ class _Layer:
 
 
 class LlamaDecoder:
-    """A `Decoder` with copies of the model's weights in a layout of its own: make one per run, and let it go after."""
+    """A `Decoder` with packed copies of the model's weights. Make one per call of `sample` and drop it afterwards."""
 
     packs = True
 
     def __init__(self, model: Any, alone: bool = False) -> None:
-        """`alone`: nothing else works on the device until the run has ended."""
+        """`alone`: nothing else uses the device meanwhile."""
         self.model, self.alone, config = model, alone, model.config
         self.A, self.K = config.num_attention_heads, config.num_key_value_heads
         self.D = model.model.layers[0].self_attn.head_dim
@@ -112,7 +112,7 @@ class LlamaDecoder:
         return self.graphs(partial(self._whole_step, cache), token_S)
 
     def _whole_step(self, cache: SlotCache, given: StepInput) -> Tensor:
-        """As `step`, by tensors alone."""
+        """`step` on tensors only, as CUDA graphs need it."""
 
         def attend(number: int, q_SAD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
             layer, S = cache.layer(number), len(q_SAD)
@@ -152,8 +152,8 @@ class LlamaDecoder:
 def _attention(q_SKQD: Tensor, k_SKCD: Tensor, v_SKCD: Tensor, bias_SKQC: Tensor) -> Tensor:
     """Softmax(q kᵀ / √D + bias) v, softmax in float32.
 
-    On a CPU torch's kernel takes two tiny products for each row and head; two over all of them take half the time, where
-    keys and values need no copy: so the whole buffer is read, and the bias hides what is not a row's own.
+    On a CPU torch's kernel computes two tiny products for each row and head; two over all rows and heads take half the
+    time if keys and values need no copy. So the whole buffer is read, and the bias masks other columns.
     """
     if q_SKQD.device.type != "cpu":
         return F.scaled_dot_product_attention(q_SKQD, k_SKCD, v_SKCD, attn_mask=bias_SKQC)
@@ -182,7 +182,7 @@ def _pack(layer: Any) -> _Layer:
 
 
 def _runs(lengths: list[int], first_slot: int) -> list[tuple[slice, int, int]]:
-    """Neighbours of one length, as (slots, how many, length): each run is one attention without padding."""
+    """Runs of neighbours with equal lengths, as (slots, number, length): each is one attention without padding."""
     runs: list[tuple[slice, int, int]] = []
     for slot, length in enumerate(lengths, first_slot):
         if runs and runs[-1][2] == length:

@@ -15,7 +15,7 @@ from rlhf.models import add_lora, load_causal
 
 
 def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.device) -> Sampler:
-    """One for the model in `folder`, adapters added where the run trains them; the trainer gives it its weights.
+    """A sampler for the model in `folder`, with adapters if the run trains them; the trainer loads its weights.
 
     All ranks must call it.
     """
@@ -35,8 +35,8 @@ def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.
 def sampler_of(
     path: Path, sampler: Sampler, config: RunConfig, tokenizer: Any, device: torch.device
 ) -> InProcessSampler:
-    """A sampler in process with the model in `path`: `sampler` itself with these weights, or another one in its place
-    once it has let its own go, so that two are never held at once."""
+    """An in-process sampler with the model in `path`: `sampler` itself with these weights if the shape fits, else a new
+    one after `sampler` has freed its weights, so that two never exist at once."""
     if isinstance(sampler, InProcessSampler) and sampler.take(path):
         return sampler
     sampler.close()

@@ -1,4 +1,4 @@
-"""What PPO asks of a sampler, and how what was sampled becomes a rollout."""
+"""The interface of samplers, and how sampled responses become a rollout."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from rlhf.profiling.roofline import ModelSize
 
 class Sampler(Protocol):
     stop_ids: Sequence[int]
-    """Each ends a response, and is its last token."""
+    """The ids that end a response, as its last token."""
     positions: tuple[int, int]
-    """That the model computed in the last `sample`: in prompts, in steps of one token."""
+    """Tokens computed in the last `sample`: in prompts, in steps."""
 
     @property
     def size(self) -> ModelSize:
-        """Of the model that it samples from."""
+        """Parameters of the model that it samples from."""
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
-        """Takes weights by their names in transformers; a tensor need not outlive its turn. Returns bytes copied."""
+        """Takes weights with their names in transformers; each tensor may be freed after its turn. Returns bytes
+        copied."""
         ...
 
     def sample(
@@ -37,22 +38,22 @@ class Sampler(Protocol):
         iteration: int,
         go_on: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Responses for every prompt, of up to R = `settings.max_new_tokens` tokens, EOS inside.
+        """Responses for every prompt of up to R = `settings.max_new_tokens` tokens, EOS included.
 
-        Random numbers depend on (seed, iteration, prompt id) and the position alone. `go_on` is given where something
-        else uses the device at the same time; it is called now and then, and what it raises ends the sampling.
+        Random numbers depend on (seed, iteration, prompt id, position) only. `go_on` is given if something else uses
+        the device at the same time. It is called repeatedly, and what it raises ends the sampling.
         """
         ...
 
     def close(self) -> None:
-        """Lets its weights go; nothing can be sampled afterwards."""
+        """Frees the weights; nothing can be sampled afterwards."""
         ...
 
 
 def rollout_of(
     prompts: PromptBatch, tokens_BR: Tensor, logprobs_BR: Tensor, length_B: Tensor, stop_ids: Sequence[int]
 ) -> Rollout:
-    """Prompts with their responses, whose tokens are the first `length_B` of a row."""
+    """The rollout of prompts with their responses, whose tokens are the first `length_B` of a row."""
     mask_BR = torch.arange(tokens_BR.shape[1], device=length_B.device) < length_B[:, None]
     return Rollout(
         tokens_BT=torch.cat([prompts.tokens_BP, tokens_BR], 1),
@@ -64,5 +65,5 @@ def rollout_of(
 
 
 def is_stop(tokens: Tensor, stop_ids: Sequence[int]) -> Tensor:
-    """True where a token ends a response; `stop_ids` are a handful, and at least one."""
+    """True where a token ends a response; there is at least one stop id."""
     return reduce(torch.logical_or, (tokens == stop for stop in stop_ids))

@@ -1,4 +1,4 @@
-"""Sampling by vLLM inside the training process: one engine per worker, whose weights the trainer hands over in memory.
+"""Sampling with vLLM inside the training process: one engine per worker, which gets its weights in memory.
 
 vLLM is optional (`make vllm`); nothing is imported from it before a sampler is made.
 """
@@ -27,20 +27,20 @@ from rlhf.models import load_config
 from rlhf.profiling.roofline import ModelSize, size_of
 
 SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process, so that it can be given tensors
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so that it can be given tensors
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-CACHE_SHARE = 0.25  # of the memory that is free, at most, for keys and values
-BLOCK = 128  # tokens that vLLM gives memory together, on a CPU; fewer on a GPU
+CACHE_SHARE = 0.25  # maximum fraction of free memory for keys and values
+BLOCK = 128  # tokens per block of vLLM's cache on a CPU; fewer on a GPU
 
 
 class VLLMSampler:
-    """Samples by vLLM from the architecture in `folder`, whose weights are not read: `load_weights` must come first.
+    """Samples with vLLM from the architecture in `folder`. Its weights are not read: call `load_weights` first.
 
-    All ranks must make theirs at the same time, each for itself. Rows are at most `max_length` tokens, prompt and
-    response together, and `rows` of them are sampled at once. On a GPU the engine gives its memory back after each
-    `sample`. A response depends on the batch as far as logits do: on rounding alone.
+    All ranks must make their samplers at the same time. Rows have at most `max_length` tokens (prompt and response),
+    and `rows` of them are sampled at once. On a GPU the engine frees its memory after each `sample`. A response depends
+    on the batch only by rounding of the logits.
     """
 
     def __init__(
@@ -69,23 +69,23 @@ class VLLMSampler:
             skip_tokenizer_init=True,
             generation_config="vllm",  # no defaults from the folder
             dtype=str(self.dtype).removeprefix("torch."),
-            # On a CPU vLLM packs the head, and forgets to do so anew where a head is the table and has no load of its own.
+            # On a CPU vLLM packs the head, but not again after a reload if the head is tied to the embedding.
             hf_overrides={"tie_word_embeddings": False},
             logprobs_mode="processed_logprobs",  # after the temperature
             max_num_seqs=rows,
             max_model_len=max_length,
             kv_cache_memory_bytes=_cache_bytes(self.size, device, rows, max_length),
-            enable_prefix_caching=False,  # it would outlive the weights
+            enable_prefix_caching=False,  # cached prefixes would outlive the weights
             enable_sleep_mode=self.sleeps,
             gpu_memory_utilization=_share_free(device),
-            # With several ranks the process group is there, and an engine of one rank is a slice of it.
+            # With several ranks the process group exists, and each engine is a group of one rank in it.
             distributed_executor_backend="external_launcher" if collectives.world_size() > 1 else "uni",
         )
         self._sleep()
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
-        """Replaces all weights, given by their names in transformers; returns the number of bytes copied."""
+        """Replaces all weights, given with their names in transformers; returns the number of bytes copied."""
         self._wake("weights")
         total = 0
 
@@ -93,7 +93,7 @@ class VLLMSampler:
             nonlocal total
             for name, tensor in named_tensors:
                 total += tensor.numel() * tensor.element_size()
-                # vLLM keeps a tensor until it has all of its layer, and a gathered one is gone by then.
+                # vLLM keeps tensors until a layer is complete, but a gathered one is freed before that.
                 for target in (name, *self.tied.get(name, ())):
                     yield target, tensor.to(self.dtype, copy=True)
 
@@ -109,9 +109,9 @@ class VLLMSampler:
         iteration: int,
         go_on: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Responses for every prompt. R is `settings.max_new_tokens`; rows at once are those of the engine.
+        """Responses for every prompt. R is `settings.max_new_tokens`; the engine has its own number of rows.
 
-        The generator of a row starts from (seed, iteration, prompt id). `go_on`: see `Sampler`.
+        A row's generator starts from (seed, iteration, prompt id). `go_on`: see `Sampler`.
         """
         B, R, device = len(prompts.ids_B), settings.max_new_tokens, prompts.tokens_BP.device
         tokens_BR = torch.full((B, R), self.pad_id, dtype=torch.int64)
@@ -125,7 +125,7 @@ class VLLMSampler:
                 tokens_BR[row, :n], logprobs_BR[row, :n] = torch.tensor(tokens), torch.tensor(logprobs)
                 if go_on is not None:
                     go_on()
-        finally:  # without it, what `go_on` raises would leave the other rows to the next call
+        finally:  # else, after an error of `go_on`, the other rows would be left for the next call
             self.llm.llm_engine.abort_request([str(row) for row in (length_B == 0).nonzero()[:, 0].tolist()])
             self._sleep()
         self.positions = (int(prompts.mask_BP.sum()), int((length_B - 1).sum()))
@@ -134,12 +134,14 @@ class VLLMSampler:
     def _answers(
         self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
     ) -> Iterator[tuple[int, list[int], list[float]]]:
-        """(row, tokens, logprobs) of every response, as they end."""
+        """(row, tokens, logprobs) of every response when it ends."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         engine = self.llm.llm_engine
-        ends = [stop for stop in self.stop_ids if stop < self.vocab_size]  # vLLM refuses an end that is no token
+        ends = [
+            stop for stop in self.stop_ids if stop < self.vocab_size
+        ]  # vLLM refuses stop ids outside the vocabulary
         seeds = keyed_seed(seed, iteration, prompts.ids_B).tolist()
         for row, (tokens_P, mask_P) in enumerate(zip(prompts.tokens_BP, prompts.mask_BP, strict=True)):
             params = SamplingParams(
@@ -147,7 +149,7 @@ class VLLMSampler:
                 max_tokens=settings.max_new_tokens,
                 seed=seeds[row],
                 logprobs=0,  # of the sampled token alone
-                ignore_eos=True,  # the model's own idea of it; ours is the next line
+                ignore_eos=True,  # the model's own EOS; ours is the next line
                 stop_token_ids=ends,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -166,16 +168,16 @@ class VLLMSampler:
             self.asleep -= sleeping
 
     def _sleep(self) -> None:
-        """Weights go to main memory, keys and values are dropped; the memory is the trainer's."""
+        """Moves weights to main memory and drops keys and values, to free memory for the trainer."""
         if self.sleeps:
             self.llm.sleep(level=1)
             self.asleep = {"weights", "kv_cache"}
 
     def close(self) -> None:
-        """Lets its weights go, those in main memory too; nothing can be sampled afterwards."""
+        """Frees the weights, in main memory too; nothing can be sampled afterwards."""
         with _group_kept() if self.in_group else nullcontext():
             del self.llm
-            gc.collect()  # an engine is a circle
+            gc.collect()  # an engine has reference cycles
 
 
 def _open(**settings: Any) -> Any:
@@ -188,8 +190,8 @@ def _open(**settings: Any) -> Any:
 
 @contextmanager
 def _process_kept() -> Iterator[None]:
-    """vLLM takes its process for its own: it changes the environment, seeds torch, and on a CPU forbids
-    `torch.set_num_threads`. The trainer gets back what it had.
+    """vLLM changes the environment, seeds torch, and on a CPU forbids `torch.set_num_threads`. This restores the
+    trainer's state.
     """
     environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
     with torch.random.fork_rng():
@@ -204,7 +206,7 @@ def _process_kept() -> Iterator[None]:
 
 @contextmanager
 def _group_kept() -> Iterator[None]:
-    """An engine that goes destroys the process group, even one that it found: this leaves the trainer its own."""
+    """A dropped engine destroys the process group, even one that it did not make: this keeps the trainer's."""
     destroy = dist.destroy_process_group
 
     def destroy_parts(group: dist.ProcessGroup | None = None) -> None:
@@ -219,14 +221,15 @@ def _group_kept() -> Iterator[None]:
 
 
 def tied_names(model: Any) -> dict[str, list[str]]:
-    """The name of the table's weight, with that of the head where both are one tensor."""
+    """The name of the embedding, with that of the head if they are tied."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(part): f"{name}.weight" for name, part in model.named_modules()}
     return {names[id(table)]: [names[id(head)]]} if head.weight is table.weight else {}
 
 
 def _share_free(device: torch.device) -> float:
-    """Of a device's memory, what vLLM may find free; it refuses to start where others hold more. On a CPU its default."""
+    """The fraction of a device's memory that vLLM may use; it refuses to start if less is free. On a CPU its
+    default."""
     if device.type != "cuda":
         return 0.92
     free, total = torch.cuda.mem_get_info(device)
@@ -234,7 +237,7 @@ def _share_free(device: torch.device) -> float:
 
 
 def _cache_bytes(size: ModelSize, device: torch.device, rows: int, max_length: int) -> int:
-    """Keys and values of all rows at their longest, if memory allows; with less, vLLM makes rows wait."""
+    """Memory for the keys and values of all rows at full length, if available; with less, vLLM lets rows wait."""
     wanted = size.cache_bytes * BLOCK * (rows * -(-max_length // BLOCK) + 1)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(CACHE_SHARE * free))

@@ -1,1 +1,1 @@
-"""PPO: sample, score, make experience, update."""
+"""PPO: sample, score, make experience, update. Start reading at `PPOTrainer.step` in trainer.py."""

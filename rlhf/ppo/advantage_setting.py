@@ -1,4 +1,4 @@
-"""Which estimator of the advantage a run uses: one of ours, or one of the user's."""
+"""The advantage estimator of a run: one of ours or one of the user's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.user_code import load_object
 
 
 def estimator_of(ppo: PPOConfig) -> Estimator:
-    """The estimator that `ppo.advantage` names. UserError (2) where it is none, or wants larger groups."""
+    """The estimator that `ppo.advantage` names. UserError (2) if there is none, or if it needs larger groups."""
     estimator = ADVANTAGES.get(ppo.advantage) or load_object(ppo.advantage, "ppo.advantage")
     if not isinstance(estimator, Estimator):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Signs that PPO goes wrong, read from the figures of each iteration. Pure: what becomes of an alarm is the stage's."""
+"""Alarms: signs in the metrics of an iteration that PPO goes wrong. Pure functions; the trainer reports the alarms."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rlhf.errors import UserError
 @dataclass(frozen=True)
 class Alarm:
     name: str
-    text: str  # one line: the figure, its limit and the setting that holds it, what to look at
+    text: str  # one line: the metric, its limit and setting, what to look at
 
 
 def sounding(metrics: Mapping[str, float], first_entropy: float, limits: AlarmConfig) -> Iterator[Alarm]:
-    """The alarms of one iteration; `first_entropy` is the entropy of the first. A figure at its limit is silent."""
+    """The alarms of one iteration; `first_entropy` is that of the first. A metric at its limit raises none."""
     kl, eos = metrics["ppo/kl"], metrics["ppo/eos_rate"]
     entropy, failed = metrics["ppo/entropy"], metrics["ppo/reward_failed_fraction"]
-    # Responses of an older policy differ at every token, and a few of them by much: the mean alone tells a wrong sampler.
+    # With an older policy every token differs, a few of them by much, so only the mean shows a wrong sampler.
     which = "mean" if metrics["ppo/staleness"] else "max"
     gap = metrics[f"ppo/rollout_logprob_diff_{which}"]
     if kl > limits.kl_max:
@@ -59,7 +59,7 @@ def sounding(metrics: Mapping[str, float], first_entropy: float, limits: AlarmCo
 
 
 def refuse_not_finite(metrics: Mapping[str, float], iteration: int) -> None:
-    """UserError (6) where a figure is NaN or infinite: the weights are too, and nothing better comes after it."""
+    """UserError (6) if a metric is NaN or infinite, because then the weights are too."""
     wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
         raise UserError(
@@ -71,7 +71,8 @@ def refuse_not_finite(metrics: Mapping[str, float], iteration: int) -> None:
 
 
 def noted(known: list[dict[str, Any]], found: Iterable[Alarm], iteration: int) -> list[dict[str, Any]]:
-    """`known` with the alarms of this iteration: one entry per name, with its first text and in how many it sounded."""
+    """`known` with the alarms of this iteration: one entry per name, with its first text and the number of
+    iterations."""
     entries = {entry["name"]: entry for entry in known}
     for alarm in found:
         new = asdict(alarm) | {"first": iteration, "iterations": 0}
@@ -81,5 +82,5 @@ def noted(known: list[dict[str, Any]], found: Iterable[Alarm], iteration: int) -
 
 
 def line(entry: Mapping[str, Any]) -> str:
-    """What people read of an entry of `noted`."""
+    """An entry of `noted` as a line for people."""
     return f"iteration {entry['first']}: {entry['text']}"

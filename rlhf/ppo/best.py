@@ -1,4 +1,4 @@
-"""The best policy of PPO: kept while training goes on, compared with its beginnings at the end."""
+"""The best policy of PPO: kept during training, compared with base and SFT model at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlhf.runs.artifacts import write_json
 
 
 def keep(checkpoints: Path, models: Models, iteration: int) -> Path:
-    """Saves policy and critic as ordinary folders, and lets go of those that no checkpoint can go back to."""
+    """Saves policy and critic as ordinary folders, and removes older ones that no checkpoint names."""
     best = checkpoint.best_folder(checkpoints, iteration)
     partial = best.with_name("partial")
     collectives.rank_zero_only(lambda: shutil.rmtree(partial, ignore_errors=True), f"removing {partial}")
@@ -43,7 +43,7 @@ def save(folder: Path, models: Models) -> None:
     """Policy and, if there is one, critic in the new `folder`, each an ordinary folder of transformers. All ranks must
     call it.
 
-    One after the other, so that the writer's main memory holds one model.
+    One at a time, so that the writer's main memory holds one model.
     """
     policy = cast(PolicyModel, models.policy.module)
 
@@ -78,7 +78,7 @@ def put_in_place(partial: Path, folder: Path, mark: dict[str, Any]) -> None:
 
 
 def compare(prompts: Sequence[Prompt], answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """What the artifact says of base, SFT and PPO policy on the prompts that chose nothing."""
+    """The artifact's metrics of base, SFT and PPO policy on prompts that were not used to select."""
     return {
         "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in answers.items()},
         "gain": _as_dicts(gain(answers["ppo"], answers["sft"], prompts)),
@@ -88,7 +88,7 @@ def compare(prompts: Sequence[Prompt], answers: Mapping[str, Answers]) -> dict[s
 
 
 def _with_full_state(module: nn.Module, use: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
-    """Gives the first rank the whole weights of a module that may be sharded."""
+    """The whole weights of a module, which may be sharded, on the first rank."""
     state = full_state(module, keep=collectives.rank() == 0)
     collectives.rank_zero_only(lambda: use(state), f"saving a model to {folder}")
 

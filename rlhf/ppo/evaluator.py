@@ -21,24 +21,24 @@ from rlhf.ppo.scoring import responses_of, sequence_kl
 from rlhf.rewards import Combined, Responses, RewardSet
 from rlhf.runs.context import StageContext
 
-# Held-out responses are drawn with one key for every policy: common random numbers make differences sharper.
+# All policies use the same random numbers for held-out responses, which makes their differences more precise.
 HELD_OUT_ITERATION = 1 << 40
 
 
 class Evaluator:
-    """Evaluates whatever a sampler holds. All ranks must call each method."""
+    """Evaluates the policy that a sampler holds. All ranks must call each method."""
 
     def __init__(self, config: RunConfig, context: StageContext, models: Models, rewards: RewardSet) -> None:
         self._config, self._context, self._models, self._rewards = config, context, models, rewards
 
     def answers(self, prompts: Sequence[Prompt], sampler: Sampler | None = None) -> Answers:
-        """Responses to the prompts and what the rewards say of them. Each rank samples its shard; all return all."""
+        """Responses to the prompts with their scores. Each rank samples its shard; every rank returns all."""
         return self._answered(prompts, sampler or self._models.sampler)[0]
 
     def reward(self, prompts: Sequence[Prompt], iteration: int) -> float:
         """Mean over prompts of the score that PPO maximises; all metrics go to the tracker under eval/.
 
-        UserError (6) where all scores failed: nothing could choose the best policy.
+        UserError (6) if all scores failed, because then nothing could select the best policy.
         """
         answers, combined = self._answered(prompts, self._models.sampler)
         if combined.failed_B.all():
@@ -49,7 +49,7 @@ class Evaluator:
         metrics = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
         metrics["eval/reward"] = float(combined.score_B[~combined.failed_B].mean())
         self._context.tracker.metrics(metrics, step=iteration)
-        # The first rank's: it chooses the best policy, and when to stop.
+        # The first rank's value selects the best policy and decides when to stop.
         return collectives.broadcast_result(lambda: metrics["eval/reward"])
 
     def _answered(self, prompts: Sequence[Prompt], sampler: Sampler) -> tuple[Answers, Combined]:
@@ -86,7 +86,7 @@ def _or_none(reward_B: Tensor, failed_B: Tensor) -> list[float | None]:
 
 
 def _gold(config: RunConfig, responses: Responses) -> dict[str, list[float]]:
-    """The true quality of this rank's responses, where the run's world has one."""
+    """The gold scores of this rank's responses, if the run has them."""
     if config.data.gold == "none":
         return {}
     from reward_data.gold import gold

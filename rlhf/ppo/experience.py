@@ -1,6 +1,6 @@
-"""Rollout and scores become experience: rewards, advantages and returns of one whole iteration.
+"""Experience from rollout and scores: rewards, advantages and returns of a whole iteration.
 
-Called with the rows of all ranks, so every statistic here is global and no layout of workers can change it.
+It is called with the rows of all ranks, so every statistic is global and independent of the number of workers.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rlhf.rewards import Combined
 def make_experience(
     rollout: Rollout, scores: Scores, combined: Combined, config: PPOConfig, kl_coef: float
 ) -> tuple[Experience, dict[str, float]]:
-    """Experience, and the iteration's metrics for people.
+    """Experience, and the iteration's metrics.
 
-    R = WHITEN(score) - missing-EOS penalty - β·KL(π‖π_0), where the estimator has the KL in the reward (Llama 2,
-    §3.2.3); the score counts once, on the last token of the response. Rows whose score failed are part of no statistic.
-    UserError (6) where all scores failed.
+    R = WHITEN(score) - missing-EOS penalty - β·KL(π‖π_0), if the estimator has the KL in the reward (Llama 2, §3.2.3).
+    The score counts once, on the last token of the response. Rows whose score failed are in no statistic. UserError (6)
+    if all scores failed.
     """
     estimator, mask_BR, counted_B = estimator_of(config), rollout.response_mask_BR, ~combined.failed_B
     if not counted_B.any():
@@ -65,10 +65,10 @@ def make_experience(
 
 
 def _final_scores(combined: Combined, finished_B: Tensor, estimator: Estimator, config: PPOConfig) -> Tensor:
-    """final_B: what training maximises."""
+    """final_B: the score that training maximises."""
     final_B, counted_B = combined.score_B, ~combined.failed_B
     if estimator.whiten_rewards if config.whiten_rewards is None else config.whiten_rewards:
-        # Divide only: the sign of a centred reward still says better or worse than SFT.
+        # Divide only: the sign of a centred reward says better or worse than SFT.
         mean, var = masked_mean_and_var(final_B, counted_B)
         final_B = whiten(final_B, mean, var, counted_B, shift_mean=False)
     penalty = config.missing_eos_penalty
@@ -79,7 +79,7 @@ def _final_scores(combined: Combined, finished_B: Tensor, estimator: Estimator, 
 def _loss_weights(
     estimator: Estimator, mask_BR: Tensor, counted_B: Tensor, max_new_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """(weight_BR, denominator_B): loss = Σ weight · token's loss / Σ denominator, over rows that count."""
+    """(weight_BR, denominator_B): loss = Σ weight · token's loss / Σ denominator, over rows with a score."""
     length_B = mask_BR.sum(1).float()
     if estimator.loss_mean == "token":
         weight_B, denominator_B = torch.ones_like(length_B), length_B
@@ -110,7 +110,7 @@ def _metrics(rollout: Rollout, scores: Scores, combined: Combined) -> dict[str, 
 
 
 def reward_metrics(names: list[str], scores: Scores) -> dict[str, float]:
-    """The mean of each reward over the rows where it did not fail; none where it failed in all."""
+    """The mean of each reward over the rows where it did not fail; left out if it failed everywhere."""
     columns = zip(names, scores.rewards_BN.T, ~scores.failed_BN.T, strict=True)
     return {
         f"ppo/reward_{name}": float(reward_B[known_B].mean()) for name, reward_B, known_B in columns if known_B.any()
@@ -127,7 +127,7 @@ def _critic_metrics(values_BR: Tensor, returns_BR: Tensor, mask_BR: Tensor) -> d
 
 
 def _sampler_metrics(rollout: Rollout, scores: Scores, tis_cap: float) -> dict[str, float]:
-    """How far the policy that sampled is from the one that is trained."""
+    """Differences between the policy that sampled and the one that is trained."""
     mask_BR = rollout.response_mask_BR
     gap_BR = torch.where(mask_BR, scores.logprobs_BR - rollout.behaviour_logprobs_BR, 0.0)
     return {

@@ -34,7 +34,7 @@ from rlhf.runs.context import StageContext
 class Models:
     policy: Engine
     reference: Engine
-    critic: Engine | None  # where the estimator asks for one
+    critic: Engine | None  # None if the estimator needs no critic
     reward_models: Mapping[str, Engine]  # by their names in `reward.models`
     sampler: Sampler
     tokenizer: Any
@@ -50,7 +50,7 @@ class Models:
         return [*self.trainable, *(engine.module for engine in frozen)]
 
     def engines(self) -> dict[str, Engine]:
-        """Those that are trained, by name: a part of every checkpoint."""
+        """The trained models by name, which are part of every checkpoint."""
         critic = {} if self.critic is None else {"critic": self.critic}
         return {"policy": self.policy, **critic}
 
@@ -84,7 +84,7 @@ def open_models(config: RunConfig, context: StageContext, reward_models: Mapping
     tokenizer = load_tokenizer(sft)
     sampler = open_sampler(config, sft, tokenizer, context.device)
     if ppo.packing:
-        whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # one that is not sharded
+        whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # not sharded
         check_packing(whole, "ppo.packing", ppo.group_size > 1)
     return Models(
         policy=_engine(PolicyModel(policy, ppo.packing), ppo.optim, config, context),
@@ -97,7 +97,7 @@ def open_models(config: RunConfig, context: StageContext, reward_models: Mapping
 
 
 def _critic(ppo: PPOConfig, scalar: Callable[[Path], ScalarModel], start: Path) -> ScalarModel | None:
-    """None where the estimator asks for no critic; else it starts from the first reward model, or from the SFT model."""
+    """None if the estimator needs no critic; else it starts from the first reward model, or from the SFT model."""
     return new_critic(scalar(start)) if estimator_of(ppo).critic else None
 
 

@@ -1,4 +1,4 @@
-"""What a PPOTrainer needs in one process, from what a notebook has: a model, rewards and prompts."""
+"""The setup of a PPOTrainer in one process, from a model, rewards and prompts in memory."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ class Bar(Progress):
 
 
 def _model_folder(model: Any, place: Path) -> Artifact:
-    """The folder of the model to train. One in memory, given with its tokenizer, is saved first and stays as it is."""
+    """The folder of the model to train. A model in memory, given with its tokenizer, is saved first and does not
+    change."""
     if isinstance(model, tuple):
         if isinstance(model[0], PeftModel):
             raise UserError(
@@ -166,7 +167,8 @@ def _prompts(rows: Sequence[Any], argument: str) -> list[Prompt]:
 
 
 def _prompt(row: Any, number: int, argument: str) -> Prompt:
-    """A text, {"prompt": text, …}, {"messages": [{"role": …, "content": …}, …], …} or a Prompt. Other keys are columns."""
+    """A text, {"prompt": text, …}, {"messages": [{"role": …, "content": …}, …], …} or a Prompt. Other keys are
+    columns."""
     if isinstance(row, Prompt):
         return row
     source = f"{argument}[{number}]"

@@ -1,6 +1,7 @@
-"""What PPO stands on, measured before its first step. Each result has a limit; past it the run stops on every rank.
+"""Checks before PPO's first step. Each result has a limit; beyond it the run stops on every rank.
 
-Every function here but `broken_ends`, `rewards_work` and `agree` makes forward passes or gathers shards: all ranks must call it.
+Every function except `broken_ends`, `rewards_work` and `agree` makes forward passes or gathers shards, so all ranks
+must call it.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from rlhf.rewards import FunctionReward, RewardSet
 from rlhf.rewards.model import score
 
 SAME_LOGPROBS = {"float32": 1e-6, "bf16": 5e-2}
-"""Equal passes over equal rows are equal bit by bit; a backend may still choose another kernel for one of them, and
-then a bf16 logprob of 10 nats is rounded in steps of .06."""
+"""Equal forward passes give equal bits, unless a backend chooses another kernel for one of them; a bf16 logprob of 10
+nats is then rounded in steps of .06."""
 SAME_SCORES = {"float32": 1e-3, "bf16": 1e-1}
-"""Other padding, shards and devices add up in another order. In float32 that moves the shipped models by 1e-5; in bf16
-the hidden states have three digits. A head or an offset that is wrong moves a score by tenths."""
+"""Other padding, shards and devices sum in another order. In float32 scores differ by 1e-5; in bf16 hidden states have
+three digits. A wrong head or offset changes a score by tenths."""
 
 SAMPLER_GAP = {"float32": 1e-2, "bf16": 1.0}
-"""Another engine adds up in another order: float32 moves by 1e-5. In bf16 a token of 10 nats moves by tenths. A sampler
-without the trainer's weights is off by whole nats."""
+"""Another engine sums in another order: logprobs differ by 1e-5 in float32, and by tenths at a token of 10 nats in
+bf16. A sampler without the trainer's weights differs by whole nats."""
 
 FIXED_TEXT = ("What is 2 + 2?", "2 + 2 is 4.")
 PADDING = 5
@@ -52,9 +53,9 @@ ROWS, NEW_TOKENS = 16, 64  # of the small rollout, on each rank
 
 
 def run(setup: Setup, fresh: bool) -> dict[str, str]:
-    """Checks everything on a small rollout; returns tags that tell what was found. UserError (6) where a check fails.
+    """Runs all checks on a small rollout and returns their results as tags. UserError (6) if one fails.
 
-    `fresh`: no step was made, so the policy must still be the reference.
+    `fresh`: no step was made yet, so the policy must equal the reference.
     """
     config, models, ppo = setup.config, setup.models, setup.config.ppo
     precision, tokenizer = config.hardware.precision, models.tokenizer
@@ -83,7 +84,7 @@ def run(setup: Setup, fresh: bool) -> dict[str, str]:
 
 
 def _check_memory(sampler: Sampler, ppo: PPOConfig) -> None:
-    """UserError (5), on every rank, where one of them has no memory to sample the longest row that may come."""
+    """UserError (5) on every rank if one of them lacks the memory to sample the longest possible row."""
     refusal = None
     if isinstance(sampler, InProcessSampler):
         try:
@@ -95,7 +96,7 @@ def _check_memory(sampler: Sampler, ppo: PPOConfig) -> None:
 
 
 def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: str) -> CheckResult:
-    """Weights can be compared where the sampler keeps them as they are; vLLM lays them out anew."""
+    """Whether weights can be compared; vLLM changes their layout."""
     if isinstance(models.sampler, InProcessSampler):
         return synced(models.policy, models.sampler.model)
     return sampler_agrees(rollout, scores, precision)
@@ -104,14 +105,14 @@ def _sampler_check(models: Models, rollout: Rollout, scores: Scores, precision: 
 @dataclass(frozen=True)
 class CheckResult:
     name: str
-    figure: float  # how far off on this rank; NaN is as far as can be
+    figure: float  # the deviation on this rank; NaN is the worst
     limit: float
-    what: str  # what the figure measures, with its unit
+    what: str  # what the value measures, with its unit
     look_at: str
 
 
 def agree(results: Sequence[CheckResult]) -> dict[str, str]:
-    """Tags that tell what was found, the worst of all ranks. UserError (6), on every rank, where one is past its limit."""
+    """The worst results of all ranks as tags. UserError (6) on every rank if one is beyond its limit."""
     everywhere = zip(*collectives.gather_objects(list(results)), strict=True)
     worst = [max(same, key=lambda f: _distance(f.figure)) for same in everywhere]
     failed = [f for f in worst if not f.figure <= f.limit]
@@ -127,7 +128,7 @@ def _distance(figure: float) -> float:
 
 @torch.no_grad()
 def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig, precision: str) -> CheckResult:
-    """The ratio π/π_old of the first minibatch, read as the update reads it, must be 1."""
+    """The ratio π/π_old of the first minibatch, computed as the update computes it, must be 1."""
     far = []
     for index in micro_batches_of_shards(rollout, ppo):
         part = trim(select(rollout, index))
@@ -146,7 +147,7 @@ def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig
 
 
 def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> CheckResult:
-    """Before its first step the policy is the reference, so their KL is 0 token by token."""
+    """Before the first step the policy equals the reference, so their KL is 0 at every token."""
     gap_BR = (scores.logprobs_BR - scores.ref_logprobs_BR)[rollout.response_mask_BR.cpu()]
     return CheckResult(
         "policy_is_reference",
@@ -159,7 +160,7 @@ def same_as_reference(scores: Scores, rollout: Rollout, precision: str) -> Check
 
 
 def broken_ends(rollout: Rollout, stop_ids: Sequence[int], pad_id: int) -> CheckResult:
-    """A stop id is the last real token of every finished response, and of no other; masks come from lengths."""
+    """A stop id is the last real token of every finished response and of no other."""
     mask_BR = rollout.response_mask_BR
     R = mask_BR.shape[1]
     tokens_BR, length_B = rollout.tokens_BT[:, -R:], mask_BR.sum(1)
@@ -218,7 +219,7 @@ def synced(policy: Engine, sampler: nn.Module) -> CheckResult:
 
 
 def sampler_agrees(rollout: Rollout, scores: Scores, precision: str) -> CheckResult:
-    """A sampler that keeps its weights in a layout of its own must give the trainer's logprobs to what it sampled."""
+    """A sampler with its own layout of weights must report the trainer's logprobs."""
     gap_BR = rollout.behaviour_logprobs_BR.cpu() - scores.logprobs_BR.cpu()
     return CheckResult(
         "sampler_logprobs",
@@ -231,7 +232,8 @@ def sampler_agrees(rollout: Rollout, scores: Scores, precision: str) -> CheckRes
 
 
 def checksum(tensor: Tensor, piece: int = 1 << 22) -> int:
-    """The bits of a tensor as wrapping int64, each times its odd place, added up: exact on every device."""
+    """A checksum: the bits of a tensor as wrapping int64, each times an odd number of its place. Exact on every
+    device."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(-1).view(kind)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
@@ -244,7 +246,7 @@ def checksum(tensor: Tensor, piece: int = 1 << 22) -> int:
 def fixed_score(name: str, engine: Engine, folder: Path, tokenizer: Any, precision: str) -> CheckResult:
     """One fixed text must get one score from the (sharded) reward model, padded or not, and from `rlhf score`.
 
-    The latter is `ScalarModel.score` of the whole model in `folder`, which the first rank loads on its CPU and lets go.
+    The latter is `ScalarModel.score` of the whole model in `folder`, which the first rank loads on its CPU.
     """
     scores = fixed_text_scores(engine, tokenizer)
     of_folder = collectives.rank_zero_only(lambda: _score_of_folder(folder, tokenizer, precision), f"loading {folder}")

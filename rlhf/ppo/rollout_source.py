@@ -1,7 +1,7 @@
-"""Where rollouts come from: sampled when they are asked for or, one step off-policy, in the background of the update.
+"""Rollouts, sampled on demand or, one step off-policy, in the background of the update.
 
-Only this file knows of threads. Either side may fail while the other works. Then the stage ends with that error, and
-neither waits for the other.
+Only this file uses threads. If one side fails while the other works, the stage ends with that error, and neither waits
+for the other.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from rlhf.ppo.step_profiler import PhaseTimer
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
-# What a stopped thread has to end its forward pass. One that waits for a rank that failed too is left behind.
+# Time for a stopped thread to end its forward pass. A thread that waits for a failed rank is abandoned.
 STOP_S = 10.0
 
 
 class Unwanted(Exception):
-    """Ends a thread of whose result nobody has any more use."""
+    """Ends a thread whose result is not needed any more."""
 
 
 class BackgroundTask(Generic[Result]):
-    """`work` in a thread of its own, which starts at once; on CUDA on a stream of its own.
+    """Runs `work` in a thread, on CUDA on a stream of its own. It starts at once.
 
-    `work` is given a function to call now and then: it raises once the `with` block around has failed.
+    `work` gets a function to call repeatedly, which raises if the `with` block has failed.
     """
 
     def __init__(self, work: Callable[[Callable[[], None]], Result], device: torch.device) -> None:
@@ -47,17 +47,17 @@ class BackgroundTask(Generic[Result]):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
-        self.seconds = 0.0  # of the work, when it has ended
+        self.seconds = 0.0  # that the work took
         self._thread = threading.Thread(target=self._run, name="background", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises what the work has raised, if it has failed."""
+        """Raises the error of the work, if it failed."""
         if self._error is not None:
             raise self._error
 
     def result(self) -> Result:
-        """Waits for the end of the work."""
+        """Waits for the work and returns its result."""
         self._thread.join()
         self.check()
         return self._result
@@ -72,7 +72,7 @@ class BackgroundTask(Generic[Result]):
 
     def _run(self) -> None:
         start = time.perf_counter()
-        torch.set_num_threads(self._threads)  # OpenMP keeps the number for each thread, and begins with all processors
+        torch.set_num_threads(self._threads)  # OpenMP has one number per thread, and starts with all processors
         try:
             with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
                 self._result = self._work(self._go_on)
@@ -89,19 +89,19 @@ class BackgroundTask(Generic[Result]):
 
 @dataclass
 class Prefetched:
-    """This rank's rollout that was sampled before its iteration began, by the policy of one update earlier.
+    """This rank's rollout for the next iteration, sampled by the policy of one update earlier.
 
-    A part of every checkpoint: when it is used, the weights that gave it are gone.
+    Part of every checkpoint, because the weights that sampled it are gone when it is used.
     """
 
     rollout: Rollout | None = None  # on the CPU
-    positions: tuple[int, int] = (0, 0)  # what the sampler told of it
+    positions: tuple[int, int] = (0, 0)  # what the sampler reported
 
     def keep(self, rollout: Rollout, positions: tuple[int, int]) -> None:
         self.rollout, self.positions = to(rollout, CPU), positions
 
     def take(self) -> tuple[Rollout, tuple[int, int]] | None:
-        """What was kept, once."""
+        """Returns the kept rollout and forgets it."""
         taken, self.rollout = self.rollout, None
         return None if taken is None else (taken, self.positions)
 
@@ -111,7 +111,7 @@ class Prefetched:
             torch.save({"rollout": vars(self.rollout), "positions": self.positions}, self._file(folder))
 
     def load(self, folder: Path) -> None:
-        """What was saved there; nothing where nothing was kept, on no rank then. All ranks must call it."""
+        """Loads what was saved there; nothing was saved if no rank had a rollout. All ranks must call it."""
         if collectives.broadcast_result(lambda: self._file(folder).exists()):
             kept = torch.load(self._file(folder))
             self.rollout, self.positions = Rollout(**kept["rollout"]), kept["positions"]
@@ -123,7 +123,7 @@ class Prefetched:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One iteration's prompts and this rank's responses to its shard of them."""
+    """One iteration's prompts, and this rank's responses to its shard."""
 
     batch: PromptBatch  # of all ranks
     prompts: list[Prompt]  # the records of this rank's rows
@@ -132,7 +132,7 @@ class Sampled:
 
 
 def records_of(batch: PromptBatch, prompts: Sequence[Prompt], group_size: int) -> list[Prompt]:
-    """The records whose prompts stand in the rows of a batch of `next_prompts`."""
+    """The records of the prompts in a batch of `next_prompts`."""
     return [prompts[key // group_size % len(prompts)] for key in batch.ids_B.tolist()]
 
 
@@ -153,7 +153,7 @@ class RolloutSource:
             batch = self._prompts_of(iteration)
             kept = self.prefetched.take()
             if kept is not None:
-                rollout, self._sampler.positions = kept  # the sampler tells again what it told of it
+                rollout, self._sampler.positions = kept  # restores what the sampler reported
             else:
                 rollout = self._sample(batch, iteration)
         rows = records_of(select(batch, self._shard), self._prompts, self._config.ppo.group_size)
@@ -161,9 +161,10 @@ class RolloutSource:
 
     @contextlib.contextmanager
     def prefetching(self, iteration: int) -> Iterator[Callable[[], None]]:
-        """Around the update. One step off-policy, samples the responses of `iteration` beside it, by the weights from before.
+        """The context of an update. One step off-policy, it samples the responses of `iteration` in the background,
+        with the weights from before the update.
 
-        Yields a function for the update to call now and then: it raises what sampling has raised.
+        Yields a function for the update to call repeatedly, which raises the error of sampling.
         """
         ppo, timer = self._config.ppo, self._timer
         if not ppo.sampling.one_step_off_policy or iteration > ppo.iterations:

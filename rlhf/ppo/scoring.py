@@ -1,4 +1,4 @@
-"""What policy, reference, critic and rewards say of a rollout, without gradient."""
+"""Scores a rollout with policy, reference, critic and rewards, without gradient."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from rlhf.rewards import Responses, RewardSet
 
 @torch.no_grad()
 def score_rollout(rollout: Rollout, models: Models, rewards: tuple[Tensor, Tensor], config: PPOConfig) -> Scores:
-    """Scores of this rank's rows; `rewards` is what the RewardSet said of them.
+    """Scores of this rank's rows; `rewards` comes from the RewardSet.
 
-    Every rank must bring equally many rows, or a sharded model would wait for ever.
+    Every rank must have equally many rows, or a sharded model would wait for ever.
     """
     temperature, critic = config.sampling.temperature, models.critic
     micro_batches = micro_batches_of_shards(rollout, config)
@@ -62,7 +62,7 @@ def sequence_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tenso
 
 
 def responses_of(rollout: Rollout, prompts: Sequence[Prompt], tokenizer: Any) -> Responses:
-    """What rewards are given: the responses of a rollout as tokens and as text, with their prompts."""
+    """The input of rewards: the responses of a rollout as tokens and as text, with their prompts."""
     R = rollout.response_mask_BR.shape[1]
     lengths = rollout.response_mask_BR.sum(1).tolist()
     tokens = rollout.tokens_BT[:, -R:].tolist()

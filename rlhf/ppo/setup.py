@@ -1,4 +1,4 @@
-"""All that a PPOTrainer works with, and the rewards that the settings name."""
+"""Everything that a PPOTrainer needs, and the rewards of the settings."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Setup:
     models: Models
     rewards: RewardSet
     prompts: Sequence[Prompt]  # to train on
-    held_out: Sequence[Prompt]  # that choose the best policy; none: the last one is it
+    held_out: Sequence[Prompt]  # that select the best policy; empty: the last policy is kept
 
 
 def check_code(config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """Loads the user's own code and compares what its rewards ask for with what the prompts have. UserError (2) where it
-    cannot be used."""
+    """Loads the user's code and checks that the prompts have the columns its rewards name. UserError (2) if it cannot
+    be used."""
     estimator_of(config.ppo)
     for name, source in config.ppo.rewards.items():
         if source.function is not None:
@@ -34,7 +34,7 @@ def check_code(config: RunConfig, prompts: Sequence[Prompt]) -> None:
 
 
 def reward_set(config: RunConfig, models: Models) -> RewardSet:
-    """The weighted sum of `ppo.rewards` or, where there are none, Llama 2's rule over its two reward models."""
+    """The weighted sum of `ppo.rewards` or, without any, Llama 2's rule over two reward models."""
     ppo = config.ppo
     if ppo.rewards:
         rewards: dict[str, Reward] = {}

@@ -1,13 +1,13 @@
-"""Where the seconds and the tokens of an iteration went, and how near that is to what the machine can do.
+"""Profile of an iteration: its seconds and tokens by phase, and how near each phase comes to the roofline.
 
 Every second belongs to one phase. Every position that a model computes is one of four kinds of token:
 
-    useful   a response token is drawn from it, or is read at it
-    prompt   needed, but no part of a response: once for all rows that have the prompt
-    padded   stands between rows of unequal length, or reads a prompt again
-    dropped  computed for a row that had ended already
+    useful   a response token is drawn from it or read at it
+    prompt   needed, but not part of a response: once for all rows with the prompt
+    padded   fills up rows of different lengths, or reads a prompt again
+    dropped  computed for a row that had already ended
 
-Figures are named perf/…; docs/metrics.md defines each with its unit.
+Metrics are named perf/…; docs/metrics.md defines each with its unit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from rlhf.profiling.roofline import (
 
 PHASES = ("sync", "sampling", "scoring", "update", "evaluation", "checkpoint", "logging", "other")
 COMPUTING = ("sampling", "scoring", "update")  # phases whose tokens are counted
-ADAM_BYTES = 28  # per weight and step: reads weight, gradient and two moments, writes all but the gradient, in float32
+ADAM_BYTES = 28  # per weight and step, in float32: reads weight, gradient and two moments, writes all but the gradient
 
 
 class PhaseTimer:
@@ -53,7 +53,7 @@ class PhaseTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was measured: the first iteration begins at this moment."""
+        """Drops what was measured; the first iteration starts now."""
         self._begin(time.perf_counter())
 
     def _begin(self, now: float) -> None:
@@ -64,7 +64,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Phases do not overlap. Waits for the device at both ends: what was asked for in a phase is done in it."""
+        """Measures a phase. Phases do not overlap; it waits for the device at both ends."""
         wait(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -75,11 +75,11 @@ class PhaseTimer:
         self.memory[phase] = max(self.memory.get(phase, 0), memory(self.device))
 
     def overlap(self, phase: str, seconds: float) -> None:
-        """So long a background task worked for `phase` in the time of another one, to which the seconds belong."""
+        """Records seconds of a background task for `phase` during another phase, to which the time belongs."""
         self.overlapped[phase] += seconds
 
     def close(self) -> dict[str, float]:
-        """Figures of the time since the last call; the next iteration begins at this moment."""
+        """Metrics of the time since the last call; the next iteration starts now."""
         now = time.perf_counter()
         self.seconds["other"] = now - self.started - sum(self.seconds.values())
         metrics = {f"perf/seconds_{phase}": value for phase, value in self.seconds.items()}
@@ -91,12 +91,13 @@ class PhaseTimer:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: on CUDA the most that tensors took since the last reset, elsewhere what is resident now."""
+    """Bytes: on CUDA the peak of tensors since the last reset, on a CPU resident memory."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def all_machines(device: torch.device, precision: str) -> Machine:
-    """The workers as one machine, measured at the same time, because they may share a memory. All ranks must call it."""
+    """The rates of all workers as one machine, measured at the same time, because they share memory. All ranks must
+    call it."""
     collectives.barrier()
     return together(collectives.gather_objects(measure(device, precision)))
 
@@ -113,9 +114,9 @@ class Tokens:
 class Work:
     """What a phase computed, over all ranks."""
 
-    tokens: Tokens  # once per row and reading, however many models read it
+    tokens: Tokens  # once per row and read, for any number of models
     flops: float  # of all models, for useful and prompt tokens
-    bytes: float  # the least that must come from memory
+    bytes: float  # the least that must be read from memory
 
 
 def work(
@@ -163,11 +164,11 @@ def sampling_work(
     slots: int,
     world: int,
 ) -> Work:
-    """`positions`: how many the sampler computed in reading prompts, and in steps that draw one more token. `shared_B`:
-    tokens of a row's prompt that were read for another row.
+    """`positions`: positions that the sampler computed in prompts and in steps. `shared_B`: tokens of a row's prompt
+    that were read for another row.
 
-    The first tokens of a prompt's responses are drawn at its last, which counts for them. Bytes: weights once per step, in
-    as few steps as `slots` rows at a time allow, and keys and values once per token that follows them.
+    The last token of a prompt counts as useful, because the first tokens of its responses are drawn there. Bytes:
+    weights once per step, in as few steps as `slots` rows at a time allow, and keys and values once per later token.
     """
     stepped_B, (in_prompts, in_steps) = answer_B - 1, positions
     stepped, read, drawn_from = int(stepped_B.sum()), int((prompt_B - shared_B).sum()), int((shared_B < prompt_B).sum())
@@ -197,7 +198,7 @@ def update_work(
     epochs: int,
     steps: int,
 ) -> Work:
-    """Every epoch reads every row, forward and backward, together in `computed` positions. Bytes: of the optimizer."""
+    """Every epoch reads every row, forward and backward, in `computed` positions. Bytes: those of the optimizer."""
     prompts, answers = int((prompt_B - shared_B).sum()), int(answer_B.sum())
     asked = (prompt_B + answer_B, answers, shared_B)
     flops = sum(forward_flops(size, *asked) + backward_flops(size, *asked) for size in sizes)
@@ -206,13 +207,13 @@ def update_work(
 
 
 def close(timer: PhaseTimer, metrics: Mapping[str, float], machine: Machine) -> dict[str, float]:
-    """What the clock saw of an iteration, and what that makes of its `work`: speeds, and shares of the limit."""
+    """The times of an iteration, with the speeds and roofline fractions of its `work`."""
     times = timer.close()
     return times | rates(metrics, times, machine)
 
 
 def rates(metrics: Mapping[str, float], times: Mapping[str, float], machine: Machine) -> dict[str, float]:
-    """How fast each phase computed what `work` counted, and the share of what the machine can do at best."""
+    """The speed of each phase and its fraction of the roofline."""
     found = {"perf/machine_flops": machine.flops, "perf/machine_bandwidth": machine.bandwidth}
     for phase in COMPUTING:
         seconds = max(times[f"perf/seconds_{phase}"] + times[f"perf/overlapped_seconds_{phase}"], 1e-9)

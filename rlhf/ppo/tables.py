@@ -25,7 +25,7 @@ def before_and_after(prompts: Sequence[Any], answers: Mapping[str, Answers], cou
 def sampled(
     tokenizer: Any, rollout: Rollout, scores: Scores, rewards: Sequence[str], count: int, iteration: int
 ) -> list[dict[str, Any]]:
-    """The first rows of an iteration's rollout, as text, with what each of the `rewards` gave; None where it failed."""
+    """The first rows of an iteration's rollout, as text, with the score of each reward; None where it failed."""
     R = rollout.response_mask_BR.shape[1]
     chat, table = format_of(tokenizer), []
     for i in range(min(count, len(rollout.tokens_BT))):

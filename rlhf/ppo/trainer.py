@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class TrainerState:
-    """All that a checkpoint keeps beside the models."""
+    """Everything that a checkpoint keeps besides the models."""
 
     kl_coef: float
     iteration: int = 0
@@ -50,7 +50,7 @@ class TrainerState:
 
 
 class PPOTrainer:
-    """Trains a policy by PPO or one of its kin (`config.advantage`) to earn more of its rewards.
+    """Trains a policy with PPO or a similar algorithm (`config.advantage`) to maximise its rewards.
 
         trainer = PPOTrainer("path/to/model", rewards={"short": short}, prompts=texts,
                              config=PPOConfig(iterations=20, advantage="grpo", group_size=4))
@@ -85,7 +85,7 @@ class PPOTrainer:
 
     @classmethod
     def of(cls, setup: Setup) -> Self:
-        """A trainer of what a stage has opened. All ranks must call it."""
+        """A trainer with the models of a stage. All ranks must call it."""
         trainer = cls.__new__(cls)
         trainer._open(setup)
         return trainer
@@ -148,7 +148,7 @@ class PPOTrainer:
             rollout = collectives.gather_rows(to(sample.rollout, CPU))
             scores = collectives.gather_rows(scores)
         combined = self.rewards.combine(scores.rewards_BN, scores.failed_BN, sample.batch.is_safety_B)
-        # Of one rank, with its branches on floats and the KL that moves β.
+        # On one rank, because branches depend on floats, and the KL changes β.
         experience, metrics = collectives.broadcast_result(
             lambda: make_experience(rollout, scores, combined, config.ppo, state.kl_coef)
         )
@@ -235,7 +235,8 @@ class PPOTrainer:
             self.context.tracker.table("samples", table)
 
     def _watch(self, metrics: dict[str, float]) -> None:
-        """Alarms of the iteration: each becomes a tag and a warning once. UserError (6) where training must stop."""
+        """Reports the alarms of the iteration, each once as a tag and a warning. UserError (6) if training must
+        stop."""
         limits, state = self.config.ppo.alarms, self.state
         metrics = collectives.broadcast_result(lambda: metrics)  # times differ
         alarms.refuse_not_finite(metrics, state.iteration)

@@ -38,8 +38,8 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step of policy and critic per minibatch, which `key` = (seed, iteration) shuffles.
 
-    `experience` holds the rows of all ranks. The policy's loss is divided by the minibatch's denominator over all ranks,
-    the critic's by its tokens. `kl_coef` counts where the estimator has the KL in the loss. Returns means over all
+    `experience` holds the rows of all ranks. The policy's loss is divided by the minibatch's denominator over all
+    ranks, the critic's by its tokens. `kl_coef` is used if the estimator has the KL in the loss. Returns means over all
     ranks, minibatches and tokens. All ranks must call it.
     """
     means, norms = Means(), {"ppo/grad_norm": 0.0, "ppo/critic_grad_norm": 0.0}
@@ -55,7 +55,7 @@ def update(
             experience, index, collectives.rank(), collectives.world_size(), config
         )
         parts = [select(experience, mine) for mine in micro_batches]
-        # One after the other, so that gradients of one model exist at a time.
+        # One at a time, so that gradients of only one model exist.
         norms["ppo/grad_norm"] += _step(policy, policy_sum, parts, float(batch.denominator_B.sum()))
         if critic is not None:
             tokens = float((batch.response_mask_BR & batch.counted_B[:, None]).sum())
@@ -68,7 +68,7 @@ def update(
 
 
 def recompute_logprobs(policy: Engine, part: Experience | Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """(logprobs_BR, entropy_BR) of the responses' tokens by the policy that is trained."""
+    """(logprobs_BR, entropy_BR) of the responses' tokens under the trained policy."""
     R = part.response_mask_BR.shape[1]
     return policy(part.tokens_BT, part.mask_BT, R, config.sampling.temperature, with_entropy=True)
 

@@ -1,4 +1,4 @@
-"""The weights of the trained policy, gathered from its shards, go to the sampler."""
+"""Copies the weights of the trained policy, gathered from its shards, to the sampler."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from rlhf.generation import Sampler
 
 
 def sync_weights(policy: Engine, sampler: Sampler) -> int:
-    """The sampler's copy becomes the policy of this moment; returns the bytes moved. All ranks must call it.
+    """Updates the sampler's copy of the policy and returns the bytes moved. All ranks must call it.
 
-    Only weights that are trained move; shards are gathered in buckets.
+    Only trainable weights are copied; shards are gathered in buckets.
     """
     changed = full_parameters(policy.module, trainable_only=True)
     return sampler.load_weights((name.removeprefix("causal."), tensor) for name, tensor in changed)

@@ -1,7 +1,7 @@
-"""Rewards: what a response is worth. A reward is a callable: `reward(responses) -> Scored`.
+"""Rewards score responses. A reward is a callable: `reward(responses) -> Scored`.
 
 base.py      the protocol               model.py    a reward model
-function.py  a Python function          combine.py  several rewards become one score
+function.py  a Python function          combine.py  one score from several rewards
 """
 
 from rlhf.rewards.base import Responses, Reward, Scored, is_reward

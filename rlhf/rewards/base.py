@@ -1,4 +1,4 @@
-"""What a reward is given and what it gives back."""
+"""The input and output of a reward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Responses:
     texts: Sequence[str]
 
     def column(self, name: str) -> list[Any]:
-        """The rows' own values of a column; None where a row has none."""
+        """The values of a column; None for rows without it."""
         return [prompt.columns.get(name) for prompt in self.prompts]
 
 

@@ -1,6 +1,6 @@
-"""Several rewards become one score per response: a weighted sum, or Llama 2's piecewise rule.
+"""One score per response from several rewards: a weighted sum, or Llama 2's piecewise rule.
 
-Nothing else knows how many rewards there are, or that one of them is about safety.
+Only this file knows how many rewards there are, and that one of them is about safety.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Combined:
 
 
 Combine = Callable[[Tensor, Tensor, Tensor], Combined]
-"""(rewards_BN, failed_BN, is_safety_B) → Combined, of all rows of an iteration."""
+"""(rewards_BN, failed_BN, is_safety_B) → Combined, for all rows of an iteration."""
 
 
 @dataclass(frozen=True)
 class RewardSet:
-    """The rewards of a run by name, and the rule that makes one score of them."""
+    """The rewards of a run by name, and the rule that combines them."""
 
     rewards: Mapping[str, Reward]
     combine: Combine
@@ -53,7 +53,7 @@ class RewardSet:
 
 
 def weighted_sum(weights: Sequence[float]) -> Combine:
-    """Σ weight · reward. It failed where one of the rewards with a weight did."""
+    """Σ weight · reward. Failed if a reward with a weight failed."""
 
     def combine(rewards_BN: Tensor, failed_BN: Tensor, is_safety_B: Tensor) -> Combined:
         del is_safety_B
@@ -68,7 +68,7 @@ def weighted_sum(weights: Sequence[float]) -> Combine:
 def piecewise(helpful: int, safety: int, safety_offset: float, threshold: float) -> Combine:
     """Llama 2's rule (arXiv 2307.09288, §3.2.3) over the columns of the two reward models.
 
-    `safety_offset` is what centring took from the safety model's raw logit, on whose scale `threshold` stands.
+    `safety_offset` was subtracted from the safety model's raw logit, with which `threshold` is compared.
     """
 
     def combine(rewards_BN: Tensor, failed_BN: Tensor, is_safety_B: Tensor) -> Combined:
@@ -82,7 +82,7 @@ def piecewise(helpful: int, safety: int, safety_offset: float, threshold: float)
 
 
 def _safety_metrics(is_safety_B: Tensor, flagged_B: Tensor) -> dict[str, float]:
-    """How often safety's score counts, and how many responses are flagged among the prompts of each tag that occurs."""
+    """The fraction of responses that get the safety score, and the flagged fraction for prompts of each tag."""
     metrics = {"ppo/safety_branch_fraction": float((is_safety_B | flagged_B).float().mean())}
     for tag, rows_B in (("helpful", ~is_safety_B), ("safety", is_safety_B)):
         if rows_B.any():

@@ -18,19 +18,19 @@ from rlhf.rewards.base import Responses, Scored
 log = logging.getLogger(__name__)
 
 OWN = ("prompts", "responses", "messages", "finished")
-"""Arguments that every function may name beside the columns of its rows."""
+"""Arguments that every function may name, besides the columns of its rows."""
 
 
 class FunctionReward:
-    """Calls `function` with lists of one entry per response, as keyword arguments, those that it names:
+    """Calls `function` with keyword arguments, those that it names. Each is a list with one entry per response:
 
     prompts    text of the last user message          messages  the prompt as [{"role": …, "content": …}, …]
-    responses  text of the response                   finished  whether it ended by itself
-    <column>   the value of the row's own column, None where a row has none; `**columns` takes all of them
+    responses  text of the response                   finished  whether it ended with EOS
+    <column>   the row's value of a column, None for rows without it; `**columns` takes all columns
 
-    It returns a score for each. None and NaN mean that a score failed. When the function raises or takes longer than
-    `timeout_s`, all of its scores have failed. UserError (2) for a function that names what no row has, and for one that
-    returns anything but numbers, one per response.
+    It returns one score per response. None and NaN are failed scores. If the function raises or takes longer than
+    `timeout_s`, all of its scores have failed. UserError (2) for a function that names a column that no row has, or
+    that does not return one number per response.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], timeout_s: float = 60.0) -> None:
@@ -68,7 +68,7 @@ class FunctionReward:
             )
 
     def _arguments(self, responses: Responses) -> dict[str, Any]:
-        """What the function names. A column that none of these rows has is given as None for each."""
+        """The arguments that the function names. A column that none of these rows has is a list of None."""
         given: dict[str, Any] = {
             "prompts": [prompt.messages[-1].content for prompt in responses.prompts],
             "responses": list(responses.texts),
@@ -80,7 +80,7 @@ class FunctionReward:
         return given if self._takes_all else {key: given[key] for key in self._named if key in given}
 
     def _in_time(self, arguments: dict[str, Any]) -> Any:
-        """What the function returns. A call that is late goes on in its thread, and nobody waits for it."""
+        """The result of the function. A late call continues in its thread, but its result is ignored."""
         outcome: list[tuple[Any, BaseException | None]] = []
 
         def call() -> None:
@@ -110,7 +110,7 @@ class FunctionReward:
         return list(values)
 
     def _number(self, score: Any) -> float | None:
-        """None for a score that failed: None, NaN, or a number that float32 cannot hold."""
+        """The score, or None if it failed: None, NaN, or a number too large for float32."""
         if score is None:
             self.last_failure = self.last_failure or "it returned None"
             return None
@@ -125,7 +125,7 @@ class FunctionReward:
 
 
 def _parameters(name: str, function: Any) -> list[inspect.Parameter]:
-    """UserError (2) for what is no function, or takes arguments without names."""
+    """UserError (2) for anything that is not a function, or that takes positional-only arguments."""
     try:
         parameters = [*inspect.signature(function).parameters.values()]
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A reward model as a reward: one number for the whole dialogue, read at its last token."""
+"""A reward model as a reward: one score for the whole dialogue, read at its last token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.rewards.base import Responses, Scored
 
 
 class ModelReward:
-    """The score of a reward model, less its mean over SFT responses. It never fails."""
+    """The score of a reward model minus its mean over SFT responses. It never fails."""
 
     def __init__(self, engine: Engine, config: PPOConfig) -> None:
         self.engine, self._config = engine, config
@@ -39,7 +39,7 @@ class ModelReward:
 
 
 def score(engine: Engine, tokens_BT: Tensor, mask_BT: Tensor, response_length: int = 0) -> Tensor:
-    """scores_B: the raw logit at the last real token, less the mean over SFT responses."""
+    """scores_B: the raw logit at the last real token minus the mean over SFT responses."""
     return last_value(engine(tokens_BT, mask_BT, response_length), mask_BT) - offset_of(engine)
 
 

@@ -1,6 +1,6 @@
-"""The chat format of a run: `model.chat_format` and what the model's tokenizer brings.
+"""The chat format of a run, from `model.chat_format` and the model's tokenizer.
 
-The driver imports this; only models that are not `tiny` make it load transformers.
+The driver imports this; it loads transformers only for models other than `tiny`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from rlhf.errors import UserError
 
 
 def run_format(config: RunConfig) -> ChatFormat | None:
-    """The format in which SFT trains the base model; None for `tiny`, whose tokenizer is made later, in Llama 2's format.
+    """The format in which SFT trains the base model; None for `tiny`, whose tokenizer is made later, in Llama 2's
+    format.
 
-    UserError (2, 4) where the model cannot have the format that the settings ask for, or no dialogue could be masked.
+    UserError (2, 4) if the model does not have the format of the settings, or if it cannot be masked.
     """
     path, setting = config.model.path, config.model.chat_format
     if path == "tiny":
@@ -35,13 +36,13 @@ def run_format(config: RunConfig) -> ChatFormat | None:
 
 
 def message_check(config: RunConfig) -> Callable[[Sequence[ChatMessage]], None]:
-    """Raises UserError (3) for messages that the run's chat format cannot hold."""
+    """Raises UserError (3) for messages that the run's chat format cannot encode."""
     chat = run_format(config)
     return chat.validate if chat else llama2.validate
 
 
 def notice(config: RunConfig) -> str | None:
-    """What becomes of the template that the model brings, unless the settings ask for it by name."""
+    """A line about what happens to the model's own template, unless the settings name it."""
     path, setting = config.model.path, config.model.chat_format
     if path == "tiny" or setting == "tokenizer":
         return None
@@ -56,7 +57,7 @@ def notice(config: RunConfig) -> str | None:
 
 
 def check_inputs(config: RunConfig, inputs: Mapping[str, Path]) -> None:
-    """UserError (4) where a stage would start from an artifact in another format than the settings ask for.
+    """UserError (4) if a stage would start from an artifact in another format than that of the settings.
 
     With `auto` the format is the artifact's.
     """

@@ -20,8 +20,8 @@ LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preference
 
 
 def parse_data(config: RunConfig) -> dict[str, Split]:
-    """The data of the run from the user's files, by role; every role is read, because what one holds out no other may
-    train on.
+    """The data of the run from the user's files, by role. Every role is read, because no role may train on what another
+    holds out.
 
     UserError (3) for data that cannot be used.
     """
@@ -31,7 +31,7 @@ def parse_data(config: RunConfig) -> dict[str, Split]:
 
 
 def ensure_data(config: RunConfig) -> None:
-    """Lets the first rank parse the data where no driver has done so. All ranks must call it."""
+    """Lets the first rank parse the data if no driver has done so. All ranks must call it."""
 
     def work() -> None:
         if parsed.manifest(config) is None:
@@ -47,9 +47,9 @@ def stage_data(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:
 
 
 def stage_settings(config: RunConfig, stage: str, roles: Sequence[str]) -> dict[str, Any]:
-    """The settings that decide what `stage` makes of `roles`: others may change without making it stale.
+    """The settings that affect the result of `stage`: others may change without making it stale.
 
-    Where data lie does not count (their digests do), nor how many workers there are, nor what raises an alarm.
+    Paths of data do not count (their digests do), nor the number of workers, nor limits of alarms.
     """
     whole = config.model_dump(mode="json")
     kind, _, name = stage.partition("/")
@@ -80,7 +80,7 @@ def settings_digest(config: RunConfig, stage: str, roles: Sequence[str]) -> str:
 
 
 def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[str, str]:
-    """Digests of all that a stage was made from: artifacts by stage, data by role and source."""
+    """Digests of everything that a stage was made from: artifacts by stage, data by role and source."""
     sources = {f"{role}: {name}": digest for role, split in data.items() for name, digest in split.digests.items()}
     return {name: artifact.digest for name, artifact in inputs.items()} | sources
 
@@ -92,7 +92,8 @@ def commit(
     parents: Mapping[str, str],
     metrics: Mapping[str, Any],
 ) -> Artifact:
-    """The stage's artifact: rank 0 lets `write` fill its folder and adds the manifest; then no checkpoint is needed."""
+    """Commits the stage's artifact: rank 0 calls `write` to fill its folder, adds the manifest, and removes
+    checkpoints."""
     folder = context.artifact_folder
     digest = settings_digest(config, context.stage, context.roles)
 

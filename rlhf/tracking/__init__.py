@@ -8,7 +8,16 @@ mlflow_client.py  the only file that calls MLflow
 """
 
 from rlhf.tracking.abandoned import close_abandoned
-from rlhf.tracking.base import NullTracker, Tracker, keep_earlier, mark_ended, open_parent, open_tracker, read_metrics
+from rlhf.tracking.base import (
+    NullTracker,
+    Tracker,
+    keep_earlier,
+    mark_ended,
+    open_parent,
+    open_tracker,
+    read_lines_of,
+    read_metrics,
+)
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
 from rlhf.tracking.mlflow_sync import NOTHING, catch_up, fill_in
 
@@ -25,5 +34,6 @@ __all__ = [
     "open_parent",
     "open_tracker",
     "public_uri",
+    "read_lines_of",
     "read_metrics",
 ]

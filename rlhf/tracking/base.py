@@ -26,6 +26,7 @@ class Tracker(Protocol):
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...  # added to earlier rows of that name
     def dataset(self, name: str, path: str, digest: str, role: str) -> None: ...
     def artifact(self, path: Path) -> None: ...  # a small file, for instance a plot; never weights
+    def model(self, model: Mapping[str, Any]) -> None: ...  # see `mlflow_client.Client.send_event`; weights stay
     def close(self, status: Status = "FINISHED", reason: str = "") -> None: ...
 
 
@@ -96,6 +97,12 @@ def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(points.items()) for name, points in series.items()}
 
 
+def read_lines_of(folder: Path, names: Sequence[str]) -> list[dict[str, float]]:
+    """`step`, `time` and the metrics `names` of every step that has one of them; a step that was repeated, once."""
+    lines = {line["step"]: line for line, _ in read_lines(folder / METRICS) if not line.keys().isdisjoint(names)}
+    return [{key: line[key] for key in ("step", "time", *names) if key in line} for _, line in sorted(lines.items())]
+
+
 class NullTracker:
     """On ranks that do not write."""
 
@@ -108,6 +115,7 @@ class NullTracker:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def dataset(self, name: str, path: str, digest: str, role: str) -> None: ...
     def artifact(self, path: Path) -> None: ...
+    def model(self, model: Mapping[str, Any]) -> None: ...
     def close(self, status: Status = "FINISHED", reason: str = "") -> None: ...
 
 
@@ -133,6 +141,7 @@ class FileTracker:
         self._event("tags", values=values)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """`time` among the values stands for the time of another record; otherwise it is now."""
         self._metrics.append({"step": step, **values})
 
     def rewind(self, step: int) -> None:
@@ -150,6 +159,9 @@ class FileTracker:
 
     def artifact(self, path: Path) -> None:
         self._event("artifact", path=path.absolute())
+
+    def model(self, model: Mapping[str, Any]) -> None:
+        self._events.append({"event": "model", **without_secrets(plain(model))})
 
     def close(self, status: Status = "FINISHED", reason: str = "") -> None:
         """Records how the run ended and gives the upload some seconds to catch up. A second call changes nothing."""

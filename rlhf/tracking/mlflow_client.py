@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.config import TrackingConfig, without_secrets
+from rlhf.tracking.logged_models import send_model
 
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # MLflow's limits for one call
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # MLflow's limits, characters
@@ -45,6 +47,16 @@ def public_uri(uri: str) -> str:
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with training runs
 
 
+VIEW = "mlflow.sharedViewState.rlhf"  # opened by ?viewStateShareKey=rlhf, or from the menu Views
+COLUMNS = {
+    "params": ("ppo.kl_coef", "ppo.optim.lr", "seed"),
+    "metrics": (
+        *(f"eval/ppo/{name}" for name in ("reward_helpfulness", "reward_safety", "gold", "kl", "length", "eos_rate")),
+        *(f"eval/accuracy_{name}" for name in ("helpfulness", "safety")),
+    ),
+}
+
+
 class Client:
     def __init__(self, settings: TrackingConfig) -> None:
         assert settings.uri is not None
@@ -61,11 +73,15 @@ class Client:
         from mlflow.exceptions import MlflowException
 
         if found := self._mlflow.get_experiment_by_name(self._experiment):
+            if VIEW not in found.tags:
+                self._mlflow.set_experiment_tag(found.experiment_id, VIEW, _view())
             return found.experiment_id
         database = _database(self._uri)
         files = None if database is None else (database.parent / "mlruns").as_uri()  # not in the working folder
         try:
-            return self._mlflow.create_experiment(self._experiment, artifact_location=files, tags=EXPERIMENT_TAGS)
+            return self._mlflow.create_experiment(
+                self._experiment, artifact_location=files, tags={**EXPERIMENT_TAGS, VIEW: _view()}
+            )
         except MlflowException:
             if found := self._mlflow.get_experiment_by_name(self._experiment):  # another process was quicker
                 return found.experiment_id
@@ -115,6 +131,8 @@ class Client:
                 columns = dict.fromkeys(key for row in rows for key in row)
                 table = {column: [row.get(column) for row in rows] for column in columns}
                 self._mlflow.log_table(run_id, table, f"{name}.json")
+            case {"event": "model"}:
+                send_model(self._mlflow, run_id, event)
             case {"event": "artifact", "path": path} if Path(path).exists():
                 self._mlflow.log_artifact(run_id, path)
             case {"event": "status"}:
@@ -160,6 +178,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _view() -> str:
+    """The columns of the run table, as the UI saves a view of it."""
+    names = [f"{kind}.`{name}`" for kind, group in COLUMNS.items() for name in group]
+    now = int(1000 * time.time())
+    state = json.dumps({"selectedColumns": ["attributes.`Created`", *names], "columnOrder": names})
+    return json.dumps({"name": "Results", "createdAt": now, "updatedAt": now, "state": state})
 
 
 def _dataset_input(event: Mapping[str, str]) -> Any:

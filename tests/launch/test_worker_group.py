@@ -148,9 +148,9 @@ def test_metrics_stand_under_the_prefix_of_what_they_measure(finished: Any) -> N
         return {name.split("/")[0] for name in run.data.metrics} - {"system"}
 
     found = {name: prefixes(run) for name, run in finished.runs.items()}
-    assert found["sft"] == {"sft"}
-    assert found["reward/helpfulness"] == found["reward/safety"] == {"reward"}
-    assert found["ppo"] == {"ppo", "eval", "perf"}
+    assert found["sft"] == {"sft", "held_out"}
+    assert found["reward/helpfulness"] == found["reward/safety"] == {"reward", "held_out"}
+    assert found["ppo"] == {"ppo", "eval", "perf", "held_out"}
     assert found["smoke"] == {"eval", "ppo"}
 
 
@@ -193,6 +193,20 @@ def test_the_run_of_the_pipeline_tells_what_it_was_made_from(finished: Any) -> N
     assert run.data.metrics["eval/accuracy_safety"] == report["reward"]["safety"]["accuracy"]["value"]
     curve = finished.client.get_metric_history(run.info.run_id, "ppo/reward")
     assert [(point.step, point.value) for point in curve] == read_metrics(finished.folder / "ppo")["ppo/reward"]
+
+
+def test_every_artifact_is_a_model_with_its_metrics_on_held_out_data(finished: Any) -> None:
+    experiment = finished.runs["smoke"].info.experiment_id
+    models = {model.name: model for model in finished.client.search_logged_models([experiment])}
+    assert models.keys() == {f"smoke-{stage.replace('/', '-')}" for stage in STAGES}
+    assert {name for name, model in models.items() if model.model_type == "policy"} == {"smoke-sft", "smoke-ppo"}
+    safety = {metric.key: metric for metric in models["smoke-reward-safety"].metrics}
+    assert safety["held_out/accuracy"].value == finished.report["reward"]["safety"]["accuracy"]["value"]
+    assert safety["held_out/accuracy"].dataset_name == "preferences, held out"
+    ppo = {metric.key: metric.value for metric in models["smoke-ppo"].metrics}
+    held_out = finished.report["ppo"]["held_out"]["ppo"]
+    assert ppo["held_out/reward_safety"] == held_out["reward"]["safety"]["value"]
+    assert models["smoke-ppo"].tags["artifact.path"] == str(finished.folder / "ppo/artifact")
 
 
 def test_settings_samples_and_the_report_are_kept_with_the_run(finished: Any) -> None:

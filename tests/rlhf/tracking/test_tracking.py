@@ -133,3 +133,41 @@ def test_a_second_close_changes_nothing(tmp_path, store, store_client):
     tracker.close("FAILED", "first")
     tracker.close("FINISHED")
     assert store_client.get_run(tracker.run_id).info.status == "FAILED"
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def a_model(name: str, digest: str, accuracy: float) -> dict:
+    dataset = {"name": "preferences, held out", "digest": "0123456789abcdef" * 4}
+    metrics = {"held_out/accuracy": accuracy}
+    about = {"name": name, "kind": "reward_model", "path": "/runs/first/artifact", "digest": digest}
+    return {**about, "metrics": metrics, "step": 3, "dataset": dataset}
+
+
+def test_models_are_ranked_by_their_metrics_on_a_dataset(tmp_path, store, store_client):
+    for name, accuracy in (("a", 0.6), ("b", 0.8), ("c", 0.7)):
+        finished(tmp_path / name, store, model=(a_model(f"{name}/reward", f"digest {name}", accuracy),))
+    experiment = store_client.get_experiment_by_name("tests").experiment_id
+    order = [{"field_name": "metrics.held_out/accuracy", "ascending": False}]
+    kind = "model_type = 'reward_model'"
+    ranked = store_client.search_logged_models([experiment], filter_string=kind, order_by=order)
+    assert [model.name for model in ranked] == ["b-reward", "c-reward", "a-reward"]
+    (metric,) = ranked[0].metrics
+    assert (metric.value, metric.step, metric.dataset_name) == (0.8, 3, "preferences, held out")
+    assert (ranked[0].status, ranked[0].tags["artifact.path"]) == ("READY", "/runs/first/artifact")
+
+
+def test_a_model_that_is_sent_again_is_there_once(tmp_path, store, store_client):
+    model = a_model("twice", "digest twice", 0.5)
+    run_id = finished(tmp_path, store, model=(model,))
+    finished(tmp_path, store, model=(model,))
+    experiment = store_client.get_experiment_by_name("tests").experiment_id
+    found = store_client.search_logged_models([experiment], filter_string="name = 'twice'")
+    assert [one.source_run_id for one in found] == [run_id]
+
+
+def test_the_experiment_has_a_view_with_the_columns_that_matter(store, first_use, store_client):
+    tags = store_client.get_experiment_by_name("tests").tags
+    state = json.loads(json.loads(tags["mlflow.sharedViewState.rlhf"])["state"])
+    assert {"metrics.`eval/ppo/reward_safety`", "params.`ppo.kl_coef`"} <= {*state["selectedColumns"]}

@@ -1,0 +1,38 @@
+"""What MLflow is told of a stage's artifact, so that models can be ranked: name, kind, and metrics on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhf.config import RunConfig
+from rlhf.data import parsed
+from rlhf.runs.artifacts import Artifact, sha256_of
+from stages.base import stage_of
+
+
+def describe(config: RunConfig, artifact: Artifact) -> dict[str, Any]:
+    stage = stage_of(artifact.kind)
+    file = parsed.held_out_file(config, stage.roles[0])
+    of_policy = artifact.metrics.get("held_out", {}).get(artifact.kind)  # base and SFT model were measured beside it
+    return {
+        "name": f"{config.name}-{artifact.kind}",
+        "kind": "reward_model" if stage.name == "reward" else "policy",
+        "path": str(artifact.path),
+        "digest": artifact.digest,
+        "metrics": dict(held_out(of_policy or artifact.metrics)),
+        "step": artifact.metrics.get("best_iteration", artifact.metrics.get("steps", 0)),
+        "dataset": {"name": f"{stage.roles[0]}, held out", "digest": sha256_of(file)},
+    }
+
+
+def held_out(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """{"accuracy": {"value": .7, …}, "by_tag": {"safety": estimate}, "held_out_loss": 2.0}
+    → held_out/accuracy, held_out/by_tag_safety, held_out/loss. Figures that are no estimates are left out."""
+    for key, value in metrics.items():
+        if isinstance(value, Mapping) and "value" not in value:
+            yield from held_out(value, f"{prefix}{key}_")
+        elif isinstance(value, Mapping) and value["value"] is not None:
+            yield f"held_out/{prefix}{key.replace('.', '_')}", value["value"]
+        elif key.startswith("held_out_") and isinstance(value, int | float):
+            yield f"held_out/{key.removeprefix('held_out_')}", value
