@@ -23,7 +23,7 @@ BUGS = [
             "estimate(A, 2 * A - B, 2 * A - C, _, within=_)",
             "estimate(A, C, B, len(margin_N), within=(0.0, 1.0))",
         ),
-        Bug("the temperature is its inverse", "fitted_temperature", "1 / A", "A", nth=2),
+        Bug("the temperature is its inverse", "fitted_temperature", "estimate(1 / A, ...)", "estimate(A, ...)", nth=1),
         Bug("the interval of the temperature knows no clusters", "fitted_temperature", "sums_by_cluster(A, _)", "A"),
         Bug("Brier's score is of wins alone", "calibration", "(1 - A) ** 2", "(1 - A)"),
     ),
