@@ -262,10 +262,10 @@ def test_the_ledger_is_a_mean_iteration_by_hand(built):
     assert profile["machine"] == {"flops": 2e12, "bandwidth": 1e11}
     phases = profile["phases"]
     assert sum(phase["seconds"] for phase in phases.values()) == profile["seconds"]
-    assert phases["checkpoint"] == {"seconds": 0.5, "share": 0.5 / 10.5}
+    assert phases["checkpoint"] == {"seconds": 0.5, "fraction": 0.5 / 10.5}
     assert phases["sampling"] == {
         "seconds": 4.0,
-        "share": 4.0 / 10.5,
+        "fraction": 4.0 / 10.5,
         "memory": 5e8,
         "tokens": {"useful": 600.0, "prompt": 300.0, "padded": 100.0, "dropped": 200.0},
         "token_efficiency": 0.5,
