@@ -95,7 +95,7 @@ def picture(world: World, paths: Mapping[float, list[Figures]]) -> Figure:
     axes.plot([], [], "*", color=REFERENCE, markersize=12, markeredgecolor="white", label="closed form, this β")
     axes.plot([], [], "o", color="#202020", markersize=3.5, label="PPO at its end")
     axes.set_title("PPO ends where the closed form says")
-    axes.set_xlabel("KL to the reference, nats per answer")
+    axes.set_xlabel("KL to the reference, nats per response")
     axes.set_ylabel("expected reward")
     axes.legend(loc="lower right")
     return figure

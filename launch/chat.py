@@ -19,7 +19,7 @@ from rlhf.chat import ChatFormat, format_of
 from rlhf.errors import UserError
 from rlhf.models import load_causal, load_tokenizer, positions
 
-HELP = "/reset forgets the dialogue, /system TEXT sets the system text, /exit leaves; Ctrl-C stops an answer"
+HELP = "/reset forgets the dialogue, /system TEXT sets the system text, /exit leaves; Ctrl-C stops a response"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders give for a character of which bytes are missing
 
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # what stands for a byte that is no text

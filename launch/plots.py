@@ -83,9 +83,9 @@ def reward_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     by_rating.set_xticks(range(len(columns)), columns, rotation=20)
     by_rating.set_ylim(0, 1.05)
     chance_line(by_rating)
-    set_labels(by_rating, "Held-out accuracy, 95 % intervals", "", "share of pairs")
+    set_labels(by_rating, "Held-out accuracy, 95 % intervals", "", "proportion of pairs")
     calibration.plot([0.5, 1], [0.5, 1], color=REFERENCE, linestyle="--", label="calibrated")
-    set_labels(calibration, "Calibration", "predicted: σ(score gap)", "observed share")
+    set_labels(calibration, "Calibration", "predicted: σ(score gap)", "observed proportion")
     add_legend(figure)
     return figure
 
@@ -105,7 +105,7 @@ def held_out(policies: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figur
         set_labels(axes, name, "", "")
     for axes in all_axes[len(names) :]:
         axes.set_axis_off()
-    figure.suptitle("Answers to held-out prompts, 95 % intervals", x=0.01, horizontalalignment="left")
+    figure.suptitle("Responses to held-out prompts, 95 % intervals", x=0.01, horizontalalignment="left")
     return figure
 
 

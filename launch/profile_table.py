@@ -43,7 +43,7 @@ def rows(profile: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _phase(values: Any, phase: str, whole: float, count: int) -> dict[str, Any]:
     seconds = values(f"seconds_{phase}")
     total = sum(seconds)
-    metrics: dict[str, Any] = {"seconds": total / count, "share": total / whole}
+    metrics: dict[str, Any] = {"seconds": total / count, "fraction": total / whole}
     beside = values(f"overlapped_seconds_{phase}") or [0.0] * count
     if sum(beside):
         metrics["overlapped"] = sum(beside) / count
@@ -62,7 +62,7 @@ def _phase(values: Any, phase: str, whole: float, count: int) -> dict[str, Any]:
 
 
 def _line(phase: str, metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    start = (phase, f"{metrics['seconds']:.3g}", f"{100 * metrics['share']:.1f}")
+    start = (phase, f"{metrics['seconds']:.3g}", f"{100 * metrics['fraction']:.1f}")
     memory = f"{metrics['memory'] / 1e9:.2f}" if "memory" in metrics else ""
     if "tokens" not in metrics:
         return (*start, *[""] * (len(COLUMNS) - 4), memory)

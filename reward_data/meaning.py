@@ -88,7 +88,7 @@ def refuse_outranked(row: Row) -> None:
             if good is not None and bad is not None and bad > good:
                 raise BadRow(
                     f"rejected scores higher than chosen: key '{rejected}' is {shown(value[rejected])}, '{chosen}' is "
-                    f"{shown(value[chosen])} ({value[rejected]} > {value[chosen]}); swap the answers or leave the row out",
+                    f"{shown(value[chosen])} ({value[rejected]} > {value[chosen]}); swap the responses or leave the row out",
                     "rejected_scores_higher",
                 )
 
@@ -172,7 +172,7 @@ class Verdicts:
             below = key in GRADES and figure is not None and figure < 0
             if below or (key in self.binary and _word(value) in {*BAD_WORDS, "0", "0.0", "-1", "-1.0"}):
                 raise BadRow(
-                    f"key '{key}' is {shown(value)}: an answer that should not be learnt; leave the row out",
+                    f"key '{key}' is {shown(value)}: a response that should not be trained on; leave the row out",
                     "unwanted_answer",
                 )
 
@@ -214,4 +214,4 @@ def _graded(rows: Sequence[Row]) -> Iterator[str]:
         metrics = [_figure(row.value.get(key)) for row in rows if isinstance(row.value, Mapping)]
         known = [figure for figure in metrics if figure is not None]
         if known and min(known) < max(known):
-            yield f"key '{key}' grades the answers from {min(known):g} to {max(known):g}, and all of them are learnt"
+            yield f"key '{key}' grades the answers from {min(known):g} to {max(known):g}, and all of them are trained on"

@@ -15,8 +15,8 @@ h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin: 2em 0 .5em }
 table { border-collapse: collapse; margin: .5em 0 } td, th { padding: .25em .9em .25em 0; text-align: right }
 td:first-child, th:first-child { text-align: left } th { border-bottom: 1px solid #a8a8a8; font-weight: 600 }
 tr:nth-child(even) td { background: #f6f6f6 } td { font-variant-numeric: tabular-nums }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1em; align-items: start }
-.plots svg { width: 100%; height: auto } .note { color: #606060 } .warning { color: #a03000 }
+.plots { display: flex; flex-wrap: wrap; gap: 1em; align-items: start } figure { margin: 0; max-width: 100% }
+.plots svg { max-width: 100%; height: auto } .note { color: #606060 } .warning { color: #a03000 }
 details { border-top: 1px solid #e0e0e0; padding: .4em 0 } summary { cursor: pointer }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6em; margin: .3em 0; font-size: 13px }
 """

@@ -27,7 +27,7 @@ def _gather(stage: str, folder: Path, metrics: Metrics) -> dict[str, Any]:
 
 def _tables(stage: str, found: Mapping[str, Any]) -> list[Table]:
     rows = [(name, interval(value)) for name, value in _leaves(found) if isinstance(value, Mapping)]
-    return [Table(f"{stage.upper()}: held-out figures", ("figure", "value"), rows)] if rows else []
+    return [Table(f"{stage.upper()}: held-out metrics", ("figure", "value"), rows)] if rows else []
 
 
 def _facts(stage: str, found: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ def _tables(found: Mapping[str, Any]) -> list[Table]:
     names = dict.fromkeys(name for policy in POLICIES for name in metrics[policy])
     count = metrics["ppo"]["length"]["n"]
     answers = Table(
-        f"Policies: rewards and other figures of the answers to {count} held-out prompts",
+        f"Policies: rewards and other metrics of the responses to {count} held-out prompts",
         ("figure", *POLICIES),
         [
             (name.removeprefix("reward."), *(interval(metrics[policy].get(name)) for policy in POLICIES))
@@ -63,7 +63,7 @@ def _facts(found: Mapping[str, Any]) -> list[str]:
     kept = f"{found['iterations']} iterations, number {found['best_iteration']} kept"
     gains = (f"{name.removeprefix('reward.')} {interval(gain)}" for name, gain in flat(found["gain"]))
     return [
-        f"PPO: {kept}; KL to the SFT model {number(found['kl'])} nats per answer",
+        f"PPO: {kept}; KL to the SFT model {number(found['kl'])} nats per response",
         f"PPO less SFT, prompt by prompt: {', '.join(gains)}",
     ]
 

@@ -14,7 +14,7 @@ def _gather(folder: Path, metrics: Metrics) -> dict[str, Any]:
 
 
 def _facts(found: Mapping[str, Any]) -> list[str]:
-    return [f"SFT: held-out loss {number(found['held_out_loss'])} nats per answer token"]
+    return [f"SFT: held-out loss {number(found['held_out_loss'])} nats per response token"]
 
 
 SECTION = Section(_gather, facts=_facts)

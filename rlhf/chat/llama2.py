@@ -133,8 +133,8 @@ def _encode_turn(tokenizer: Any, turn: Exchange, number: int) -> tuple[list[int]
     ids = _plain_ids(tokenizer, f"{opening} {turn.answer.strip()} ")
     if ids[: len(prompt_ids)] != prompt_ids:
         raise UserError(
-            f"turn {number}: the tokenizer merges the end of the prompt with the start of the answer "
-            f"{turn.answer.strip()[:40]!r}, so prompt and answer cannot be told apart; use another tokenizer or drop "
+            f"turn {number}: the tokenizer merges the end of the prompt with the start of the response "
+            f"{turn.answer.strip()[:40]!r}, so prompt and response cannot be separated; use another tokenizer or drop "
             "the row",
             3,
         )

@@ -124,7 +124,7 @@ class RunConfig(Settings):
 
     def _adapters_for_vllm(self) -> Iterator[str]:
         if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:
-            yield "ppo.sampling.engine is vllm, which samples from whole weights alone, but model.lora is set; use inprocess"
+            yield "ppo.sampling.engine is vllm, which samples from full weights only, but model.lora is set; use inprocess"
 
     def _uneven_batches(self) -> Iterator[str]:
         """Under ZeRO-3 every rank must make the same number of forward passes, or all wait for ever."""
@@ -164,7 +164,7 @@ class RunConfig(Settings):
         ppo, attention = self.ppo, self.model.attention
         if ppo.packing and ppo.group_size > 1 and attention == "flash_attention_2":
             yield (
-                f"model.attention is {attention}, which takes no mask by which packed answers could share their prompt "
+                f"model.attention is {attention}, which takes no mask by which packed responses could share their prompt "
                 "(ppo.packing, ppo.group_size); use sdpa"
             )
 

@@ -30,7 +30,9 @@ def load_preferences(config: RunConfig, validate: Validate = llama2.validate) ->
     split = _load("preferences", config.data.preferences, config.data, validate)
     train, held_out = ([row for row in rows if not _prefers_unsafe(row)] for rows in (split.train, split.held_out))
     dropped = len(split.train) + len(split.held_out) - len(train) - len(held_out)
-    findings = [f"preferences: {dropped} pairs left out that prefer an unsafe answer to a safe one"] if dropped else []
+    findings = (
+        [f"preferences: {dropped} pairs left out that prefer an unsafe response to a safe one"] if dropped else []
+    )
     return Split(train, held_out, split.digests, split.findings + findings)
 
 

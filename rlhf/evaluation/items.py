@@ -61,15 +61,18 @@ class Refused:
 def read_items(file: Path) -> Iterator[Item | Refused]:
     """The items of one file in its order, a chunk of rows in memory at a time. DataError if it holds none."""
     first: list[Row] | None = None
-    found = False
+    found, refused = False, ""
     for rows in _chunks(file):
         first = first or rows
         form = _form_of(first)
-        for item in _pairs(file, first, rows) if form == "pair" else _grouped(file, form, rows):
-            found = True
-            yield item
+        for entry in _pairs(file, first, rows) if form == "pair" else _grouped(file, form, rows):
+            if isinstance(entry, Item):
+                found = True
+            elif not refused:
+                refused = f"; the first: {entry.source}: {entry.reason}"
+            yield entry
     if not found:
-        raise DataError(f"{file}: no usable row")
+        raise DataError(f"{file}: no usable row{refused}")
 
 
 def _chunks(file: Path) -> Iterator[list[Row]]:

@@ -283,7 +283,7 @@ def check_packing(model: nn.Module, setting: str, sharing: bool = False) -> None
         raise UserError(f"packed rows see one another in models of this family; set {setting} to false", 4)
     if sharing and not can_share_prompts(model):
         raise UserError(
-            f"packed answers cannot share their prompt in models whose attention has a window; set {setting} to false",
+            f"packed responses cannot share their prompt in models whose attention has a window; set {setting} to false",
             4,
         )
 

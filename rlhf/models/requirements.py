@@ -102,7 +102,7 @@ def _packing(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int
             reason = f"attention of {text.model_type} models goes by distance and does not see where a packed row ends"
             yield f"{key}.packing: {reason}; set {key}.packing to false", BAD_SETTING
     if "ppo" in packed and run.ppo.group_size > 1 and has_windows(text):
-        reason = "packed answers cannot share their prompt in models whose attention has a window"
+        reason = "packed responses cannot share their prompt in models whose attention has a window"
         yield f"ppo.packing: {reason}; set ppo.packing to false, or ppo.group_size to 1", BAD_SETTING
 
 

@@ -36,7 +36,7 @@ def load_tokenizer(path: str | Path, chat_format: str = "auto") -> Any:
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # BERT's names
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no EOS token, so no answer could end", 4)
+        raise UserError(f"the tokenizer in {folder} has no EOS token, so no response could end", 4)
     tokenizer.model_eos_ids = _model_eos_ids(tokenizer, folder)
     _separate_pad(tokenizer, format_of(tokenizer).stop_ids, folder)
     if chat_format == "tokenizer" and not tokenizer.chat_template:

@@ -27,13 +27,13 @@ def sounding(metrics: Mapping[str, float], first_entropy: float, limits: AlarmCo
     if kl > limits.kl_max:
         yield Alarm(
             "kl",
-            f"KL to the SFT model is {kl:.3g} nats per answer, over {limits.kl_max:g} (ppo.alarms.kl_max): rewards that "
+            f"KL to the SFT model is {kl:.3g} nats per response, over {limits.kl_max:g} (ppo.alarms.kl_max): rewards that "
             "far out are mostly mistakes of the reward model; raise ppo.kl_coef or lower ppo.optim.lr",
         )
     if eos < limits.eos_rate_min:
         yield Alarm(
             "eos_rate",
-            f"{eos:.1%} of the answers end themselves, under {limits.eos_rate_min:.1%} (ppo.alarms.eos_rate_min): "
+            f"{eos:.1%} of the responses end with EOS, under {limits.eos_rate_min:.1%} (ppo.alarms.eos_rate_min): "
             "read samples; raise ppo.sampling.max_new_tokens or ppo.missing_eos_penalty",
         )
     if entropy < limits.entropy_ratio_min * first_entropy:

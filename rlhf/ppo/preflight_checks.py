@@ -176,7 +176,7 @@ def broken_ends(rollout: Rollout, stop_ids: Sequence[int], pad_id: int) -> Check
         "eos_in_mask",
         float(len(wrong_B) if same else wrong_B.sum()),
         0,
-        f"the number of answers whose mask does not end as they do ({int(rollout.finished_B.sum())} of {len(wrong_B)} end with EOS)",
+        f"the number of responses whose mask does not end as they do ({int(rollout.finished_B.sum())} of {len(wrong_B)} end with EOS)",
         "pad and EOS are the same token: look at the tokenizer."
         if same
         else "Look at how the sampler makes masks: they must come from lengths, EOS inside.",

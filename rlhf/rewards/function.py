@@ -93,7 +93,7 @@ class FunctionReward:
         thread.start()
         thread.join(self.timeout_s)
         if not outcome:
-            raise TimeoutError(f"no answer within {self.timeout_s:g} s")
+            raise TimeoutError(f"no result within {self.timeout_s:g} s")
         value, error = outcome[0]
         if error is not None:
             raise error

@@ -56,4 +56,4 @@ def test_our_ledger_leaves_the_first_iteration_out():
 
     made = profile_of([{"figures": [metrics(90.0), metrics(4.0)]}, {"figures": [metrics(80.0), metrics(6.0)]}])
     assert (made["iterations"], made["seconds"]) == (2, 5.0)
-    assert made["phases"]["sampling"] == {"seconds": 1.25, "share": 0.25}
+    assert made["phases"]["sampling"] == {"seconds": 1.25, "fraction": 0.25}

@@ -57,7 +57,7 @@ def test_report_and_mlflow_have_the_figures_of_both_stages_and_no_other(run: Run
     assert list(report) == ["run", "sft", "dpo", "seconds", "artifacts", "mlflow"]
     text = (run.folder / "report.md").read_text()
     accuracy = report["dpo"]["accuracy"]
-    assert "## DPO: held-out figures" in text and f"| accuracy | {accuracy['value']:.2f} [" in text
+    assert "## DPO: held-out metrics" in text and f"| accuracy | {accuracy['value']:.2f} [" in text
     assert "PPO" not in text and accuracy["n"] == 32
 
     client = MlflowClient(run.tracking.uri)

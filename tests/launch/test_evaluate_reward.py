@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -216,3 +219,63 @@ def test_a_folder_cannot_be_written_into_a_file(models: list[str], tmp_path: Pat
     (tmp_path / "out").write_text("mine")
     assert evaluate(models[0], write(tmp_path / "pairs.jsonl", PAIRS), "--out", tmp_path / "out") == 2
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_lists_and_benchmarks_are_scored_beside_pairs(models: list[str], tmp_path: Path) -> None:
+    best = {"id": "1", "prompt": "q", "chosen": ["yes"], "rejected": ["no", "never", "a b c"], "subset": "Math"}
+    judged = {"prompt": "q", "responses": ["one", "two words", "three words here"], "scores": [1, 2, 3]}
+    files = [
+        write(tmp_path / "best.jsonl", [best, {**best, "prompt": "r"}]),
+        write(tmp_path / "lists.jsonl", [judged, {**judged, "prompt": "r"}]),
+        write(tmp_path / "pairs.jsonl", [{**row, "subset": "mine"} for row in PAIRS]),
+    ]
+    assert evaluate(models[0], *files, "--out", tmp_path / "out") == 0
+    report = report_of(tmp_path / "out")
+    assert report["pairs"] == 40
+    assert report["reward_bench"]["subsets"]["mine"] == report["accuracy"]
+    assert report["reward_bench_2"]["subsets"]["Math"]["n"] == 2
+    assert report["lists"]["spearman"]["n"] == 2
+    assert evaluate(models[0], files[1], "--out", tmp_path / "lists") == 0  # without a pair there is a report too
+    assert "Spearman" in (tmp_path / "lists" / "report.md").read_text()
+
+
+@pytest.mark.integration
+def test_a_killed_command_goes_on_where_it_was(models: list[str], tmp_path: Path) -> None:
+    """`kill -9` in the middle of scoring; what the second command ends with is what one that was not killed has."""
+    rows = [pair(n) for n in range(6000)]
+    file, out, whole = write(tmp_path / "pairs.jsonl", rows), tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "launch.cli", "evaluate", "reward", models[0], file, "--tracking-uri", "null"]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not (committed := _windows(out)) and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.02)
+        assert process.poll() is None, "the command ended before it could be killed"
+    finally:
+        process.kill()
+        process.wait()
+    assert committed
+    with (out / "scores.jsonl").open("a") as stream:
+        stream.write('{"model": "half a li')
+    assert evaluate(models[0], file, "--out", out) == 0
+    assert evaluate(models[0], file, "--out", whole) == 0
+    assert (out / "scores.jsonl").read_bytes() == (whole / "scores.jsonl").read_bytes()
+    assert report_of(out) == report_of(whole)
+
+
+def _windows(out: Path) -> int:
+    path = out / "scores.jsonl"
+    return path.read_text().count('"window"') if path.exists() else 0
+
+
+@pytest.mark.integration
+def test_many_pairs_need_no_more_memory_than_few(models: list[str], tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        """Largest resident memory, in KiB, of an evaluation of so many pairs."""
+        file = write(tmp_path / f"{count}.jsonl", [pair(n) for n in range(count)])
+        command = ["evaluate", "reward", models[0], file, "--out", str(tmp_path / str(count)), "--tracking-uri", "null"]
+        code = f"import resource; from launch import cli; assert cli.main({command}) == 0; print(resource.getrusage(0).ru_maxrss)"
+        shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        return int(shown.stdout.splitlines()[-1])
+
+    assert peak(6_000) < 1.05 * peak(1000)

@@ -177,7 +177,7 @@ def test_a_head_size_without_a_kernel_is_told(tmp_path: Path) -> None:
 
 
 def test_vllm_and_adapters_do_not_go_together() -> None:
-    with pytest.raises(UserError, match="ppo.sampling.engine: is vllm, which samples from whole weights alone"):
+    with pytest.raises(UserError, match="ppo.sampling.engine: is vllm, which samples from full weights only"):
         settings("--ppo.sampling.engine", "vllm", "--model.lora.rank", "4")
 
 

@@ -237,10 +237,10 @@ def test_terminal_and_markdown_show_the_same_figures(folder, built):
 def test_an_alarm_stands_on_top_of_markdown_and_terminal(tmp_path):
     from rich.console import Console
 
-    entry = {"name": "kl", "text": "KL is 61 nats per answer, over 50", "first": 12, "iterations": 3}
+    entry = {"name": "kl", "text": "KL is 61 nats per response, over 50", "first": 12, "iterations": 3}
     stages_in(tmp_path, MANIFESTS | {"ppo": {**MANIFESTS["ppo"], "alarms": [entry]}})
     built = report.build(tmp_path, CONFIG, EXTRA)
-    line = "PPO, iteration 12: KL is 61 nats per answer, over 50 (in 3 of 40 iterations)"
+    line = "PPO, iteration 12: KL is 61 nats per response, over 50 (in 3 of 40 iterations)"
     screen = StringIO()
     Console(file=screen, width=120).print(report.render(built))
     assert screen.getvalue().startswith(f"warning: {line}\n")
@@ -262,10 +262,10 @@ def test_the_ledger_is_a_mean_iteration_by_hand(built):
     assert profile["machine"] == {"flops": 2e12, "bandwidth": 1e11}
     phases = profile["phases"]
     assert sum(phase["seconds"] for phase in phases.values()) == profile["seconds"]
-    assert phases["checkpoint"] == {"seconds": 0.5, "share": 0.5 / 10.5}
+    assert phases["checkpoint"] == {"seconds": 0.5, "fraction": 0.5 / 10.5}
     assert phases["sampling"] == {
         "seconds": 4.0,
-        "share": 4.0 / 10.5,
+        "fraction": 4.0 / 10.5,
         "memory": 5e8,
         "tokens": {"useful": 600.0, "prompt": 300.0, "padded": 100.0, "dropped": 200.0},
         "token_efficiency": 0.5,
@@ -340,7 +340,7 @@ def test_a_stage_without_a_section_of_its_own_is_reported_by_its_estimates_and_n
     built = report.build(tmp_path, CONFIG.model_copy(update={"pipeline": ["tune"]}), EXTRA)
     assert built["tune"] == metrics and report.headline(built) == {"eval/tune/accuracy": 0.7}
     text = (tmp_path / "report.md").read_text()
-    assert "## TUNE: held-out figures" in text and "| accuracy | 0.70 [0.67, 0.73] |" in text
+    assert "## TUNE: held-out metrics" in text and "| accuracy | 0.70 [0.67, 0.73] |" in text
     assert "| by_rating.better | 0.80 [0.77, 0.83] |" in text and "- TUNE: steps 40\n" in text
 
 

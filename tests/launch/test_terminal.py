@@ -12,7 +12,7 @@ from launch import terminal
 from launch.terminal import StageBars
 from rlhf.runs.context import Progress
 
-WARNING = "iteration 3: KL to the SFT model is 61 nats per answer, over 50 [ppo.alarms.kl_max]"
+WARNING = "iteration 3: KL to the SFT model is 61 nats per response, over 50 [ppo.alarms.kl_max]"
 
 
 def shown(folder: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> str:

@@ -183,7 +183,7 @@ def test_answers_with_a_bad_verdict_are_not_learnt_but_can_be_scored(tmp_path, g
     row = {"prompt": "Two plus two?", "completion": "Four."}
     rows = [row | good, row | bad]
     ((key, value),) = bad.items()
-    with pytest.raises(DataError, match=f"x.jsonl:2: key '{key}' is {json.dumps(value)}: an answer that should not"):
+    with pytest.raises(DataError, match=f"x.jsonl:2: key '{key}' is {json.dumps(value)}: a response that should not"):
         read(tmp_path, rows, "demonstrations")
     assert read(tmp_path, rows, "demonstrations", bad_rows="skip").refused_kinds == {"unwanted_answer": 1}
     assert len(read(tmp_path, rows, "answers").rows) == 2

@@ -280,7 +280,7 @@ def test_a_call_that_is_late_fails_all_scores_and_nobody_waits_for_it():
     scored = reward(responses())
     assert time.monotonic() - start < 5
     assert scored.failed_B.tolist() == [True] * 3 and not scored.values_B.any()
-    assert reward.last_failure == "TimeoutError: no answer within 0.05 s"
+    assert reward.last_failure == "TimeoutError: no result within 0.05 s"
     release.set()
 
 

@@ -1,0 +1,83 @@
+"""Bugs in what reward models and policies are worth: rlhf/evaluation, launch/evaluate."""
+
+from __future__ import annotations
+
+from tests.mutants.bug import Bug, bugs_in
+
+BUGS = [
+    *bugs_in(
+        "rlhf/evaluation/statistics.py",
+        ["rlhf/evaluation/test_coverage.py", "rlhf/evaluation/test_statistics.py"],
+        Bug("clusters are not drawn as a whole", "bootstrap", "sums_by_cluster(A, _)", "A"),
+        Bug("few clusters have the interval of many", "expanded_percentiles", "A = float(_)", "A = 0.025"),
+        Bug("a clustered share takes outcomes for independent", "proportion", "A = min(_, B.size)", "A = B.size"),
+        Bug("a share may be surer than with independent outcomes", "proportion", "min(A, B.size)", "A"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/calibration.py",
+        ["rlhf/evaluation/test_calibration.py"],
+        Bug("the calibration error is signed", "expected_calibration_error", "np.abs(A).sum(-1)", "A.sum(-1)"),
+        Bug(
+            "the calibration error has the percentile interval",
+            "expected_calibration_error",
+            "estimate(A, 2 * A - B, 2 * A - C, _, within=_)",
+            "estimate(A, C, B, len(margin_N), within=(0.0, 1.0))",
+        ),
+        Bug("the temperature is its inverse", "fitted_temperature", "estimate(1 / A, ...)", "estimate(A, ...)", nth=1),
+        Bug("the interval of the temperature knows no clusters", "fitted_temperature", "sums_by_cluster(A, _)", "A"),
+        Bug("Brier's score is of wins alone", "calibration", "(1 - A) ** 2", "(1 - A)"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/length_bias.py",
+        ["rlhf/evaluation/test_length_bias.py"],
+        Bug("pairs of equal length count as preferences", "length_bias", "A != 0.5", "A != 2"),
+        Bug("shorter is where lengths are equal too", "length_bias", "A == 0", "A <= 0.5"),
+        Bug("the partial correlation is the plain one", "_partial", "(A - B * C) / _", "A"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/reward_accuracy.py",
+        ["rlhf/evaluation/test_length_bias.py"],
+        Bug("a tie is a win", "wins", "0.5", "1.0"),
+        Bug("the shorter floor is the longer one", "floors", "1 - A", "A"),
+        Bug("turns beyond the last group are lost", "accuracy", "np.minimum(A, _)", "A"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/agreement.py",
+        ["rlhf/evaluation/test_agreement.py"],
+        Bug("McNemar counts all pairs", "agreement", "binomtest(A, A + B)", "binomtest(A, len(a_N))"),
+        Bug("margins are not ranked", "agreement", "rankdata(A)", "A"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/ranked_lists.py",
+        ["rlhf/evaluation/test_agreement.py"],
+        Bug("lists without an order count", "ranked_lists", "not np.ptp(A) or not np.ptp(B)", "not np.ptp(A)"),
+        Bug("the worst response is looked for", "ranked_lists", "A == A.max()", "A == A.min()", nth=0),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/reward_bench.py",
+        ["rlhf/evaluation/test_reward_bench.py"],
+        Bug("a shared best score counts whole", "credit", "A / len(B)", "float(A > 0)"),
+        Bug("sections weigh subsets alike", "reward_bench", "A * B[C].value", "B[C].value * 100"),
+        Bug("any right response above the wrong ones is enough", "_spread", "min(A) - max(B)", "max(A) - max(B)"),
+        Bug("the harder half of Ties is the easier one", "ties_score", "np.minimum(A, _)", "A"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/items.py",
+        ["rlhf/evaluation/test_items.py"],
+        Bug("the second chunk tells a form of its own", "read_items", "A or B", "B", nth=0),
+        Bug("prompts differ by case", "Item.prompt_digest", "normalised_prompt(A)", "repr(A)"),
+        Bug("lists with too few scores are read", "_group", "len(A) != len(B) or len(B) < 2", "len(B) < 2"),
+    ),
+    *bugs_in(
+        "launch/evaluate/scores.py",
+        ["launch/test_evaluate_reward.py"],
+        Bug("half a window is kept after a kill", "ScoreFile.__init__", "stream.truncate(A)", ""),
+        Bug("scores of other data are gone on with", "ScoreFile.__init__", "not A and B != C", "False"),
+        Bug("windows are scored again", "ScoreFile.fill", "A.windows.get(B, 0)", "0"),
+    ),
+    *bugs_in(
+        "launch/evaluate/metrics.py",
+        ["launch/test_evaluate_reward.py"],
+        Bug("the best pairs are shown as the worst", "worst_rows", "np.argsort(A, kind=_)", "np.argsort(-A)"),
+    ),
+]
