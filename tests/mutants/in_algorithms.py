@@ -63,8 +63,10 @@ BUGS = [
         Bug("a response without others is compared", "_at_every_token", "A & (B > 1)", "A"),
         Bug("a group of one is compared with itself", "_at_every_token", "A > 1", "A > 0"),
         Bug("rows whose score failed have advantages", "estimate", "A.mask_BR & _", "A.mask_BR"),
-        Bug("advantages are not whitened", "estimate", "if _: ...", "if False: ..."),
-        Bug("advantages are whitened for all estimators", "estimate", "if _: ...", "if True: ..."),
+        Bug("advantages are not whitened", "estimate", "if _: ...", "if False: ...", nth=2),
+        Bug("advantages are whitened for all estimators", "estimate", "if _: ...", "if True: ...", nth=2),
+        Bug("advantages of another shape are spread", "estimate", "if _: ...", "if False: ...", nth=0),
+        Bug("advantages may be NaN", "estimate", "if _: ...", "if False: ...", nth=1),
         Bug("advantages are not centred", "estimate", "whiten(..., shift_mean=True)", "whiten(..., shift_mean=False)"),
         Bug(
             "advantages are whitened over padding",

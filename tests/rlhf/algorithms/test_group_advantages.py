@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.algorithms.advantages import ADVANTAGES, Signals, estimate
+from rlhf.algorithms.advantages import ADVANTAGES, Estimator, Signals, estimate
 from rlhf.config import PPOConfig
 from rlhf.config.ppo import GROUPED
 
@@ -159,6 +159,21 @@ def test_the_order_of_rows_changes_only_their_order(name: str, rows: list[Row]):
     forth, _ = estimate(ADVANTAGES[name], signals(rows), GAMMA, LAMBDA)
     back, _ = estimate(ADVANTAGES[name], signals(rows[::-1]), GAMMA, LAMBDA)
     torch.testing.assert_close(back.flip(0), forth, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda given, *_: given.rewards_BR.sum(1), r"shape \(4,\), not \[B, R\] = \(4, 4\)"),
+        (lambda given, *_: given.rewards_BR / 0, "not finite"),
+    ],
+)
+def test_what_an_estimator_gives_must_be_a_finite_number_for_each_token(wrong: Any, message: str):
+    """A row of B numbers would be spread over the tokens where B = R."""
+    square = signals(scored(1.0, 2.0, 3.0, 4.0))
+    assert square.rewards_BR.shape == (4, 4)
+    with pytest.raises(ValueError, match=message):
+        estimate(Estimator(wrong), square, 1.0, 1.0)
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------

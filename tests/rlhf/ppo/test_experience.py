@@ -129,6 +129,14 @@ def test_the_penalty_for_a_missing_eos_comes_after_whitening():
         assert float(made.returns_BR[2, 1]) == near(0.5 - penalty + 0.1)
 
 
+@pytest.mark.parametrize(("advantage", "published"), [("gae", 1.0), ("reinforce++", 0.0)])
+def test_a_missing_eos_costs_what_the_estimator_says_unless_the_settings_do(advantage, published):
+    given = {"advantage": advantage, "whiten_rewards": False}
+    for setting, cost in ((None, published), (0.25, 0.25)):
+        free, made = (experience(missing_eos_penalty=each, **given)[0] for each in (0.0, setting))
+        assert float((free.returns_BR - made.returns_BR)[2].max()) == near(cost)
+
+
 def test_equal_scores_are_not_blown_up():
     scores = dataclasses.replace(SCORES, rewards_BN=torch.full((4, 2), 0.3))
     made, metrics = experience(scores=scores)
