@@ -63,6 +63,7 @@ BUGS = [
         "rlhf/generation/in_process.py",
         ["rlhf/generation/test_decoders.py", "rlhf/generation/test_in_process.py"],
         Bug("the sampler ignores the temperature", "_Run._draw", "A.div_(_)", "A"),
+        Bug("sampling cannot be ended from outside", "InProcessSampler.sample", "if A is not None: ...", ""),
         Bug(
             "all tokens of an answer draw the same number",
             "_Run._draw",
