@@ -22,7 +22,7 @@ from rlhf.config import AlarmConfig
 from rlhf.data.batches import Rollout, Scores
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from rlhf.evaluation.policy_report import Answers
+from rlhf.evaluation.policy_report import HeldOutResponses
 from rlhf.ppo import trainer
 from rlhf.ppo.evaluator import Evaluator
 from rlhf.ppo.rollout_source import Prefetched
@@ -115,10 +115,10 @@ def prefetched(folder: Path) -> Any:
 def held_out_reward(folder: Path) -> Any:
     """What is compared with the best so far."""
     worth = 0.5 + collectives.rank()
-    answers = Answers(["a"], [1], [True], {"reward.h": [worth]}, [0.0], None)
+    answers = HeldOutResponses(["a"], [1], [True], {"reward.h": [worth]}, [0.0], None)
     combined = Combined(torch.tensor([worth]), torch.tensor([False]))
     evaluator = Evaluator(None, SimpleNamespace(tracker=Quiet()), Quiet(), None)  # type: ignore[arg-type]
-    evaluator._answered = lambda *_: (answers, combined)  # type: ignore[method-assign]
+    evaluator._evaluate = lambda *_: (answers, combined)  # type: ignore[method-assign]
     reward = evaluator.reward([Prompt((Message("user", "a"),), "helpful", "p:1")], 1)
     if reward > 1.0:  # as where a better policy is kept: its shards are gathered
         collectives.barrier()
