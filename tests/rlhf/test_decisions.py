@@ -159,9 +159,10 @@ def experience(folder: Path) -> Any:
     trainer.score_responses = lambda *_: scores()  # type: ignore[assignment]
     trainer.step_profiler.work = lambda *_: {}  # type: ignore[assignment]
     trainer.update = lambda *_: {}  # type: ignore[assignment]
+    trainer.sync_weights = lambda *_: 0
     settings = SimpleNamespace(batch_size=2, eval_every=9, kl_target=SimpleNamespace(target=1.0, horizon=10.0))
     made: Any = a_trainer(settings)
-    made.models = SimpleNamespace(sync=lambda: 0, policy=None, critic=None, sampler=None, all_scoring=[], trainable=[])
+    made.models = SimpleNamespace(policy=None, critic=None, sampler=None, all_scoring=[], trainable=[])
     made.rewards, made.timer = SimpleNamespace(rewards={"h": None}, combine=lambda *_: None), PhaseTimer(CPU)
     sampled = SimpleNamespace(rollout=rollout(), prompts=[], batch=SimpleNamespace(is_safety_B=None), staleness=0)
     made.source = SimpleNamespace(next=lambda _: sampled, prefetching=lambda _: nullcontext())
