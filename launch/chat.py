@@ -36,12 +36,12 @@ class Dialogue:
         opening = [Message("system", self.system)] if self.system else []
         return [*opening, *self.turns, Message("user", text)]
 
-    def keep(self, text: str, answer: str, chat_format: ChatFormat) -> None:
+    def keep(self, text: str, response: str, chat_format: ChatFormat) -> None:
         """A response that the format cannot hold, empty or with a tag in it, leaves no trace."""
-        said = [Message("user", text), Message("assistant", answer)]
+        said = [Message("user", text), Message("assistant", response)]
         with suppress(UserError):
             chat_format.validate([*self.asking(text), said[1]])
-            self.turns += said if answer else []
+            self.turns += said if response else []
 
 
 class TextStream:
@@ -93,8 +93,8 @@ def chat(model: str, temperature: float, max_new_tokens: int, lines: TextIO | No
         except UserError as error:
             print(f"error: {error.message}", file=sys.stderr)
             continue
-        answer = sample(causal, ids, chat_format.stop_ids, temperature, room)
-        dialogue.keep(text, say(answer, tokenizer, stoppable=source.isatty()), chat_format)
+        response = sample(causal, ids, chat_format.stop_ids, temperature, room)
+        dialogue.keep(text, say(response, tokenizer, stoppable=source.isatty()), chat_format)
 
 
 def command(dialogue: Dialogue, text: str) -> str:

@@ -103,8 +103,8 @@ def encode(tokenizer: Any, rows: Sequence[Row | Item], limit: int | None) -> tup
     unfit: list[str] = []
     for number, row in enumerate(rows):
         try:
-            messages, answers = parts(row)
-            encoded = [chat.encode_response(messages, answer) for answer in answers]
+            messages, sides = parts(row)
+            encoded = [chat.encode_response(messages, side) for side in sides]
             longest = max(map(len, encoded))
             if limit is not None and longest > limit:
                 raise UserError(f"{longest} tokens, and the model has {limit} positions", 3)

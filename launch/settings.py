@@ -32,6 +32,7 @@ NO_ROWS = {role: {"train": []} for role in ("demonstrations", "preferences", "pr
 STAND_INS: dict[Keys, Node] = {("name",): yaml_tree.constant("unnamed"), ("data",): yaml_tree.constant(NO_ROWS)}
 """For required settings that are missing, so that the others can still be checked against each other."""
 RENAMED = {  # old name → new name in the same section
+    "ahead": "one_step_off_policy",
     "answers_per_prompt": "group_size",
     "beta": "kl_coef",
     "clip": "clip_range",

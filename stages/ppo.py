@@ -45,11 +45,11 @@ def _report(config: RunConfig, context: StageContext, trainer: PPOTrainer, promp
     """Evaluates base, SFT and best policy on prompts that were not used to select, with one model in memory at a
     time."""
     folders = {"base": resolve(config), "sft": context.inputs["sft"].path, "ppo": trainer.best_folder}
-    answers, sampler = {}, trainer.models.sampler
+    responses, sampler = {}, trainer.models.sampler
     for name, folder in folders.items():
         sampler = sampler_of(folder, sampler, config, trainer.models.tokenizer, context.device)
-        answers[name] = trainer.evaluator.answers(prompts, sampler)
-    compared, state = best.compare(prompts, answers), trainer.state
+        responses[name] = trainer.evaluator.evaluate(prompts, sampler)
+    compared, state = best.compare(prompts, responses), trainer.state
     context.tracker.table("held_out_answers", compared["samples"])
     return compared | {
         "iterations": state.iteration,

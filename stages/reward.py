@@ -116,12 +116,12 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     names |= {"mean_reward": "reward/mean", "grad_norm": "reward/grad_norm", "learning_rate": "reward/lr"}
     fit(trainer, Reporter(context, names, "reward/accuracy", reward.evals, measure))
 
-    answers = [*data["demonstrations"].held_out, *data["demonstrations"].train]
-    answers, _ = draw_rows(answers, reward.center_rows, config.seed)
-    answers = encode_demonstrations(tokenizer, answers, reward.max_length)
-    scores = score([row["input_ids"] for row in answers])
+    responses = [*data["demonstrations"].held_out, *data["demonstrations"].train]
+    responses, _ = draw_rows(responses, reward.center_rows, config.seed)
+    responses = encode_demonstrations(tokenizer, responses, reward.max_length)
+    scores = score([row["input_ids"] for row in responses])
     metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps}
-    return _seal(config, context, scorer, tokenizer, provenance.parents(data, context.inputs), metrics)
+    return _commit(config, context, scorer, tokenizer, provenance.parents(data, context.inputs), metrics)
 
 
 class HeldOut:
@@ -177,7 +177,7 @@ def score_all(
     return [by_place[i] for i in range(len(rows))]
 
 
-def _seal(
+def _commit(
     config: RunConfig,
     context: StageContext,
     scorer: PairScorer,

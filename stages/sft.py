@@ -104,7 +104,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     trainer.add_callback(PackingCheck(config))
     if hasattr(causal.config.get_text_config(), "output_router_logits"):
         causal.config.get_text_config().output_router_logits = False  # TRL turned it on for its own loss
-    causal.forward = partial(answer_logprobs, causal)  # replaces TRL's, inside any wrapper of the model
+    causal.forward = partial(response_logprobs, causal)  # replaces TRL's, inside any wrapper of the model
 
     def measure() -> float:
         return held_out_loss(model, held_out, config, context, tokenizer.pad_token_id)
@@ -113,7 +113,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     fit(trainer, Reporter(context, names, "sft/loss", config.sft.evals, lambda: {"sft/held_out_loss": measure()}))
 
     metrics = {"held_out_loss": measure(), "steps": steps, "sequences": len(train)}
-    return _seal(config, context, model, tokenizer, provenance.parents(roles, context.inputs), metrics)
+    return _commit(config, context, model, tokenizer, provenance.parents(roles, context.inputs), metrics)
 
 
 def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
@@ -124,7 +124,7 @@ def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
     return pack_dataset(dataset, settings.max_length, strategy="bfd")
 
 
-def answer_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
+def response_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
     """logprobs_N, float32: the forward pass of a causal model for its response tokens, those with a label.
 
     For packed rows TRL passes their positions and their ends.
@@ -133,9 +133,9 @@ def answer_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
         inputs = {name: value for name, value in inputs.items() if not name.startswith(("cu_seq_lens", "max_length"))}
     hidden_BTH = cast(Any, causal).base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     labels_BT = labels[:, 1:]
-    answer_BT = labels_BT != IGNORED
+    response_BT = labels_BT != IGNORED
     weight_VH = cast(Tensor, lm_head(causal).weight)
-    return logprobs_from_hidden(hidden_BTH[answer_BT][None], weight_VH, labels_BT[answer_BT][None])[0]
+    return logprobs_from_hidden(hidden_BTH[response_BT][None], weight_VH, labels_BT[response_BT][None])[0]
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def held_out_loss(
     return means.reduce()["loss"]
 
 
-def _seal(
+def _commit(
     config: RunConfig,
     context: StageContext,
     model: nn.Module,
@@ -179,8 +179,8 @@ def _labelled(rows: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]
         {
             "input_ids": row["input_ids"],
             "labels": [
-                token if answer else IGNORED
-                for token, answer in zip(row["input_ids"], row["assistant_masks"], strict=True)
+                token if is_response else IGNORED
+                for token, is_response in zip(row["input_ids"], row["assistant_masks"], strict=True)
             ],
         }
         for row in rows

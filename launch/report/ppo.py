@@ -38,7 +38,7 @@ def _tables(found: Mapping[str, Any]) -> list[Table]:
     metrics = _held_out(found)
     names = dict.fromkeys(name for policy in POLICIES for name in metrics[policy])
     count = metrics["ppo"]["length"]["n"]
-    answers = Table(
+    responses = Table(
         f"Policies: rewards and other metrics of the responses to {count} held-out prompts",
         ("figure", *POLICIES),
         [
@@ -46,7 +46,7 @@ def _tables(found: Mapping[str, Any]) -> list[Table]:
             for name in names
         ],
     )
-    return [answers, *_profile(found)]
+    return [responses, *_profile(found)]
 
 
 def _profile(found: Mapping[str, Any]) -> list[Table]:

@@ -21,10 +21,10 @@ SIZES = {
     "preferences": {"train": 7500, "held_out": 1000},
     "prompts": {"train": 800, "held_out": 512},
 }
-UNSAFE_SHARE = 0.4
-HELD_OUT_SHARE = 0.15  # of all possible prompts, by hash
-IDEAL_SHARE = 0.45  # of the demonstrations
-WRONG_SHARE = 0.05  # of the demonstrations
+UNSAFE_FRACTION = 0.4
+HELD_OUT_FRACTION = 0.15  # of all possible prompts, by hash
+IDEAL_FRACTION = 0.45  # of the demonstrations
+WRONG_FRACTION = 0.05  # of the demonstrations
 PAIRS = {  # how two answers differ
     "worse": 0.74,  # one has one to three defects more
     "any": 0.1,  # each has defects of its own
@@ -70,7 +70,7 @@ def _prompts(rng: random.Random, split: str, distinct: bool) -> Iterator[str]:
     """Endless prompts of one split. A hash of its text decides where a prompt belongs, so no two splits share one."""
     seen = set()
     while True:
-        kind = rng.choice(UNSAFE if rng.random() < UNSAFE_SHARE else HELPFUL)
+        kind = rng.choice(UNSAFE if rng.random() < UNSAFE_FRACTION else HELPFUL)
         prompt = draw_prompt(rng, kind)
         if (prompt in seen and distinct) or is_held_out(prompt) != (split == "held_out"):
             continue
@@ -80,13 +80,13 @@ def _prompts(rng: random.Random, split: str, distinct: bool) -> Iterator[str]:
 
 def is_held_out(prompt: str) -> bool:
     digest = hashlib.sha256(prompt.encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_SHARE
+    return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_FRACTION
 
 
 def _demonstration(rng: random.Random, prompt: str) -> dict[str, Any]:
     task = parse_prompt(prompt)
-    style = IDEAL if rng.random() < IDEAL_SHARE else _spoiled(rng, task, IDEAL)
-    if rng.random() < WRONG_SHARE:
+    style = IDEAL if rng.random() < IDEAL_FRACTION else _spoiled(rng, task, IDEAL)
+    if rng.random() < WRONG_FRACTION:
         style = replace(style, right=False)
     answer = write_answer(rng, task, prompt, style)
     return {"messages": [_user(prompt), {"role": "assistant", "content": answer}], "tag": _tag(task)}

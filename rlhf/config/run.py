@@ -146,10 +146,10 @@ class RunConfig(Settings):
         return batches
 
     def _uneven_minibatches(self) -> Iterator[str]:
-        share, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
-        if left == 0 and share % self.ppo.group_size:
+        rows, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
+        if left == 0 and rows % self.ppo.group_size:
             yield (
-                f"ppo.group_size is {self.ppo.group_size}, which does not divide the {share} rows that a "
+                f"ppo.group_size is {self.ppo.group_size}, which does not divide the {rows} rows that a "
                 "worker has of a minibatch (ppo.minibatch_size, hardware.workers)"
             )
         if self.ppo.group_size < 2 and self.ppo.advantage in GROUPED:
@@ -171,12 +171,12 @@ class RunConfig(Settings):
     def with_fitting_micro_batches(self) -> RunConfig:
         """Lowers each stage's micro_batch_size to the nearest divisor of a worker's rows of the batch."""
 
-        def fit(stage: SupervisedConfig | PPOConfig, share: int) -> Settings:
-            sizes = range(min(stage.micro_batch_size, share), 0, -1)
-            return stage.model_copy(update={"micro_batch_size": next(size for size in sizes if share % size == 0)})
+        def fit(stage: SupervisedConfig | PPOConfig, rows: int) -> Settings:
+            sizes = range(min(stage.micro_batch_size, rows), 0, -1)
+            return stage.model_copy(update={"micro_batch_size": next(size for size in sizes if rows % size == 0)})
 
-        shares = {stage: total // workers for stage, (total, workers) in self._batches().items()}
-        return self.model_copy(update={stage: fit(getattr(self, stage), share) for stage, share in shares.items()})
+        rows_of = {stage: total // workers for stage, (total, workers) in self._batches().items()}
+        return self.model_copy(update={stage: fit(getattr(self, stage), rows) for stage, rows in rows_of.items()})
 
 
 def without_secrets(value: Any) -> Any:

@@ -124,8 +124,8 @@ def next_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iter
 
     Ids also count epochs and responses, so a prompt that is drawn twice in an iteration gets different responses.
     """
-    answers = config.ppo.group_size
-    size, count, ids = config.ppo.batch_size // answers, len(prompts), []
+    group = config.ppo.group_size
+    size, count, ids = config.ppo.batch_size // group, len(prompts), []
     for draw in range((iteration - 1) * size, iteration * size):
         epoch, place = divmod(draw, count)
         if not ids or place == 0:
@@ -133,9 +133,9 @@ def next_prompts(tokenizer: Any, prompts: Sequence[Any], config: RunConfig, iter
             order = torch.randperm(count, generator=generator).tolist()
         ids.append(epoch * count + order[place])
     once = prompt_batch(tokenizer, [prompts[i % count] for i in ids], ids, config.ppo.max_prompt_length)
-    answer_B = torch.arange(size * answers)
-    repeated = batches.select(once, answer_B // answers)
-    return replace(repeated, ids_B=repeated.ids_B * answers + answer_B % answers)
+    response_B = torch.arange(size * group)
+    repeated = batches.select(once, response_B // group)
+    return replace(repeated, ids_B=repeated.ids_B * group + response_B % group)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:

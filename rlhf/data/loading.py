@@ -131,7 +131,7 @@ def _without_unfit(rows: list, data: DataConfig, validate: Validate) -> tuple[li
 
 def _dialogues(row: Demonstration | Preference | Prompt) -> list[Sequence[Message]]:
     if isinstance(row, Preference):
-        return [(*row.prompt, Message("assistant", answer)) for answer in (row.chosen, row.rejected)]
+        return [(*row.prompt, Message("assistant", response)) for response in (row.chosen, row.rejected)]
     return [row.messages]
 
 

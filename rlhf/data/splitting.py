@@ -44,13 +44,13 @@ def prompts_of(rows: Sequence[Any]) -> set[str]:
     return {normalised_prompt(prompt_of(row)) for row in rows}
 
 
-def hold_out(rows: list, share: float) -> tuple[list, list]:
+def hold_out(rows: list, fraction: float) -> tuple[list, list]:
     """Training and held-out rows by a hash of the first user text, so that a dialogue is never on both sides."""
     parts: tuple[list, list] = ([], [])
     for row in rows:
         first = next(m for m in prompt_of(row) if m.role == "user")
         digest = hashlib.sha256(normalised_prompt([first]).encode()).digest()
-        parts[int.from_bytes(digest[:8], "big") < share * 2**64].append(row)
+        parts[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(row)
     return parts
 
 

@@ -11,7 +11,7 @@ from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
 
 
 @dataclass(frozen=True)
-class Answers:
+class HeldOutResponses:
     """The responses to the held-out prompts, in their order, on every rank."""
 
     texts: list[str]
@@ -22,7 +22,7 @@ class Answers:
     flagged: list[bool] | None  # the safety model calls the response unsafe; None without such a model
 
 
-def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
+def policy_report(responses: HeldOutResponses, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
     """Estimates over n ≥ 1 responses, one to each of `prompts`, clustered by prompt where prompts repeat:
 
     each name in `scores`   mean score of the responses whose score did not fail; none where all failed
@@ -34,24 +34,24 @@ def policy_report(answers: Answers, prompts: Sequence[Prompt]) -> dict[str, Esti
                             themselves. Responses of fewer than two words are left out; without others, so is the figure
     """
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
-    report = _mean_of_known(answers.scores, clusters)
-    report["kl"] = bootstrap_mean(answers.kl, clusters)
-    report["length"] = bootstrap_mean(answers.lengths, clusters)
-    report["eos_rate"] = proportion([float(done) for done in answers.finished], clusters)
-    if answers.flagged is not None:
+    report = _mean_of_known(responses.scores, clusters)
+    report["kl"] = bootstrap_mean(responses.kl, clusters)
+    report["length"] = bootstrap_mean(responses.lengths, clusters)
+    report["eos_rate"] = proportion([float(done) for done in responses.finished], clusters)
+    if responses.flagged is not None:
         for tag in sorted({prompt.tag for prompt in prompts}):
             of_tag = [i for i, prompt in enumerate(prompts) if prompt.tag == tag]
-            flagged = [float(answers.flagged[i]) for i in of_tag]
+            flagged = [float(responses.flagged[i]) for i in of_tag]
             report[f"flagged.{tag}"] = proportion(flagged, [clusters[i] for i in of_tag])
     variety = [
-        (found, own) for text, own in zip(answers.texts, clusters, strict=True) if (found := distinct_bigrams(text))
+        (found, own) for text, own in zip(responses.texts, clusters, strict=True) if (found := distinct_bigrams(text))
     ]
     if variety:
         report["distinct_2"] = bootstrap_mean([found for found, _ in variety], [own for _, own in variety])
     return report
 
 
-def gain(after: Answers, before: Answers, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
+def gain(after: HeldOutResponses, before: HeldOutResponses, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
     """By how much each score rose, prompt by prompt: what prompts have in common cancels."""
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
     differences = {
@@ -71,8 +71,8 @@ def _mean_of_known(scores: Mapping[str, Sequence[float | None]], clusters: Seque
     return report
 
 
-def distinct_bigrams(answer: str) -> float | None:
+def distinct_bigrams(response: str) -> float | None:
     """Distinct bigrams / all bigrams of the response's words (Li et al. 2016, arXiv 1510.03055); None without bigrams."""
-    words = answer.split()
+    words = response.split()
     bigrams = list(pairwise(words))
     return len(set(bigrams)) / len(bigrams) if bigrams else None

@@ -27,12 +27,12 @@ from rlhf.profiling.memory import free_bytes
 from rlhf.profiling.roofline import ModelSize, size_of
 
 # Prompts wait until this fraction of the slots is free, because each reading of prompts reads all weights.
-ADMIT_SHARE = 0.125
+ADMIT_FRACTION = 0.125
 # Prompt tokens per forward pass, with padding: enough for the full rate of a matrix product.
 PREFILL_TOKENS = 2048
 # Fraction of free memory for keys and values; the rest is for forward passes and fragmentation. During an update less
 # is free.
-CACHE_SHARE, CACHE_SHARE_BESIDE = 0.8, 0.4
+CACHE_FRACTION, CACHE_FRACTION_IN_BACKGROUND = 0.8, 0.4
 
 
 class InProcessSampler:
@@ -122,8 +122,8 @@ class InProcessSampler:
         """
         free = self.cache_bytes
         if free is None:
-            share = CACHE_SHARE if alone else CACHE_SHARE_BESIDE
-            free = int(share * free_bytes(next(self.model.parameters()).device, alone))
+            fraction = CACHE_FRACTION if alone else CACHE_FRACTION_IN_BACKGROUND
+            free = int(fraction * free_bytes(next(self.model.parameters()).device, alone))
         columns = prompt_length + settings.max_new_tokens
         config: Any = next(part for part in self.model.modules() if isinstance(part, PreTrainedModel)).config
         tensors = 2 * config.get_text_config().num_hidden_layers
@@ -183,7 +183,7 @@ class _Run:
     @property
     def has_room(self) -> bool:
         free = self.cache.slots - self.cache.rows
-        return free >= min(len(self.waiting), max(1, round(ADMIT_SHARE * self.cache.slots))) > 0
+        return free >= min(len(self.waiting), max(1, round(ADMIT_FRACTION * self.cache.slots))) > 0
 
     def admit(self) -> None:
         """Puts the next prompts into free slots, reads each distinct one once, and draws every row's first token."""

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 # Columns added to a full cache: at least this many, and this fraction of those in use. More columns mean fewer copies
 # (and on a GPU fewer new graphs), but every step reads all columns.
-SPARE_COLUMNS, SPARE_SHARE = 32, {"cpu": 0.125, "cuda": 0.25}
+SPARE_COLUMNS, SPARE_FRACTION = 32, {"cpu": 0.125, "cuda": 0.25}
 
 
 @dataclass
@@ -174,7 +174,7 @@ class SlotCache(Cache):
         return like.new_zeros(self.slots, like.shape[1], columns, like.shape[3])
 
     def _with_spare(self, columns: int) -> int:
-        return columns + max(SPARE_COLUMNS, int(SPARE_SHARE[self.start_S.device.type] * columns))
+        return columns + max(SPARE_COLUMNS, int(SPARE_FRACTION[self.start_S.device.type] * columns))
 
 
 def rows_that_fit(free: int, bytes_per_token: int, tensors: int, columns: int) -> int:

@@ -31,7 +31,7 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-CACHE_SHARE = 0.25  # maximum fraction of free memory for keys and values
+CACHE_FRACTION = 0.25  # maximum fraction of free memory for keys and values
 BLOCK = 128  # tokens per block of vLLM's cache on a CPU; fewer on a GPU
 
 
@@ -120,7 +120,7 @@ class VLLMSampler:
 
         self._wake("weights", "kv_cache")
         try:
-            for row, tokens, logprobs in self._answers(prompts, settings, seed, iteration):
+            for row, tokens, logprobs in self._responses(prompts, settings, seed, iteration):
                 length_B[row] = n = len(tokens)
                 tokens_BR[row, :n], logprobs_BR[row, :n] = torch.tensor(tokens), torch.tensor(logprobs)
                 if go_on is not None:
@@ -131,7 +131,7 @@ class VLLMSampler:
         self.positions = (int(prompts.mask_BP.sum()), int((length_B - 1).sum()))
         return rollout_of(prompts, tokens_BR.to(device), logprobs_BR.to(device), length_B.to(device), self.stop_ids)
 
-    def _answers(
+    def _responses(
         self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
     ) -> Iterator[tuple[int, list[int], list[float]]]:
         """(row, tokens, logprobs) of every response when it ends."""
@@ -157,9 +157,9 @@ class VLLMSampler:
             engine.add_request(str(row), {"prompt_token_ids": tokens_P[mask_P].tolist()}, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
-                answer = output.outputs[0]
-                tokens = list(answer.token_ids)
-                of_each = [of_token[token].logprob for of_token, token in zip(answer.logprobs, tokens, strict=True)]
+                completion = output.outputs[0]
+                tokens = list(completion.token_ids)
+                of_each = [of_token[token].logprob for of_token, token in zip(completion.logprobs, tokens, strict=True)]
                 yield int(output.request_id), tokens, of_each
 
     def _wake(self, *parts: str) -> None:
@@ -240,4 +240,4 @@ def _cache_bytes(size: ModelSize, device: torch.device, rows: int, max_length: i
     """Memory for the keys and values of all rows at full length, if available; with less, vLLM lets rows wait."""
     wanted = size.cache_bytes * BLOCK * (rows * -(-max_length // BLOCK) + 1)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return min(wanted, int(CACHE_SHARE * free))
+    return min(wanted, int(CACHE_FRACTION * free))

@@ -58,8 +58,8 @@ def _lengths(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int
     limit = positions(model)
     lengths = {f"{name}.max_length": getattr(getattr(run, name, None), "max_length", 0) for name in run.pipeline}
     if "ppo" in run.pipeline:
-        prompt, answer = run.ppo.max_prompt_length, run.ppo.sampling.max_new_tokens
-        lengths[f"ppo.max_prompt_length ({prompt}) + ppo.sampling.max_new_tokens ({answer})"] = prompt + answer
+        prompt, response = run.ppo.max_prompt_length, run.ppo.sampling.max_new_tokens
+        lengths[f"ppo.max_prompt_length ({prompt}) + ppo.sampling.max_new_tokens ({response})"] = prompt + response
     for key, length in lengths.items():
         if limit is not None and length > limit:
             yield (

@@ -13,7 +13,7 @@ from reward_data import Prompt
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import full_state
 from rlhf.errors import UserError
-from rlhf.evaluation.policy_report import Answers, gain, policy_report
+from rlhf.evaluation.policy_report import HeldOutResponses, gain, policy_report
 from rlhf.evaluation.statistics import Estimate
 from rlhf.models import ScalarModel, save_causal
 from rlhf.models.policy import PolicyModel
@@ -77,13 +77,13 @@ def put_in_place(partial: Path, folder: Path, mark: dict[str, Any]) -> None:
     partial.rename(folder)
 
 
-def compare(prompts: Sequence[Prompt], answers: Mapping[str, Answers]) -> dict[str, Any]:
+def compare(prompts: Sequence[Prompt], responses: Mapping[str, HeldOutResponses]) -> dict[str, Any]:
     """The artifact's metrics of base, SFT and PPO policy on prompts that were not used to select."""
     return {
-        "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in answers.items()},
-        "gain": _as_dicts(gain(answers["ppo"], answers["sft"], prompts)),
-        "kl": sum(answers["ppo"].kl) / len(prompts),
-        "samples": before_and_after(prompts, answers),
+        "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in responses.items()},
+        "gain": _as_dicts(gain(responses["ppo"], responses["sft"], prompts)),
+        "kl": sum(responses["ppo"].kl) / len(prompts),
+        "samples": before_and_after(prompts, responses),
     }
 
 

@@ -14,7 +14,7 @@ from rlhf.data import prompt_batch
 from rlhf.data.batches import select, to
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from rlhf.evaluation.policy_report import Answers, policy_report
+from rlhf.evaluation.policy_report import HeldOutResponses, policy_report
 from rlhf.generation import Sampler
 from rlhf.ppo.models import Models
 from rlhf.ppo.scoring import responses_of, sequence_kl
@@ -31,28 +31,28 @@ class Evaluator:
     def __init__(self, config: RunConfig, context: StageContext, models: Models, rewards: RewardSet) -> None:
         self._config, self._context, self._models, self._rewards = config, context, models, rewards
 
-    def answers(self, prompts: Sequence[Prompt], sampler: Sampler | None = None) -> Answers:
+    def evaluate(self, prompts: Sequence[Prompt], sampler: Sampler | None = None) -> HeldOutResponses:
         """Responses to the prompts with their scores. Each rank samples its shard; every rank returns all."""
-        return self._answered(prompts, sampler or self._models.sampler)[0]
+        return self._evaluate(prompts, sampler or self._models.sampler)[0]
 
     def reward(self, prompts: Sequence[Prompt], iteration: int) -> float:
         """Mean over prompts of the score that PPO maximises; all metrics go to the tracker under eval/.
 
         UserError (6) if all scores failed, because then nothing could select the best policy.
         """
-        answers, combined = self._answered(prompts, self._models.sampler)
+        held_out, combined = self._evaluate(prompts, self._models.sampler)
         if combined.failed_B.all():
             raise UserError(
                 f"evaluation after iteration {iteration}: the scores of all {len(prompts)} responses failed", 6
             )
-        report = policy_report(answers, prompts)
+        report = policy_report(held_out, prompts)
         metrics = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
         metrics["eval/reward"] = float(combined.score_B[~combined.failed_B].mean())
         self._context.tracker.metrics(metrics, step=iteration)
         # The first rank's value selects the best policy and decides when to stop.
         return collectives.broadcast_result(lambda: metrics["eval/reward"])
 
-    def _answered(self, prompts: Sequence[Prompt], sampler: Sampler) -> tuple[Answers, Combined]:
+    def _evaluate(self, prompts: Sequence[Prompt], sampler: Sampler) -> tuple[HeldOutResponses, Combined]:
         config, tokenizer, count = self._config, self._models.tokenizer, len(prompts)
         whole = prompt_batch(tokenizer, prompts, list(range(count)), config.ppo.max_prompt_length)
         rows = collectives.even_shard(count)
@@ -70,7 +70,7 @@ class Evaluator:
         combined = self._rewards.combine(rewards_BN, failed_BN, whole.is_safety_B)
         columns = zip(self._rewards.rewards, rewards_BN.T, failed_BN.T, strict=True)
         scores = {f"reward.{name}": _or_none(reward_B, failed_B) for name, reward_B, failed_B in columns}
-        answers = Answers(
+        held_out = HeldOutResponses(
             texts=join(list(responses.texts)),
             lengths=join(rollout.response_mask_BR.sum(1).tolist()),
             finished=join(rollout.finished_B.tolist()),
@@ -78,7 +78,7 @@ class Evaluator:
             kl=join(kl_B.tolist()),
             flagged=None if combined.flagged_B is None else combined.flagged_B.tolist(),
         )
-        return answers, combined
+        return held_out, combined
 
 
 def _or_none(reward_B: Tensor, failed_B: Tensor) -> list[float | None]:

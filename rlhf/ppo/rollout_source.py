@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 STOP_S = 10.0
 
 
-class Unwanted(Exception):
+class Cancelled(Exception):
     """Ends a thread whose result is not needed any more."""
 
 
@@ -84,7 +84,7 @@ class BackgroundTask(Generic[Result]):
 
     def _go_on(self) -> None:
         if self._unwanted.is_set():
-            raise Unwanted
+            raise Cancelled
 
 
 @dataclass

@@ -131,16 +131,16 @@ def work(
 
     `scoring` are the models that read every response, `trainable` those that are updated. All ranks must call it.
     """
-    ppo, answer_B, world = config.ppo, rollout.response_mask_BR.sum(1).cpu(), collectives.world_size()
-    prompt_B = rollout.mask_BT.sum(1).cpu() - answer_B
+    ppo, response_B, world = config.ppo, rollout.response_mask_BR.sum(1).cpu(), collectives.world_size()
+    prompt_B = rollout.mask_BT.sum(1).cpu() - response_B
     P = rollout.mask_BT.shape[1] - rollout.response_mask_BR.shape[1]
     first_B = first_with_prompt(rollout.tokens_BT[:, :P], rollout.mask_BT[:, :P]).cpu()
     shared_B = torch.where(first_B < torch.arange(len(first_B)), prompt_B, 0)
     positions = [sum(of_ranks) for of_ranks in zip(*collectives.gather_objects(sampler.positions), strict=True)]
-    steps = list(minibatches(len(answer_B), ppo, config.seed, iteration))
+    steps = list(minibatches(len(response_B), ppo, config.seed, iteration))
     read_once = tokens_of_shards(rollout, world, ppo)
     trained_on = sum(tokens_of_minibatch(rollout, index, world, ppo) for index in steps)
-    lengths, sizes = (prompt_B, answer_B, shared_B), [size_of(module) for module in trainable]
+    lengths, sizes = (prompt_B, response_B, shared_B), [size_of(module) for module in trainable]
     done = {
         "sampling": sampling_work(*lengths, positions, sampler.size, ppo.sampling.batch_size, world),
         "scoring": scoring_work(*lengths, read_once, [size_of(module) for module in scoring], world),
@@ -157,7 +157,7 @@ def work(
 
 def sampling_work(
     prompt_B: Tensor,
-    answer_B: Tensor,
+    response_B: Tensor,
     shared_B: Tensor,
     positions: Sequence[int],
     size: ModelSize,
@@ -170,7 +170,7 @@ def sampling_work(
     The last token of a prompt counts as useful, because the first tokens of its responses are drawn there. Bytes:
     weights once per step, in as few steps as `slots` rows at a time allow, and keys and values once per later token.
     """
-    stepped_B, (in_prompts, in_steps) = answer_B - 1, positions
+    stepped_B, (in_prompts, in_steps) = response_B - 1, positions
     stepped, read, drawn_from = int(stepped_B.sum()), int((prompt_B - shared_B).sum()), int((shared_B < prompt_B).sum())
     tokens = Tokens(drawn_from + stepped, read - drawn_from, in_prompts - read, in_steps - stepped)
     steps = sum(1 + least_steps(share, slots) for share in stepped_B.view(world, -1))
@@ -180,18 +180,18 @@ def sampling_work(
 
 
 def scoring_work(
-    prompt_B: Tensor, answer_B: Tensor, shared_B: Tensor, computed: int, sizes: Sequence[ModelSize], world: int
+    prompt_B: Tensor, response_B: Tensor, shared_B: Tensor, computed: int, sizes: Sequence[ModelSize], world: int
 ) -> Work:
     """Every model reads every row once, in `computed` positions. Bytes: the weights, once per rank."""
-    prompts, answers = int((prompt_B - shared_B).sum()), int(answer_B.sum())
-    flops = sum(forward_flops(size, prompt_B + answer_B, answers, shared_B) for size in sizes)
-    tokens = Tokens(answers, prompts, computed - prompts - answers, 0)
+    prompts, responses = int((prompt_B - shared_B).sum()), int(response_B.sum())
+    flops = sum(forward_flops(size, prompt_B + response_B, responses, shared_B) for size in sizes)
+    tokens = Tokens(responses, prompts, computed - prompts - responses, 0)
     return Work(tokens, flops, float(world * sum(size.weight_bytes for size in sizes)))
 
 
 def update_work(
     prompt_B: Tensor,
-    answer_B: Tensor,
+    response_B: Tensor,
     shared_B: Tensor,
     computed: int,
     sizes: Sequence[ModelSize],
@@ -199,10 +199,10 @@ def update_work(
     steps: int,
 ) -> Work:
     """Every epoch reads every row, forward and backward, in `computed` positions. Bytes: those of the optimizer."""
-    prompts, answers = int((prompt_B - shared_B).sum()), int(answer_B.sum())
-    asked = (prompt_B + answer_B, answers, shared_B)
+    prompts, responses = int((prompt_B - shared_B).sum()), int(response_B.sum())
+    asked = (prompt_B + response_B, responses, shared_B)
     flops = sum(forward_flops(size, *asked) + backward_flops(size, *asked) for size in sizes)
-    tokens = Tokens(epochs * answers, epochs * prompts, computed - epochs * (prompts + answers), 0)
+    tokens = Tokens(epochs * responses, epochs * prompts, computed - epochs * (prompts + responses), 0)
     return Work(tokens, epochs * flops, float(steps * ADAM_BYTES * sum(size.all_learn for size in sizes)))
 
 

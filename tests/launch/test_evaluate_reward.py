@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from launch import cli
-from rlhf.config import TinyConfig
+from rlhf.config import TinyConfig, TrackingConfig
 from rlhf.models import ScalarModel, load_tokenizer, save_causal
 from rlhf.models.tiny import train_tokenizer, untrained_llama
+from rlhf.tracking import fill_in
 
 TEXTS = ["what is 2 + 2? it is 4", "sort the words: pear, apple. apple, pear", "say hello. hello!"] * 20
 
@@ -119,6 +120,7 @@ def test_the_metrics_are_in_mlflow(models: list[str], tmp_path: Path) -> None:
 
     uri, out = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "my-report"
     assert evaluate(models[0], write(tmp_path / "pairs.jsonl", PAIRS), "--out", out, uri=uri) == 0
+    fill_in(out / "tracking", TrackingConfig(uri=uri))  # what a slow machine has not sent within the command's limit
     client = MlflowClient(uri)
     (run,) = client.search_runs([one.experiment_id for one in client.search_experiments(filter_string="name = 'rlhf'")])
     report = report_of(out)

@@ -64,7 +64,6 @@ BUGS = [
     *bugs_in(
         "rlhf/evaluation/items.py",
         ["rlhf/evaluation/test_items.py"],
-        Bug("the second chunk tells a form of its own", "read_items", "A or B", "B", nth=0),
         Bug("prompts differ by case", "Item.prompt_digest", "normalised_prompt(A)", "repr(A)"),
         Bug("lists with too few scores are read", "_group", "len(A) != len(B) or len(B) < 2", "len(B) < 2"),
     ),

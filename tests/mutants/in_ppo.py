@@ -27,7 +27,7 @@ BUGS = [
         Bug("a policy without scores is compared", "Evaluator.reward", "A.failed_B.all()", "False"),
         Bug(
             "every rank answers the first rows",
-            "Evaluator._answered",
+            "Evaluator._evaluate",
             "collectives.even_shard(A)",
             "list(range(-(-A // collectives.world_size())))",
         ),

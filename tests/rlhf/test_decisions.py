@@ -22,7 +22,7 @@ from rlhf.config import AlarmConfig
 from rlhf.data.batches import Rollout, Scores
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from rlhf.evaluation.policy_report import Answers
+from rlhf.evaluation.policy_report import HeldOutResponses
 from rlhf.ppo import trainer
 from rlhf.ppo.evaluator import Evaluator
 from rlhf.ppo.rollout_source import Prefetched
@@ -115,10 +115,10 @@ def prefetched(folder: Path) -> Any:
 def held_out_reward(folder: Path) -> Any:
     """What is compared with the best so far."""
     worth = 0.5 + collectives.rank()
-    answers = Answers(["a"], [1], [True], {"reward.h": [worth]}, [0.0], None)
+    answers = HeldOutResponses(["a"], [1], [True], {"reward.h": [worth]}, [0.0], None)
     combined = Combined(torch.tensor([worth]), torch.tensor([False]))
     evaluator = Evaluator(None, SimpleNamespace(tracker=Quiet()), Quiet(), None)  # type: ignore[arg-type]
-    evaluator._answered = lambda *_: (answers, combined)  # type: ignore[method-assign]
+    evaluator._evaluate = lambda *_: (answers, combined)  # type: ignore[method-assign]
     reward = evaluator.reward([Prompt((Message("user", "a"),), "helpful", "p:1")], 1)
     if reward > 1.0:  # as where a better policy is kept: its shards are gathered
         collectives.barrier()
@@ -159,9 +159,10 @@ def experience(folder: Path) -> Any:
     trainer.score_responses = lambda *_: scores()  # type: ignore[assignment]
     trainer.step_profiler.work = lambda *_: {}  # type: ignore[assignment]
     trainer.update = lambda *_: {}  # type: ignore[assignment]
+    trainer.sync_weights = lambda *_: 0
     settings = SimpleNamespace(batch_size=2, eval_every=9, kl_target=SimpleNamespace(target=1.0, horizon=10.0))
     made: Any = a_trainer(settings)
-    made.models = SimpleNamespace(sync=lambda: 0, policy=None, critic=None, sampler=None, all_scoring=[], trainable=[])
+    made.models = SimpleNamespace(policy=None, critic=None, sampler=None, all_scoring=[], trainable=[])
     made.rewards, made.timer = SimpleNamespace(rewards={"h": None}, combine=lambda *_: None), PhaseTimer(CPU)
     sampled = SimpleNamespace(rollout=rollout(), prompts=[], batch=SimpleNamespace(is_safety_B=None), staleness=0)
     made.source = SimpleNamespace(next=lambda _: sampled, prefetching=lambda _: nullcontext())

@@ -81,7 +81,7 @@ def test_the_reward_that_chooses_is_the_one_that_ppo_maximises(run):
     context: Any = SimpleNamespace(
         device=torch.device("cpu"), tracker=SimpleNamespace(metrics=lambda metrics, step: sent.update(metrics))
     )
-    answers: Any = Evaluator(config, context, found, reward_set(config, found)).answers(prompts)
+    answers: Any = Evaluator(config, context, found, reward_set(config, found)).evaluate(prompts)
     helpful, safety = (answers.scores[f"reward.{name}"] for name in ("helpfulness", "safety"))
     logits = [score + found.reward_models["safety"].module.offset for score in safety]
     of_helpful = sorted(logit for logit, prompt in zip(logits, prompts, strict=True) if prompt.tag == "helpful")

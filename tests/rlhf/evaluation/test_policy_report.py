@@ -6,11 +6,11 @@ import pytest
 
 from reward_data import Message, Prompt
 from reward_data.records import Tag
-from rlhf.evaluation.policy_report import Answers, distinct_bigrams, gain, policy_report
+from rlhf.evaluation.policy_report import HeldOutResponses, distinct_bigrams, gain, policy_report
 from rlhf.evaluation.statistics import bootstrap_mean, wilson
 
 SCORES: dict[str, list[float]] = {"gold": [0.5, 1.0, 0.0], "helpfulness": [1, 2, 3]}
-ANSWERS = Answers(
+ANSWERS = HeldOutResponses(
     texts=["the cat sat", "ha ha ha", "yes"],
     lengths=[4, 8, 3],
     finished=[True, False, True],

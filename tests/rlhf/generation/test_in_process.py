@@ -129,7 +129,7 @@ def test_a_waiting_prompt_takes_the_slot_of_a_row_that_ended(sample, expect_same
     monkeypatch.setattr(kv_cache, "SPARE_COLUMNS", spare)
     together = sample(max_new_tokens=20)
     for share in (0.0, 1.0):
-        monkeypatch.setattr(in_process, "ADMIT_SHARE", share)
+        monkeypatch.setattr(in_process, "ADMIT_FRACTION", share)
         expect_same_rollout(sample(max_new_tokens=20, batch_size=slots), together)
 
 
@@ -143,7 +143,7 @@ def test_prompts_read_in_several_passes_give_the_same(sample, expect_same_rollou
 def test_a_prompt_is_read_once_for_all_its_answers(make_llama, prompts, ppo_config, monkeypatch, slots, prefill):
     """Three answers to each of eight prompts; where slots are few, rows come in when all of them are free."""
     monkeypatch.setattr(in_process, "PREFILL_TOKENS", prefill)
-    monkeypatch.setattr(in_process, "ADMIT_SHARE", 0.75)
+    monkeypatch.setattr(in_process, "ADMIT_FRACTION", 0.75)
     given = dataclasses.replace(select(prompts, torch.arange(24) // 3), ids_B=torch.arange(24))
     sampler = InProcessSampler(make_llama(0), [99], PAD)
     rollout = sampler.sample(given, ppo_config.sampling.model_copy(update={"batch_size": slots}), 0, 1)

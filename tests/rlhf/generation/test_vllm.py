@@ -285,7 +285,7 @@ def on_a_gpu(monkeypatch) -> Any:
     sampler: Any = VLLMSampler.__new__(VLLMSampler)
     sampler.llm, sampler.sleeps, sampler.asleep = Sleeper(), True, set()
     sampler.stop_ids, sampler.pad_id, sampler.dtype, sampler.tied = [EOS], PAD, torch.float32, {}
-    monkeypatch.setattr(sampler, "_answers", lambda *_: ((row, [EOS], [-1.0]) for row in range(8)))
+    monkeypatch.setattr(sampler, "_responses", lambda *_: ((row, [EOS], [-1.0]) for row in range(8)))
     return sampler
 
 

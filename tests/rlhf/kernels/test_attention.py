@@ -13,7 +13,7 @@ from rlhf.kernels import attention as room
 from rlhf.kernels import enable_kernels
 from rlhf.kernels.attention import BLOCK, attend, causal_attention
 from rlhf.models import hidden_states
-from stages.sft import answer_logprobs
+from stages.sft import response_logprobs
 
 SCALE = 0.3
 TOKENS_3T = torch.randint(3, 50, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -135,7 +135,7 @@ def test_flash_attention_reads_the_packed_rows_of_sft(llama, flash):
     rows = [row[mask].tolist() for row, mask in zip(TOKENS_3T, MASK_3T, strict=True)]
     given = [{"input_ids": row, "labels": row, "seq_lengths": [len(row)]} for row in rows]
     with torch.autocast("cpu", torch.bfloat16):
-        packed = answer_logprobs(llama, **DataCollatorForLanguageModeling(0, padding_free=True)(given))
+        packed = response_logprobs(llama, **DataCollatorForLanguageModeling(0, padding_free=True)(given))
         alone = [torch.log_softmax(llama(torch.tensor([row])).logits[0].float(), -1) for row in rows]
     assert flash == 2 * [[0, 13, 33, 38]]
     expected = torch.cat([x[range(len(row) - 1), row[1:]] for x, row in zip(alone, rows, strict=True)])
@@ -167,7 +167,7 @@ def test_a_family_whose_mask_may_say_more_is_not_read_by_where_rows_end(llama, f
         if read == "by PPO":
             hidden_states(llama, TOKENS_3T, MASK_3T, True, 4)
         else:
-            answer_logprobs(llama, TOKENS_3T[:1], input_ids=TOKENS_3T[:1], cu_seq_lens_q=ends, max_length_q=20)
+            response_logprobs(llama, TOKENS_3T[:1], input_ids=TOKENS_3T[:1], cu_seq_lens_q=ends, max_length_q=20)
     assert not flash
 
 

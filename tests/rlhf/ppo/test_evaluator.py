@@ -81,15 +81,15 @@ def evaluator(tokenizer, llama, models_of):
         tracker = SimpleNamespace(metrics=lambda metrics, step: told.append((step, metrics)))
         context: Any = SimpleNamespace(device=torch.device("cpu"), tracker=tracker)
         made = Evaluator(config, context, models, rewards or reward_set(config, models))
-        return SimpleNamespace(answers=made.answers, reward=made.reward, told=told)
+        return SimpleNamespace(evaluate=made.evaluate, reward=made.reward, told=told)
 
     return make
 
 
 @pytest.fixture
 def answer(evaluator):
-    """answer(prompts, gold=…, micro_batch_size=…) → the Answers of that evaluator."""
-    return lambda prompts=PROMPTS, **settings: evaluator(**settings).answers(prompts)
+    """answer(prompts, gold=…, micro_batch_size=…) → the HeldOutResponses of that evaluator."""
+    return lambda prompts=PROMPTS, **settings: evaluator(**settings).evaluate(prompts)
 
 
 def test_every_prompt_has_one_answer_and_every_reward_a_score_for_it(answer):
@@ -171,10 +171,10 @@ def test_two_ranks_answer_as_one_does(answer, monkeypatch):
 def test_the_reward_is_the_mean_of_what_ppo_maximises_and_all_figures_are_told(evaluator):
     """Helpfulness of "two" for prompts of their tag, safety of "one" for the others and for what it calls unsafe."""
     prompts = [dataclasses.replace(prompt, tag="safety" if i < 2 else "helpful") for i, prompt in enumerate(PROMPTS)]
-    logits = sorted(score + 0.25 for score in evaluator().answers(prompts).scores["reward.one"])
+    logits = sorted(score + 0.25 for score in evaluator().evaluate(prompts).scores["reward.one"])
     threshold = 1 / (1 + math.exp(-(logits[1] + logits[2]) / 2))
     made = evaluator(safety_threshold=threshold)
-    answers = made.answers(prompts)
+    answers = made.evaluate(prompts)
     one, two = answers.scores["reward.one"], answers.scores["reward.two"]
     expected = [o if i < 2 or answers.flagged[i] else t for i, (o, t) in enumerate(zip(one, two, strict=True))]
     assert made.reward(prompts, iteration=7) == pytest.approx(sum(expected) / 5, abs=1e-5)
@@ -193,7 +193,7 @@ def own(function):
 def test_scores_that_failed_are_in_no_mean(evaluator):
     made = evaluator(rewards=own(lambda responses: [1.0, None, 3.0, math.nan, 5.0]))
     assert made.reward(PROMPTS, 1) == 2 * (1.0 + 3.0 + 5.0) / 3
-    answers = made.answers(PROMPTS)
+    answers = made.evaluate(PROMPTS)
     assert answers.scores["reward.own"] == [1.0, None, 3.0, None, 5.0]
     assert answers.flagged is None  # no safety model
     assert made.told[0][1]["eval/reward_own"] == 3.0

@@ -18,7 +18,7 @@ from reward_data import Message, Prompt
 from rlhf.data.batches import PromptBatch, Rollout
 from rlhf.distributed import collectives
 from rlhf.ppo import rollout_source
-from rlhf.ppo.rollout_source import BackgroundTask, Prefetched, RolloutSource, Unwanted, records_of
+from rlhf.ppo.rollout_source import BackgroundTask, Cancelled, Prefetched, RolloutSource, records_of
 from rlhf.ppo.step_profiler import PhaseTimer
 
 CPU = torch.device("cpu")
@@ -201,13 +201,13 @@ def test_a_thread_is_told_that_nobody_wants_its_result_and_has_as_many_threads_a
             while True:
                 go_on()
                 time.sleep(0.001)
-        except Unwanted as error:
+        except Cancelled as error:
             told.append(error)
             raise
 
     with pytest.raises(RuntimeError, match="^broken$"), BackgroundTask(work, CPU):
         raise BROKEN
-    assert told[0] == torch.get_num_threads() and isinstance(told[1], Unwanted)
+    assert told[0] == torch.get_num_threads() and isinstance(told[1], Cancelled)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
