@@ -163,7 +163,7 @@ def test_every_metric_has_its_definition(finished: Any) -> None:
 def in_general(name: str) -> str:
     """perf/tokens_update_padded → perf/tokens_<phase>_<kind>, eval/reward_safety → eval/reward_<name>."""
     name = re.sub("(?<=/flagged_)(helpful|safety)$", "<tag>", name)
-    name = re.sub("(?<=eval/reward_)(helpfulness|safety)$", "<name>", name)
+    name = re.sub("(?<=/reward_)(helpfulness|safety)$", "<name>", name)
     name = re.sub(rf"(?<=_)({'|'.join(PHASES)})(?=_|$)", "<phase>", name)
     return re.sub(r"(?<=tokens_<phase>_)\w+", "<kind>", name)
 
