@@ -1,9 +1,9 @@
-"""A training stage against a bare torch loop: what `benchmarks.sft` and `benchmarks.reward` share.
+"""A training stage against a bare torch loop: the common part of `benchmarks.sft` and `benchmarks.reward`.
 
-Ours is the stage's own `main`, in this process and without Ray, left when it has made its steps; its time stands between
-the figures that it records of its steps, so it pays for rows, records and progress too. The bare loop is forward,
-backward, clipping and AdamW, and gets the very batches that the stage's Trainer made, ready in memory. In a first turn,
-which is not timed, both must come to the same losses, step by step.
+Ours is the stage's own `main` in this process, without Ray, stopped after its steps. Its time is measured between the
+metrics of its steps, so it includes rows, records and progress. The bare loop is forward, backward, gradient clipping
+and AdamW over the batches that the stage's Trainer made, ready in memory. In a first turn, which is not timed, both
+must reach the same losses, step by step.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker, Tracker, open_tracker
 
-OPTIM = OptimConfig(lr=1e-4)  # large enough that a step which is not the same shows in the next loss
-TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}  # relative; rounding grows with every step that is made from it
+OPTIM = OptimConfig(lr=1e-4)  # large enough that a different step shows in the next loss
+TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}  # relative; rounding grows with every step
 Batch = dict[str, Tensor]  # of one forward pass, as the stage's model gets it
 
 
@@ -81,7 +81,7 @@ class Stopwatch(NullTracker):
 
 def turn(marks: Sequence[float], losses: Sequence[float]) -> Turn:
     """Of steps that ended at these times; when the first began is not known."""
-    gc.collect()  # a Trainer is full of circles, and holds its model
+    gc.collect()  # a Trainer has reference cycles and holds its model
     return Turn([end - start for start, end in pairwise(marks)], list(losses))
 
 
@@ -139,7 +139,7 @@ def bare(stage: Stage, config: RunConfig, device: torch.device, batches: Sequenc
 
 @contextmanager
 def recorded(trainer: type, passes_per_step: int) -> Iterator[list[list[Batch]]]:
-    """Inside, the batches that the trainer hands to its loss, by step."""
+    """Collects the batches that the trainer hands to its loss, by step."""
     steps: list[list[Batch]] = []
     compute_loss = trainer.compute_loss  # type: ignore[attr-defined]
 
@@ -157,7 +157,7 @@ def recorded(trainer: type, passes_per_step: int) -> Iterator[list[list[Batch]]]
 
 
 def check_losses(one: Sequence[float], other: Sequence[float], tolerance: float) -> float:
-    """The largest relative difference. UserError (6) where the two did not do the same."""
+    """The largest relative difference. UserError (6) if the two differ."""
     worst = max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
     if worst > tolerance:
         raise UserError(f"the two sides do not compute the same: losses {one} and {other}", 6)

@@ -1,8 +1,8 @@
-"""PPO's way to the optimum that a formula gives: `python -m benchmarks.closed_form` trains, prints and draws.
+"""PPO against the closed-form optimum: `python -m benchmarks.closed_form` trains, prints and draws.
 
-On `benchmarks.small_world` the policy that maximises E[r] - β KL(π‖π_ref) is known: π_ref · exp(r / β) / Z. Nothing of
-it enters the training. Reward and KL of the trained policy are sums over all responses, so the errors have no noise of
-measurement; what noise they have is that of the samples PPO learned from.
+In `benchmarks.small_world` the policy that maximises E[r] - β KL(π‖π_ref) is known: π_ref · exp(r / β) / Z. Training
+does not use it. Reward and KL of the trained policy are sums over all responses, so the errors have no measurement
+noise, only that of the samples PPO trained on.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "closed-form.png"
 
 
 def settings(kl_coef: float, iterations: int) -> PPOConfig:
-    """PPO as it always is, but for three settings without which its limit would be another one.
+    """PPO with its defaults, except for three settings that would change its limit.
 
-    Whitening divides rewards by their spread, which is the same as another β: off. Weight decay pulls away from any
-    optimum: 0. A constant learning rate keeps jumping around it: annealed to 0.
+    Reward whitening is off, because dividing rewards by their spread is another β. Weight decay is 0, because it pulls
+    away from any optimum. The learning rate is annealed to 0, because a constant one keeps jumping around the optimum.
     """
     optim = OptimConfig(lr=5e-3, weight_decay=0.0, schedule="cosine", min_lr_ratio=0.0, warmup_ratio=0.05)
     return PPOConfig(

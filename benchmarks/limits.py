@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured, and from it the least time that sampling could take."""
+"""Measured peak rates of this machine, and the least time of sampling that follows from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READ_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}  # more than any cache; on a GPU 
 
 
 def best_of(machines: Sequence[Machine]) -> Machine:
-    """The limit is what a machine has shown at its best: other programs only slow it down."""
+    """The best rates that were measured: other programs only slow a machine down."""
     return Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
 
 
@@ -33,8 +33,8 @@ def measure(device: torch.device, dtype: torch.dtype, width: int, inner: int) ->
 def least_seconds(
     machine: Machine, size: ModelSize, prompt_lengths: Sequence[int], answer_lengths: Sequence[int], rows: int
 ) -> float:
-    """Arithmetic of reading the prompts, then per step the slower of arithmetic and streaming the weights, then keys
-    and values read once per token. Steps: as few as `rows` slots allow. Everything else would take no time.
+    """The time of reading the prompts, plus per step the longer of arithmetic and reading the weights, plus reading
+    keys and values once per token. Steps: as few as `rows` slots allow. Everything else counts as 0.
     """
     stepped_B = torch.tensor(answer_lengths) - 1  # the first token comes with the prompt
     tokens = int(stepped_B.sum())

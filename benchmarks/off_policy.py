@@ -1,10 +1,10 @@
-"""What responses of one step off-policy cost in learning: `python -m benchmarks.off_policy` trains, prints and draws.
+"""The effect of one-step off-policy responses on learning: `python -m benchmarks.off_policy` trains, prints and draws.
 
-On `benchmarks.small_world` PPO learns from the same seeds three ways: with the responses of the policy that learns, with
-those of the policy of one update earlier (`ppo.sampling.one_step_off_policy`), and with the latter as if they were its own, without the
-importance weight. Reward and KL after each iteration are sums over all responses, so that curves differ by what was learned
-and not by what was measured. The learning rate is constant: that of `benchmarks.closed_form`, and four and ten times as
-much, where one update moves the policy by more than it should, and its age matters most.
+In `benchmarks.small_world` PPO trains with the same seeds in three ways: on responses of the current policy, on those
+of the policy of one update earlier (`ppo.sampling.one_step_off_policy`), and on the latter without importance weights.
+Reward and KL after each iteration are sums over all responses, so curves differ by learning only. The learning rate is
+constant: that of `benchmarks.closed_form`, and four and ten times as much, where an update moves the policy too far and
+its age matters most.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Curve:
-    """Share of what can be gained, E[r] - β KL of the best policy, after each iteration."""
+    """Fraction of what can be gained, E[r] - β KL of the best policy, after each iteration."""
 
     gained: list[float]
 
@@ -94,7 +94,7 @@ def _settings(run: Run, iterations: int) -> PPOConfig:
 def _one(
     train_logprobs: torch.Tensor, behaviour_logprobs: torch.Tensor, cap: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """In place of the importance weight: the responses as if they were of the policy that learns."""
+    """Replaces the importance weights by 1."""
     del behaviour_logprobs, cap
     return keep(torch.ones_like(train_logprobs), mask)
 

@@ -84,14 +84,14 @@ def open_setup(config: RunConfig, context: StageContext, prompts: Sequence[Any])
 
 
 def prompts_of(job: Job, tokenizer: Any, prompts: Any, config: RunConfig, iteration: int) -> PromptBatch:
-    """The job's prompts of an iteration, in place of those that the trainer would draw."""
+    """The job's prompts of an iteration, instead of those that the trainer would draw."""
     ids_B = torch.arange((iteration - 1) * config.ppo.batch_size, iteration * config.ppo.batch_size)
     tokens_BP, mask_BP = pad([job.prompts[number] for number in ids_B.tolist()], job.pad, left=True)
     return PromptBatch(tokens_BP, mask_BP, torch.zeros(len(ids_B), dtype=torch.bool), ids_B)
 
 
 def load_dice(job: Job) -> None:
-    """The sampler draws as ever, and gets the token of the job's response in place of what it drew."""
+    """The sampler draws as usual, but gets the token of the job's response."""
     answers_BR, _ = pad(job.answers, job.pad)
     draw, pick = in_process.keyed_uniform, in_process.pick_token
     dictated: list[torch.Tensor] = []

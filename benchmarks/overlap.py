@@ -2,8 +2,8 @@
 
     python -m benchmarks.overlap --model FOLDER --out overlap.json
 
-The ways take turns on the same prompts, after a turn that is not counted. No response ends before its length, so both have
-as much to do. One worker is plain torch, two are ZeRO-3; together they have the same threads.
+The two take turns on the same prompts, after a warm-up turn. No response ends early, so both have the same work. One
+worker is plain torch, two are ZeRO-3; together they have the same threads.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def set_up(setup: Setup, way: str) -> Setup:
 
 
 def summary(workers: int, found: Turns) -> list[dict[str, Any]]:
-    """One line a way: median seconds, those of sampling during the update, and the median over the turns of its iteration
-    over the one on-policy."""
+    """A line per variant: median seconds, those of sampling during the update, and the median ratio to the on-policy
+    iteration."""
     on_policy = [one["perf/seconds_iteration"] for one in found[ON_POLICY]]
     lines = []
     for way, turns in found.items():

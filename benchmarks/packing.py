@@ -1,8 +1,9 @@
-"""Packed or padded: the seconds that a Llama takes to read responses of unequal length and to learn from them.
+"""Packed or padded: the seconds of forward and training passes of a Llama over responses of different lengths.
 
     python -m benchmarks.packing
 
-Both sides read the same rows through `rlhf.distributed.micro_batches` and `PolicyModel`, in turns; the shortest time of each counts.
+Both sides read the same rows through `rlhf.distributed.micro_batches` and `PolicyModel`, in turns; the shortest time of
+each counts.
 """
 
 from __future__ import annotations

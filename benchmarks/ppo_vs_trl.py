@@ -1,9 +1,9 @@
 """Whole PPO iterations here and in TRL 1.12, the last release line with PPO: `python -m benchmarks.ppo_vs_trl`.
 
 Both sides have the same weights (SmolLM2-135M as policy, reference, critic and reward model), prompts, lengths, batch,
-epochs, precision and threads. First both take the same responses and must compute the same losses; then they take turns.
-Natural lengths are those of responses which the model gave once: each side samples as ever, and reads these in their place.
-Memory is the largest resident size of a side's processes; on CUDA that of its tensors.
+epochs, precision and threads. First both compute the losses of the same responses, which must agree; then they take
+turns. Natural lengths come from responses that the model sampled once: each side samples as usual but reads these.
+Memory is the peak resident size of a side's processes; on CUDA that of its tensors.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def make_job(arguments: argparse.Namespace, config: RunConfig, reward: Path, num
 def answers_of(
     config: RunConfig, tokenizer: Any, prompts: list[list[int]], number: int, device_name: str
 ) -> list[list[int]]:
-    """The model's responses, each up to its own EOS: both sides get them dictated, or chance would decide who has more to do."""
+    """The model's responses, each up to its own EOS. Both sides read them, so that neither has more work by chance."""
     tokens_BP, mask_BP = pad(prompts, tokenizer.pad_token_id, left=True)
     count = len(prompts)
     batch = PromptBatch(tokens_BP, mask_BP, torch.zeros(count, dtype=torch.bool), torch.arange(count))
@@ -310,7 +310,7 @@ def run_side(name: str, python: Path, job: Job, folder: Path) -> dict[str, Any]:
 def same_losses(job: Job, pythons: dict[str, Path], folder: Path) -> dict[str, dict[str, float]]:
     """One iteration of both sides in float32, one process each, over the same responses. UserError (6) if they differ.
 
-    A response is text of other prompts, without EOS: where responses end early the sides differ on purpose.
+    A response is text of other prompts without EOS, because the sides differ on purpose where responses end early.
     """
     config = RunConfig.model_validate(job.config)
     R = min(config.ppo.sampling.max_new_tokens, CHECKED_TOKENS)

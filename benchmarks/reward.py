@@ -2,7 +2,7 @@
 
     python -m benchmarks.reward --model FOLDER --out reward.json
 
-How the sides are made alike: benchmarks/bare.py. The bare loop is a transformers backbone, a linear head read at the last
+benchmarks/bare.py makes the sides comparable. The bare loop is a transformers backbone, a linear head read at the last
 token of each response, and the ranking loss with its margins.
 """
 

@@ -1,14 +1,15 @@
-"""Our sampler against transformers' `generate` and vLLM: useful tokens per second, and the share of what the machine could do.
+"""Our sampler against transformers' `generate` and vLLM: useful tokens per second, and the fraction of the machine's
+limit.
 
     python -m benchmarks.sampling --model FOLDER --out sampling.json
 
 All sides run the same weights on the same prompts at one temperature, take turns, and use the same threads. A useful
-token is one that belongs to a response, its end included; what `generate` computes for rows that have ended is not.
-`generate` gets its prompts sorted by length, `rows` at a time, so little of its batches is padding. vLLM takes part
-where it is installed (`make vllm`), in the same process, compiled, with `rows` rows at once. On a CPU freed memory is kept
-for all of them, as PPO has it.
+token belongs to a response, its EOS included; what `generate` computes for finished rows does not count. `generate`
+gets its prompts sorted by length, `rows` at a time, so little of its batches is padding. vLLM takes part where it is
+installed (`make vllm`), in the same process, compiled, with `rows` rows at once. On a CPU freed memory is kept for all
+of them, as in PPO.
 
-fixed: as many prompts as rows, every response of one length, as if no token could end it.
+fixed: as many prompts as rows; no response ends early.
 natural: twice as many prompts as rows; a response ends where the model ends it.
 """
 
@@ -123,7 +124,7 @@ def _eos(subject: Subject, setting: Setting) -> int:
 
 
 def compare(subject: Subject, setting: Setting, repeats: int) -> dict[str, Any]:
-    """Every side `repeats` times in turn, after one turn each that is not counted; so is the machine measured."""
+    """Runs every side `repeats` times in turn after a warm-up turn, and measures the machine between them."""
     sides = {name: side for name, side in SIDES.items() if name != "vllm" or subject.vllm is not None}
     count = setting.rows * PROMPTS_PER_ROW[setting.lengths]
     prompts = select(subject.prompts, torch.arange(count) % len(subject.prompts.ids_B))

@@ -1,11 +1,12 @@
-"""How time and memory of a PPO iteration grow with its rows and with the length of its responses, on one worker and two.
+"""How time and memory of a PPO iteration grow with its rows and with the length of its responses, on one worker and
+two.
 
     python -m benchmarks.scaling --model FOLDER --out scaling.json
 
-Every size is one iteration of `PPOTrainer.step`, from weight sync to the last optimizer step: one epoch, one
-minibatch, forward passes of `--micro-batch` rows. No response ends before its length. The sizes take turns in one process
-per worker, after an iteration that is not counted. One worker is plain torch, two are ZeRO-3; together they have the
-same threads. Memory is the largest resident size during an iteration (on CUDA: of tensors), of all workers together.
+Every size is one iteration of `PPOTrainer.step`, from weight sync to the last optimizer step: one epoch, one minibatch,
+forward passes of `--micro-batch` rows. No response ends early. The sizes take turns in one process per worker, after a
+warm-up iteration. One worker is plain torch, two are ZeRO-3; together they have the same threads. Memory is the largest
+resident size during an iteration (on CUDA: of tensors), of all workers together.
 
 exponent: the slope of log time over log size, by least squares; 1 is proportional.
 """

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sft --model FOLDER --out sft.json
 
-How the sides are made alike: benchmarks/bare.py. The bare loop runs the LM head on response tokens alone, as the stage
+benchmarks/bare.py makes the sides comparable. The bare loop runs the LM head on response tokens only, as the stage
 does; a loop that takes transformers' own loss over all positions is slower. Rows are packed unless `--no-packing`.
 """
 

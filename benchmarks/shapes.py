@@ -1,4 +1,4 @@
-"""Llamas of known shapes with random weights, as ordinary folders: speed does not ask what the weights are."""
+"""Llamas of known shapes with random weights, as ordinary folders: speed does not depend on the values."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Several responses to a prompt: the seconds that sharing the work on it saves in sampling, scoring and update.
+"""Several responses per prompt: the seconds that sharing the prompt saves in sampling, scoring and update.
 
     python -m benchmarks.shared_prompts --model FOLDER --out shared_prompts.json
 
-Both sides have rows of the same lengths and the same code, with packing. shared: the responses of a prompt have it in
-common. apart: every response has a prompt of its own. Tokens are random; the sides take turns.
+Both sides have rows of the same lengths and the same code, with packing. shared: responses share a prompt.
+apart: every response has its own prompt. Tokens are random; the sides take turns.
 
 sample: `InProcessSampler`, no response ends. read: the policy's logprobs, without gradient. learn: with forward and
 backward pass. The last two in the passes that `rlhf.distributed.micro_batches` makes.

@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks.ppo_vs_trl` share: their job, and what they hand back. Imports nothing of ours."""
+"""The common part of both sides of `benchmarks.ppo_vs_trl`: their job and their result. Imports nothing of ours."""
 
 from __future__ import annotations
 

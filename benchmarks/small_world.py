@@ -1,7 +1,7 @@
-"""A world so small that all its responses can be written down: reward, KL and the best policy are sums, not samples.
+"""A world so small that all its responses can be enumerated: reward, KL and the best policy are sums, not samples.
 
-A few prompts, every response of a few letters with a random score of its own, and a Llama of some thousand weights. PPO
-trains on it through `PPOTrainer.step`, the program's own; only tokenizer and reward model are stood in for.
+A few prompts, all responses of a few letters with random scores, and a Llama of some thousand weights. PPO trains on it
+with `PPOTrainer.step`; only tokenizer and reward model are replaced.
 
 Names of shapes: Q prompts, N responses.
 """
@@ -111,7 +111,8 @@ class World:
 
 
 def all_answers(length: int) -> list[list[int]]:
-    """Those that end in EOS after up to `length` tokens, and those that do not end. Pad and BOS are tokens like others."""
+    """Those that end in EOS after up to `length` tokens, and those that do not end. Pad and BOS are tokens like
+    others."""
     others = [token for token in range(VOCAB) if token != EOS]
     ended = [[*head, EOS] for n in range(length) for head in itertools.product(others, repeat=n)]
     return ended + [list(answer) for answer in itertools.product(others, repeat=length)]
@@ -137,7 +138,7 @@ def llama(seed: int) -> LlamaForCausalLM:
 
 
 class RewardTable(nn.Module):
-    """A reward model that knows the score of every response by heart. NaN wherever no score may be read."""
+    """A reward model with a table of the scores of all responses. NaN wherever no score may be read."""
 
     def __init__(self, world: World) -> None:
         super().__init__()

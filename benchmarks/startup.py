@@ -1,9 +1,9 @@
-"""How long a stage takes from the command to its first step, and where that time goes.
+"""The time of a stage from the command to its first step, by part.
 
     python -m benchmarks.startup --model FOLDER --out startup.json
 
-`rlhf stage …` is really run, on a Ray of its own, each stage on what the one before left; a repeat is a new run. The
-times are those of files that every run writes:
+It runs `rlhf stage …` on a private Ray, each stage on the artifacts before it; a repeat is a new run. The times are
+those of files that every run writes:
 
 driver  the command reads settings and data, and starts Ray          until made_by.json
 group   Ray Train starts the workers, and they form their group       until logs/

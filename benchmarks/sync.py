@@ -1,10 +1,11 @@
-"""The weight sync of PPO: its seconds and bytes, against gathering one parameter at a time, and its share of an iteration.
+"""The weight sync of PPO: its seconds and bytes, against gathering one parameter at a time, and its fraction of an
+iteration.
 
     python -m benchmarks.sync --model FOLDER --out sync.json
 
-Both sides fill the sampler's copy from the same policy and take turns, after a turn each that is not counted. Ours is
-the trainer's own: shards gathered in buckets. One worker is plain torch and has no shards, so there both only copy; two
-are ZeRO-3. The share is that of whole iterations of `PPOTrainer.step` which follow, the first of them not counted.
+Both sides fill the sampler's copy from the same policy and take turns, after a warm-up turn. Ours is the
+trainer's: shards gathered in buckets. One worker is plain torch without shards, so both only copy; two are ZeRO-3. The
+fraction is of whole iterations of `PPOTrainer.step` that follow, after a warm-up iteration.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An environment beside this one that has TRL 1.12, the last release line with PPO, in the place of the newer one.
+"""A second environment with TRL 1.12, the last release line with PPO, instead of the newer one.
 
-It sees every other package of the environment that makes it, so both sides of a comparison run on the same torch and
-transformers, and making it takes seconds. A folder that holds some other environment with TRL 1.12 is used as it is.
+It uses all other packages of the environment that makes it, so both sides of a comparison have the same torch and
+transformers, and making it takes seconds. An existing environment with TRL 1.12 is used as it is.
 """
 
 from __future__ import annotations

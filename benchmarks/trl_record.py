@@ -1,6 +1,7 @@
-"""Runs TRL's PPOTrainer on fixed weights and responses and records what it computes. Needs TRL 1.12 and nothing of ours.
+"""Runs TRL's PPOTrainer on fixed weights and responses and records what it computes. Needs TRL 1.12 and nothing of
+ours.
 
-`PPOTrainer.train` is one method with the mathematics inside. It runs as it is; only what surrounds it is held still:
+`PPOTrainer.train` is one method with all the mathematics. It runs unchanged; only its surroundings are fixed:
 
 - `torch.multinomial` gives the fixed responses, so TRL's own generation computes their logits;
 - between scoring and update policy and value model are given other weights, as if some minibatches had passed, so that
@@ -165,7 +166,8 @@ def make_trainer(parts: dict[str, Any], settings: dict[str, Any], folder: str) -
 
 @contextmanager
 def loaded_dice(answers: list[list[int]]) -> Iterator[None]:
-    """`torch.multinomial`, called once per token, returns the tokens of the fixed responses, after it has drawn; they are equally long."""
+    """A `torch.multinomial` that draws as usual but returns the tokens of the fixed responses, which are equally
+    long."""
     columns, fair = iter(torch.tensor(answers).T), torch.multinomial
 
     def multinomial(probs: torch.Tensor, num_samples: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """TRL's side of `benchmarks.ppo_vs_trl`: `python -m benchmarks.trl_side JOB RESULT`, alone or as a rank of torchrun.
 
-Runs in the environment of TRL 1.12 and needs nothing of ours. What both sides know is set alike: one optimizer step per
-epoch over the whole batch, AdamW without weight decay or clipping at a constant rate, no gradient checkpointing.
+Runs in the environment of TRL 1.12 and needs nothing of ours. Common settings are equal: one optimizer step per epoch
+over the whole batch, AdamW without weight decay or clipping at a constant rate, no gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(job: Job, result: Path) -> None:
 
 
 def rollouts_in_bf16(job: Job) -> AbstractContextManager[Any]:
-    """Where the job says bf16: sampling and scoring too. TRL's `bf16` is of its update alone; the rest would be float32."""
+    """In a bf16 job, autocasts sampling and scoring too; TRL's `bf16` covers its update only."""
     patches = ExitStack()
     if job.config["hardware"]["precision"] == "bf16" and not job.stock_trl:
         for name in ("batch_generation", "forward", "get_reward"):
@@ -66,7 +66,7 @@ def rollouts_in_bf16(job: Job) -> AbstractContextManager[Any]:
 
 
 def dictated(job: Job, rank: int) -> AbstractContextManager[Any]:
-    """Each sampling draws as ever, and gets the tokens of the job's responses to its prompts in place of what it drew."""
+    """Sampling draws as usual, but gets the tokens of the job's responses to its prompts."""
     generate, ppo = ppo_trainer.batch_generation, job.config["ppo"]
     count, R = ppo["batch_size"] // job.processes, ppo["sampling"]["max_new_tokens"]
     starts = itertools.count(rank * count, ppo["batch_size"])

@@ -1,4 +1,4 @@
-"""What benchmarks share: arguments, a run's settings, sides that take turns, one table and one JSON record."""
+"""The common part of benchmarks: arguments, settings of a run, sides that take turns, a table and a JSON record."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def settings(args: argparse.Namespace, model: Path, folder: Path, rows: int, **s
 
 
 def in_turns(sides: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str, list[Result]]:
-    """Every side once, `repeats` times, so that a machine which slows down slows all of them."""
+    """Runs every side once, `repeats` times, so that a machine that slows down slows all of them."""
     results: dict[str, list[Result]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -95,7 +95,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def report(args: argparse.Namespace, results: Any, shown: str) -> None:
-    """Prints where it ran and the table, and writes all figures to `--out`."""
+    """Prints where it ran and the table, and writes all results to `--out`."""
     name = name_of(device_of(args.device), args.threads)
     subject = args.model or f"random weights, shape {'tiny' if args.quick else args.shape}"
     print(f"\ndevice: {name}; model: {subject}; {args.precision}; median of {args.repeats}\n\n{shown}")

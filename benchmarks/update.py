@@ -2,11 +2,11 @@
 
     python -m benchmarks.update --model FOLDER --out update.json
 
-ours: `rlhf.ppo.update.update`, the whole phase of one epoch: packed passes, the losses of policy and critic with all their
-figures, clipped gradients, two optimizer steps.
+ours: `rlhf.ppo.update.update`, the whole phase of one epoch: packed micro-batches, the losses of policy and critic with
+all metrics, clipped gradients, two optimizer steps.
 
-bare: transformers' own models over the same packed passes, cross-entropy of the response tokens (the LM head runs on them
-alone) and squared values, forward and backward, and nothing else: no optimizer, no clipping, no figures.
+bare: transformers' models over the same packed micro-batches, cross-entropy of the response tokens (the LM head runs on
+them only) and squared values, forward and backward, and nothing else: no optimizer, no clipping, no metrics.
 """
 
 from __future__ import annotations

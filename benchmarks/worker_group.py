@@ -74,7 +74,8 @@ def add_sizes(parser: argparse.ArgumentParser, rows: int, length: int) -> None:
 
 
 def by_workers(module: str, args: argparse.Namespace, micro_batch: int) -> Iterator[tuple[int, Any]]:
-    """(workers, what was `measured`) for each number of workers; an iteration is one minibatch of `args.rows` responses."""
+    """(workers, what was `measured`) for each number of workers; an iteration is one minibatch of `args.rows`
+    responses."""
     ppo = PPOConfig(
         batch_size=args.rows,
         minibatch_size=args.rows,
