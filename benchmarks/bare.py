@@ -32,6 +32,7 @@ from rlhf.profiling.roofline import wait
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import Progress, StageContext
 from rlhf.tracking import NullTracker, Tracker, open_tracker
+from stages.base import stage_of
 
 OPTIM = OptimConfig(lr=1e-4)  # large enough that a different step shows in the next loss
 TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}  # relative; rounding grows with every step
@@ -108,7 +109,8 @@ def ours(stage: Stage, config: RunConfig, device: torch.device, steps: int) -> T
     inputs = {"sft": Artifact("sft", Path(config.model.path), "", {}, "", "", {})}
     progress = Progress(folder, is_writer=True)
     try:
-        stage.main(config, StageContext(stage.name, 0, 1, device, folder, inputs, watch, progress, local=True))
+        roles = stage_of(stage.name).roles
+        stage.main(config, StageContext(stage.name, 0, 1, device, folder, inputs, watch, progress, True, roles))
     except Done:
         pass
     finally:

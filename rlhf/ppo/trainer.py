@@ -196,7 +196,7 @@ class PPOTrainer:
         return {**self.models.engines(), "prefetched": self.source.prefetched}
 
     def _begin(self) -> None:
-        """Goes on from the newest checkpoint, if there is one, and checks what every metric stands on."""
+        """Before the first iteration of this trainer: resumes, and checks what every metric stands on."""
         if self._in_step:
             raise UserError(
                 f"training was interrupted in the middle of iteration {self.state.iteration}: make a new PPOTrainer; with "
@@ -205,15 +205,19 @@ class PPOTrainer:
             )
         if self._begun:
             return
+        self._restore()
+        self.context.tracker.tags(preflight_checks.run(self._setup, fresh=self.state.iteration == 0))
+        for entry in self.state.alarms:
+            self.context.progress.warn(alarms.line(entry))
+        self._begun = True
+
+    def _restore(self) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
         restored = checkpoint.restore(self.context.checkpoint_folder, self._parts())
         self.context.tracker.rewind(restored["iteration"] if restored else NOTHING)
         for name in (f.name for f in fields(TrainerState) if restored):
             setattr(self.state, name, restored[name])  # type: ignore[index]
         sync_weights(self.models.policy, self.models.sampler)
-        self.context.tracker.tags(preflight_checks.run(self._setup, fresh=self.state.iteration == 0))
-        for entry in self.state.alarms:
-            self.context.progress.warn(alarms.line(entry))
-        self._begun = True
 
     def _save_checkpoint(self) -> None:
         state = asdict(self.state)

@@ -233,10 +233,10 @@ def test_a_save_replaces_an_earlier_one_and_nothing_else(model, tmp_path):
         {"config": config(kl_coef=0.5)},
     ],
 )
-def test_a_folder_of_another_training_is_refused(model, tmp_path, other):
+def test_a_folder_of_another_training_is_refused(model, tmp_path, other: dict[str, Any]):
     given: dict[str, Any] = {"rewards": {"short": short}, "prompts": PROMPTS, "config": config(iterations=1)}
     PPOTrainer(model, folder=tmp_path, **given).train()
-    longer = given | {"config": config(iterations=2, checkpoint_every=1)}
+    longer: dict[str, Any] = given | {"config": config(iterations=2, checkpoint_every=1)}
     PPOTrainer(model, folder=tmp_path, **longer)  # more iterations are the same training
     with pytest.raises(UserError, match="holds another training"):
         PPOTrainer(model, folder=tmp_path, **(given | other))
