@@ -6,6 +6,13 @@ from tests.mutants.bug import Bug, bugs_in
 
 BUGS = [
     *bugs_in(
+        "rlhf/rewards/base.py",
+        ["rlhf/rewards/test_base.py"],
+        Bug("every function is a reward of tensors", "is_reward", "return A is _ or _", "return True"),
+        Bug("an annotation that is a text is not read", "is_reward", "A is Scored or _", "A is Scored"),
+        Bug("an annotation that is a class is not read", "is_reward", "_ is Scored or A", "A"),
+    ),
+    *bugs_in(
         "rlhf/rewards/combine.py",
         ["rlhf/rewards/test_combine.py"],
         Bug("a reward that is only watched fails the row", "weighted_sum.combine", "A[_, B].any", "A.any"),
@@ -30,6 +37,8 @@ BUGS = [
         Bug("a rule that failed is what is left of it", "piecewise.combine", "torch.where(_, 0.0, A)", "A"),
         Bug("flagged is told of all prompts", "_safety_metrics", "A[_].float()", "A.float()"),
         Bug("the safety branch is told without what is flagged", "_safety_metrics", "A | _", "A"),
+        Bug("a rank refuses alone", "RewardSet.__call__", "collectives.gather_objects(A)", "[A]"),
+        Bug("what a rank refuses ends its calls", "RewardSet.__call__", "A = A or B", "raise B"),
         Bug(
             "columns of rewards are turned round",
             "RewardSet.__call__",
@@ -56,6 +65,14 @@ BUGS = [
         Bug("two stars take nothing more", "FunctionReward._arguments", "_ if _ else A", "A"),
         Bug("defaults give way to None", "FunctionReward._arguments", "{*A._required}", "{*A._named}"),
         Bug("a column takes the place of the responses", "FunctionReward._arguments", "A - {*OWN}", "A"),
+        Bug("columns of other rows are not known", "FunctionReward._arguments", "A | B._columns", "A"),
+        Bug("a call that failed once has always failed", "FunctionReward.__call__", "A.call_failed = False", ""),
+        Bug(
+            "a call that failed is not told",
+            "FunctionReward.__call__",
+            "A.last_failure, A.call_failed = (B, True)",
+            "A.last_failure = B",
+        ),
         Bug("the prompt is the first message", "FunctionReward._arguments", "A.messages[-1]", "A.messages[0]"),
         Bug("columns are asked for that everyone is given", "FunctionReward.check_columns", "A - {*OWN} - B", "A - B"),
         Bug("columns that no row has are not missed", "FunctionReward.check_columns", "A - {*OWN} - B", "set()"),
@@ -77,7 +94,8 @@ BUGS = [
         "rlhf/user_code.py",
         ["rlhf/test_user_code.py"],
         Bug("a file is run for each of its names", "_module_of_file", "A in sys.modules", "False"),
-        Bug("files of one name are one module", "_module_of_file", "str(A.absolute())", "A.name"),
+        Bug("files of one name are one module", "_module_of_file", "str(A.absolute()).encode() + _", "A.name.encode()"),
+        Bug("a file that changed is the module it was", "_module_of_file", "A + B.read_bytes()", "A"),
         Bug("a module that failed is kept half made", "_module_of_file", "del A[B]", ""),
         Bug("dataclasses do not find their module", "_module_of_file", "A = sys.modules[B] = C", "A = C"),
         Bug("an object that is not there is None", "load_object", "not hasattr(...)", "False"),

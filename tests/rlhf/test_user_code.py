@@ -62,6 +62,13 @@ def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path):
     assert [load_object(f"{tmp_path / folder}/reward.py:VALUE", "x") for folder in "ab"] == [1, 2]
 
 
+def test_a_file_that_changed_is_read_again(file):
+    """In a notebook."""
+    before = load_object(f"{file}:judge", "x")
+    file.write_text(FILE.replace("Judge([1.0])", "Judge([2.0])"))
+    assert (before.weights, load_object(f"{file}:judge", "x").weights) == ([1.0], [2.0])
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

@@ -161,10 +161,12 @@ def test_the_policy_scores_pairs_by_how_far_it_has_moved(trained, tmp_path):
     ratio -= response_logprob(reference, tokenizer, rows[0], "chosen")
     assert scored[0]["chosen"] == pytest.approx(0.2 * float(ratio), abs=1e-4)
 
-    shutil.copytree(artifact(trained), tmp_path / "elsewhere/artifact")
-    with pytest.raises(UserError, match="sft/artifact is not that model; keep both") as caught:
-        score(str(tmp_path / "elsewhere"), str(file), str(out), 4, "float32", "refuse")
-    assert caught.value.exit_code == 4
+    for place in ("alone/dpo", "other/dpo", "other/sft"):  # without its SFT model, and with another
+        shutil.copytree(artifact(trained), tmp_path / place / "artifact")
+    for run in ("alone", "other"):
+        with pytest.raises(UserError, match="sft/artifact is not that model; keep both") as caught:
+            score(str(tmp_path / run / "dpo"), str(file), str(out), 4, "float32", "refuse")
+        assert caught.value.exit_code == 4
 
 
 # --- what is learned and saved --------------------------------------------------------------------------------------

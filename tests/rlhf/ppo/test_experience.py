@@ -281,8 +281,10 @@ def test_a_batch_with_a_failed_row_is_the_batch_without_it(advantage):
     without, expected = experience(rollout, scores, IS_SAFETY[OTHERS], advantage=advantage)
     for name in ("advantages_BR", "returns_BR"):
         torch.testing.assert_close(getattr(with_it, name)[OTHERS], getattr(without, name))
-    of_counted = ("reward", "reward_std", "value_mean", "explained_variance")
-    for name in (f"ppo/{n}" for n in of_counted if advantage == "gae" or n.startswith("reward")):
+    of_all = {"ppo/reward_failed_fraction", "ppo/rollout_logprob_diff_max", "ppo/rollout_logprob_diff_mean"}
+    of_all |= {"ppo/tis_clip_fraction", "ppo/safety_branch_fraction", "ppo/flagged_helpful", "ppo/reward_safety"}
+    assert metrics.keys() == expected.keys()
+    for name in metrics.keys() - of_all:
         assert metrics[name] == near(expected[name]), name
 
 
@@ -319,4 +321,23 @@ def test_without_a_critic_nothing_is_said_of_one():
 def test_scores_that_all_failed_end_the_run():
     with pytest.raises(UserError, match="scores of all 4 responses") as caught:
         of("gae", failing(rows=range(4)))
+    assert caught.value.exit_code == 6
+
+
+def test_the_penalty_for_a_missing_eos_is_that_of_the_estimator_unless_it_is_set():
+    """The third row was cut off; without whitening and KL its score is 1, and the others' are 1 and -3."""
+    for advantage, own in (("gae", 1.0), ("reinforce++", 0.0)):
+        for setting, penalty in ((None, own), (0.0, 0.0), (0.25, 0.25)):
+            scores = dataclasses.replace(failing(), values_BR=torch.zeros(4, 2), ref_logprobs_BR=SCORES.logprobs_BR)
+            made, _ = of(advantage, scores, whiten_rewards=False, missing_eos_penalty=setting)
+            assert made.returns_BR[OTHERS, 1].tolist() == near([1.0, 1.0 - penalty, -3.0]), (advantage, setting)
+
+
+def test_an_estimator_that_gives_no_numbers_ends_the_run_with_its_name(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom rlhf.algorithms.advantages import Estimator\n"
+        "NAN = Estimator(lambda signals, gamma, gae_lambda: torch.full_like(signals.rewards_BR, torch.nan))\n"
+    )
+    with pytest.raises(UserError, match=r"^ppo\.advantage: .*mine\.py:NAN: the advantages are not finite") as caught:
+        of(f"{tmp_path}/mine.py:NAN")
     assert caught.value.exit_code == 6

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.distributed import collectives
+from rlhf.errors import UserError
 from rlhf.rewards import RewardSet, Scored, piecewise, weighted_sum
 
 REWARDS = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
@@ -55,6 +57,33 @@ def test_rewards_are_called_once_in_their_order_and_stand_in_columns():
     assert called == [(1, "the responses"), (2, "the responses")]
     assert rewards_BN.tolist() == [[1.0, 2.0], [10.0, 20.0]]
     assert failed_BN.tolist() == [[False, False], [True, False]]
+
+
+def refusing(message: str) -> Any:
+    def score(responses: Any) -> Scored:
+        raise UserError(message)
+
+    return score
+
+
+def test_what_a_reward_refuses_is_raised_after_all_were_called():
+    """A reward model after it would wait for ever on the other ranks."""
+    called: list[str] = []
+
+    def score(responses: Any) -> Scored:
+        called.append(responses)
+        return Scored(torch.zeros(2), torch.zeros(2).bool())
+
+    with pytest.raises(UserError, match="^the first$"):
+        RewardSet({"a": refusing("the first"), "b": refusing("the second"), "c": score}, weighted_sum([1.0] * 3))("x")  # type: ignore[arg-type]
+    assert called == ["x"]
+
+
+def test_what_one_rank_refuses_all_refuse(monkeypatch):
+    monkeypatch.setattr(collectives, "gather_objects", lambda own: [own, UserError("on rank 1")])
+    works = lambda responses: Scored(torch.zeros(2), torch.zeros(2).bool())
+    with pytest.raises(UserError, match="^on rank 1$"):
+        RewardSet({"a": works}, weighted_sum([1.0]))("x")  # type: ignore[arg-type]
 
 
 # --- Llama 2's rule ---------------------------------------------------------------------------------------------------

@@ -109,6 +109,15 @@ def test_a_column_that_no_prompt_has_is_told_before_training():
     FunctionReward("mine", lambda prompts, finished, level, **other: []).check_columns(responses().prompts)
 
 
+def test_a_column_of_the_run_is_given_also_where_no_row_of_this_call_has_it():
+    """Else a rank would get a default where another gets values."""
+    seen: list[dict[str, Any]] = []
+    reward = FunctionReward("mine", lambda responses, level=7, **others: noting(seen, level=level, **others))
+    reward.check_columns(responses().prompts)
+    reward(responses([{}, {}, {}]))
+    assert (seen[0]["level"], seen[0]["answer"]) == ([None] * 3, [None] * 3)
+
+
 # --- what can be called -----------------------------------------------------------------------------------------------
 
 
@@ -209,7 +218,7 @@ def test_a_score_that_is_no_number_of_float32_has_failed_and_the_others_have_not
     reward = FunctionReward("mine", lambda responses: [1.0, bad, -2.0])
     scored = reward(responses())
     assert (scored.values_B.tolist(), scored.failed_B.tolist()) == ([1.0, 0.0, -2.0], [False, True, False])
-    assert reward.last_failure == why
+    assert reward.last_failure == why and not reward.call_failed
 
 
 def test_the_largest_float32_is_a_score():
@@ -264,7 +273,7 @@ def test_an_exception_fails_all_scores_and_is_told(error, caplog):
     reward = FunctionReward("mine", broken)
     scored = reward(responses())
     assert (scored.values_B.tolist(), scored.failed_B.tolist()) == ([0.0] * 3, [True] * 3)
-    assert reward.last_failure == f"{type(error).__name__}: {error}"
+    assert reward.call_failed and reward.last_failure == f"{type(error).__name__}: {error}"
     (record,) = caplog.records
     assert record.getMessage() == "the reward mine failed" and record.exc_info[1] is error
 
@@ -297,8 +306,8 @@ def test_a_late_answer_is_not_taken_for_that_of_the_next_call():
         return [1.0] * 3
 
     reward = FunctionReward("mine", slow_once, timeout_s=1.0)
-    assert reward(responses()).failed_B.all()
-    assert reward(responses()).values_B.tolist() == [1.0] * 3
+    assert reward(responses()).failed_B.all() and reward.call_failed
+    assert reward(responses()).values_B.tolist() == [1.0] * 3 and not reward.call_failed
 
 
 def test_a_request_to_stop_is_no_failed_score():
