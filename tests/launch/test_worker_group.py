@@ -177,7 +177,7 @@ def test_a_run_names_settings_data_code_and_the_artifacts_that_it_used(finished:
         used = json.loads((finished.folder / name / "artifact/manifest.json").read_text())["digest"]
         assert ppo.data.tags[f"input.{name}"].endswith(used)
         assert manifest["parents"][name] == used
-    for name, roles in (("sft", {"demonstrations"}), ("ppo", {"prompts"})):
+    for name, roles in (("sft", {"demonstrations", "evaluation"}), ("ppo", {"prompts", "evaluation"})):
         inputs = finished.runs[name].inputs.dataset_inputs
         assert {tag.value for i in inputs for tag in i.tags if tag.key == "mlflow.data.context"} == roles
         assert all(i.dataset.digest for i in inputs)
