@@ -23,7 +23,7 @@ from rlhf.data import pad
 from rlhf.errors import UserError
 from rlhf.evaluation.items import Item
 from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
-from rlhf.models import Encoder, ScalarModel, load_encoder, load_scalar, load_tokenizer, positions
+from rlhf.models import Encoder, ScalarModel, load_encoder, load_reward_scalar, load_tokenizer, positions
 from rlhf.runs import artifacts
 
 Row = Preference | Demonstration
@@ -90,10 +90,7 @@ def load_reward_model(folder: Path) -> Reward:
         return implicit.eval()
     if encoder := load_encoder(folder):
         return encoder.eval()
-    scalar = load_scalar(folder)
-    if not scalar.head.weight.any():
-        raise UserError(f"{folder} is no reward model: it has no trained score head", 4)
-    return scalar.eval()
+    return load_reward_scalar(folder)
 
 
 def encode(tokenizer: Any, rows: Sequence[Row | Item], limit: int | None) -> tuple[list[Text], list[str]]:

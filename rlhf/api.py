@@ -16,8 +16,8 @@ from rlhf.data.batches import to
 from rlhf.distributed.engine import LocalEngine, prepare_environment
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler
-from rlhf.models import ScalarModel, find_model, load_causal, load_scalar, load_tokenizer
-from rlhf.rewards import ModelReward, Responses, Reward, Scored
+from rlhf.models import ScalarModel, find_model, load_causal, load_reward_scalar, load_tokenizer
+from rlhf.rewards import ModelReward, Responses, Reward, Scored, responses_of
 
 Conversation = str | Sequence[dict[str, str] | Message]
 """The text of a user, or messages [{"role": …, "content": …}, …] that end with the user's."""
@@ -41,10 +41,7 @@ class RewardModel:
         """
         prepare_environment()
         folder = find_model(path)
-        model = load_scalar(folder)
-        if not model.head.weight.any():
-            raise UserError(f"{folder} is no reward model: it has no trained score head", 4)
-        return cls(model.to(_device()), load_tokenizer(folder))
+        return cls(load_reward_scalar(folder).to(_device()), load_tokenizer(folder))
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Conversation], responses: Sequence[str], batch_size: int = 8) -> list[float]:
@@ -53,7 +50,7 @@ class RewardModel:
             raise UserError(f"{len(prompts)} prompts, but {len(responses)} responses")
         chat = format_of(self.tokenizer)
         rows = [
-            chat.encode_response(_messages(prompt), response)
+            chat.encode_response(messages_of(prompt), response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         scores: list[float] = []
@@ -92,15 +89,13 @@ class Policy:
         A prompt gets the same response with the same seed, whatever stands beside it; where it stands there again it gets
         another one.
         """
-        rows = [Prompt(_messages(prompt), "helpful", f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        rows = [Prompt(messages_of(prompt), "helpful", f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         said = [row.messages for row in rows]
         times = [said[:i].count(messages) for i, messages in enumerate(said)]
         batch = to(prompt_batch(self.tokenizer, rows, times, 1 << 30), _device())
         settings = SamplingConfig(temperature=temperature or GREEDY, max_new_tokens=max_new_tokens)
         rollout = self.sampler.sample(batch, settings, seed, iteration=0)
-        R, lengths = max_new_tokens, rollout.response_mask_BR.sum(1).tolist()
-        rows_of_tokens = rollout.tokens_BT[:, -R:].tolist()
-        return [self.chat.decode(row[:n]) for row, n in zip(rows_of_tokens, lengths, strict=True)]
+        return [*responses_of(rollout, rows, self.tokenizer).texts]
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -110,7 +105,7 @@ def load_policy(path: str | Path) -> Policy:
     return Policy(load_causal(folder), load_tokenizer(folder))
 
 
-def _messages(prompt: Conversation) -> tuple[Message, ...]:
+def messages_of(prompt: Conversation) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
     return tuple(m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in prompt)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ from rlhf.models.pretrained import (
     save_causal,
 )
 from rlhf.models.requirements import check_model, positions
-from rlhf.models.scalar import ScalarModel, last_value, load_scalar, new_critic
+from rlhf.models.scalar import ScalarModel, last_value, load_reward_scalar, load_scalar, new_critic
 from rlhf.models.tiny import make_tiny
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.models.weights import weights_that_fit
@@ -47,6 +47,7 @@ __all__ = [
     "load_causal",
     "load_config",
     "load_encoder",
+    "load_reward_scalar",
     "load_scalar",
     "load_tokenizer",
     "make_tiny",

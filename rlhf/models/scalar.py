@@ -135,6 +135,14 @@ def load_scalar(path: str | Path, *, dtype: torch.dtype = torch.float32, attenti
     return ScalarModel(classifier.base_model, head_1H, getattr(config, "reward_offset", 0.0))
 
 
+def load_reward_scalar(folder: Path) -> ScalarModel:
+    """A ScalarModel that scores. UserError (4) for a model without a trained head, a causal LM for instance."""
+    scalar = load_scalar(folder)
+    if not scalar.head.weight.any():
+        raise UserError(f"{folder} is no reward model: it has no trained score head", 4)
+    return scalar.eval()
+
+
 def _is_classifier(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 

@@ -17,8 +17,8 @@ from rlhf.errors import UserError
 from rlhf.evaluation.policy_report import HeldOutResponses, policy_report
 from rlhf.generation import Sampler
 from rlhf.ppo.models import Models
-from rlhf.ppo.scoring import responses_of, sequence_kl
-from rlhf.rewards import Combined, Responses, RewardSet
+from rlhf.ppo.scoring import sequence_kl
+from rlhf.rewards import Combined, Responses, RewardSet, responses_of
 from rlhf.runs.context import StageContext
 
 # All policies use the same random numbers for held-out responses, which makes their differences more precise.

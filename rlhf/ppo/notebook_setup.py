@@ -13,8 +13,8 @@ from peft import PeftModel
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from reward_data import Message, Prompt
-from rlhf.api import RewardModel
+from reward_data import Prompt
+from rlhf.api import RewardModel, messages_of
 from rlhf.config import DataConfig, PPOConfig, RoleConfig, RunConfig, TrackingConfig
 from rlhf.data import short_prompts
 from rlhf.distributed.engine import prepare_environment
@@ -173,12 +173,9 @@ def _prompt(row: Any, number: int, argument: str) -> Prompt:
         return row
     source = f"{argument}[{number}]"
     if isinstance(row, str):
-        return Prompt((Message("user", row),), "helpful", source)
+        return Prompt(messages_of(row), "helpful", source)
     if not isinstance(row, Mapping) or not ("prompt" in row or "messages" in row):
         raise UserError(f"{source} is {str(row)[:60]!r}: give a text, or a row with 'prompt' or 'messages'")
-    said = row.get("messages", row.get("prompt"))
-    messages = (
-        (Message("user", said),) if isinstance(said, str) else tuple(Message(m["role"], m["content"]) for m in said)
-    )
+    messages = messages_of(row.get("messages", row.get("prompt")))
     columns = {key: value for key, value in row.items() if key not in ("prompt", "messages", "tag")}
     return Prompt(messages, row.get("tag", "helpful"), source, columns)

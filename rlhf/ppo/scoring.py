@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from reward_data import Prompt
-from rlhf.chat import format_of
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Rollout, Scores, select, trim
 from rlhf.distributed.engine import Engine
 from rlhf.distributed.micro_batches import in_row_order, micro_batches_of_shards
 from rlhf.ppo.models import Models
-from rlhf.rewards import Responses, RewardSet
+from rlhf.rewards import RewardSet, responses_of
 
 
 @torch.no_grad()
@@ -59,16 +57,6 @@ def sequence_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tenso
         gap_BR = part.behaviour_logprobs_BR.to(ref_BR.device) - ref_BR
         kl.append(torch.where(part.response_mask_BR.to(ref_BR.device), gap_BR, 0.0).sum(1).cpu())
     return in_row_order(kl, micro_batches)
-
-
-def responses_of(rollout: Rollout, prompts: Sequence[Prompt], tokenizer: Any) -> Responses:
-    """The input of rewards: the responses of a rollout as tokens and as text, with their prompts."""
-    R = rollout.response_mask_BR.shape[1]
-    lengths = rollout.response_mask_BR.sum(1).tolist()
-    tokens = rollout.tokens_BT[:, -R:].tolist()
-    chat = format_of(tokenizer)
-    texts = [chat.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
-    return Responses(rollout, prompts, texts)
 
 
 def score_responses(

@@ -4,7 +4,7 @@ base.py      the protocol               model.py    a reward model
 function.py  a Python function          combine.py  one score from several rewards
 """
 
-from rlhf.rewards.base import Responses, Reward, Scored, is_reward
+from rlhf.rewards.base import Responses, Reward, Scored, is_reward, responses_of
 from rlhf.rewards.combine import Combine, Combined, RewardSet, piecewise, weighted_sum
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.model import ModelReward
@@ -20,5 +20,6 @@ __all__ = [
     "Scored",
     "is_reward",
     "piecewise",
+    "responses_of",
     "weighted_sum",
 ]

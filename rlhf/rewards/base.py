@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from reward_data import Prompt
+from rlhf.chat import format_of
 from rlhf.data.batches import Rollout
 
 
@@ -24,6 +25,16 @@ class Responses:
     def column(self, name: str) -> list[Any]:
         """The values of a column; None for rows without it."""
         return [prompt.columns.get(name) for prompt in self.prompts]
+
+
+def responses_of(rollout: Rollout, prompts: Sequence[Prompt], tokenizer: Any) -> Responses:
+    """The input of rewards: the responses of a rollout as tokens and as text, with their prompts."""
+    R = rollout.response_mask_BR.shape[1]
+    lengths = rollout.response_mask_BR.sum(1).tolist()
+    tokens = rollout.tokens_BT[:, -R:].tolist()
+    chat = format_of(tokenizer)
+    texts = [chat.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+    return Responses(rollout, prompts, texts)
 
 
 @dataclass(frozen=True)
