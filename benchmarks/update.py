@@ -38,7 +38,7 @@ from rlhf.profiling.roofline import wait
 
 def our_seconds(policy: LocalEngine, critic: LocalEngine, given: Experience, config: PPOConfig) -> float:
     start = time.perf_counter()
-    update(policy, critic, given, config, (0, 1), kl_coef=0.0)  # its figures wait for the device
+    update(policy, critic, given, config, (0, 1), kl_loss_coef=0.0)  # its figures wait for the device
     return time.perf_counter() - start
 
 

@@ -45,6 +45,10 @@ class Estimator:
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of a response that was cut off, unless `ppo.missing_eos_penalty` says otherwise."""
 
+    def kl_loss_coef(self, kl_coef: float) -> float:
+        """The coefficient of the KL in the loss; 0 where it stands in the reward."""
+        return kl_coef if self.kl == "loss" else 0.0
+
 
 def gae(
     rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float, gae_lambda: float

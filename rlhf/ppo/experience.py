@@ -18,12 +18,16 @@ from rlhf.algorithms.reward_shaping import token_rewards
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Experience, Rollout, Scores
 from rlhf.errors import UserError
-from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.rewards import Combined
 
 
 def make_experience(
-    rollout: Rollout, scores: Scores, combined: Combined, config: PPOConfig, kl_coef: float
+    rollout: Rollout,
+    scores: Scores,
+    combined: Combined,
+    estimator: Estimator,
+    config: PPOConfig,
+    kl_coef: float,
 ) -> tuple[Experience, dict[str, float]]:
     """Experience, and the iteration's metrics.
 
@@ -31,7 +35,7 @@ def make_experience(
     The score counts once, on the last token of the response. Rows whose score failed are in no statistic. UserError (6)
     if all scores failed.
     """
-    estimator, mask_BR, counted_B = estimator_of(config), rollout.response_mask_BR, ~combined.failed_B
+    mask_BR, counted_B = rollout.response_mask_BR, ~combined.failed_B
     if not counted_B.any():
         raise UserError(f"the scores of all {len(counted_B)} responses of an iteration failed: look at the rewards", 6)
     final_B = _final_scores(combined, rollout.finished_B, estimator, config)

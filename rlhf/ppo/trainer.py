@@ -20,6 +20,7 @@ from rlhf.data.batches import Rollout, Scores, to
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
 from rlhf.ppo import alarms, best, preflight_checks, step_profiler
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.evaluator import Evaluator
 from rlhf.ppo.experience import make_experience, reward_metrics
 from rlhf.ppo.notebook_setup import local_setup, run_config
@@ -94,6 +95,7 @@ class PPOTrainer:
         self._setup = setup
         self.config, self.context, self.models, self.rewards = setup.config, setup.context, setup.models, setup.rewards
         self.held_out = setup.held_out
+        self.estimator = estimator_of(setup.config.ppo)  # once: a user may edit its file while training goes on
         self.timer = PhaseTimer(self.context.device)
         self.machine = step_profiler.all_machines(self.context.device, self.config.hardware.precision)
         models = self.models
@@ -150,7 +152,7 @@ class PPOTrainer:
         combined = self.rewards.combine(scores.rewards_BN, scores.failed_BN, sample.batch.is_safety_B)
         # On one rank, because branches depend on floats, and the KL changes β.
         experience, metrics = collectives.broadcast_result(
-            lambda: make_experience(rollout, scores, combined, config.ppo, state.kl_coef)
+            lambda: make_experience(rollout, scores, combined, self.estimator, config.ppo, state.kl_coef)
         )
         with timer("logging"):
             metrics |= reward_metrics([*self.rewards.rewards], scores)
@@ -160,7 +162,8 @@ class PPOTrainer:
             self._log_samples(rollout, scores)
         with self.source.prefetching(state.iteration + 1) as go_on:
             key = (config.seed, state.iteration)
-            metrics |= update(models.policy, models.critic, experience, config.ppo, key, state.kl_coef, go_on)
+            kl_loss_coef = self.estimator.kl_loss_coef(state.kl_coef)
+            metrics |= update(models.policy, models.critic, experience, config.ppo, key, kl_loss_coef, go_on)
         metrics |= {"ppo/kl_coef": state.kl_coef, "ppo/staleness": float(sample.staleness)}
         metrics["perf/sync_bytes"] = float(sync_bytes)
         if (target := config.ppo.kl_target) is not None:

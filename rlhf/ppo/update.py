@@ -14,7 +14,6 @@ from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine
 from rlhf.distributed.means import Means
 from rlhf.distributed.micro_batches import micro_batches_of_minibatch
-from rlhf.ppo.advantage_setting import estimator_of
 
 
 def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Iterator[Tensor]:
@@ -33,17 +32,16 @@ def update(
     experience: Experience,
     config: PPOConfig,
     key: tuple[int, int],
-    kl_coef: float,
+    kl_loss_coef: float,
     on_minibatch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """One optimizer step of policy and critic per minibatch, which `key` = (seed, iteration) shuffles.
 
     `experience` holds the rows of all ranks. The policy's loss is divided by the minibatch's denominator over all
-    ranks, the critic's by its tokens. `kl_coef` is used if the estimator has the KL in the loss. Returns means over all
+    ranks, the critic's by its tokens. `kl_loss_coef` is the estimator's. Returns means over all
     ranks, minibatches and tokens. All ranks must call it.
     """
     means, norms = Means(), {"ppo/grad_norm": 0.0, "ppo/critic_grad_norm": 0.0}
-    kl_loss_coef = kl_coef if estimator_of(config).kl == "loss" else 0.0
     indices = list(minibatches(len(experience.tokens_BT), config, *key))
 
     def policy_sum(part: Experience) -> Tensor:

@@ -7,6 +7,11 @@ from tests.mutants.bug import Bug, bugs_in
 BUGS = [
     *bugs_in(
         "rlhf/algorithms/advantages.py",
+        ["rlhf/ppo/test_update.py"],
+        Bug("the KL is in every loss", "Estimator.kl_loss_coef", "A if _ else 0.0", "A"),
+    ),
+    *bugs_in(
+        "rlhf/algorithms/advantages.py",
         ["rlhf/algorithms/test_advantages.py"],
         Bug("γ is forgotten at the next value", "gae", "A + _ * B - C", "A + B - C"),
         Bug("γ is forgotten at the next advantage", "gae", "_ * A * B", "A * B"),

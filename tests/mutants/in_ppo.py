@@ -244,7 +244,6 @@ BUGS = [
         Bug(
             "the critic's loss is divided by failed rows too", "update", "A.response_mask_BR & _", "A.response_mask_BR"
         ),
-        Bug("the KL is in every loss", "update", "A if _ else 0.0", "A"),
         Bug(
             "losses are means of means",
             "_step",

@@ -27,6 +27,7 @@ from rlhf.algorithms.advantages import ADVANTAGES
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Experience, Rollout
 from rlhf.ppo import experience as experience_module
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.experience import make_experience
 from rlhf.ppo.models import Models
 from rlhf.ppo.scoring import score_rollout
@@ -75,7 +76,7 @@ def our_gradient(world: World, policy: nn.Module, advantage: str) -> dict[str, T
         return step()
 
     cast(Any, models.policy).step = watched
-    update(models.policy, None, experience, config, (0, 1), config.kl_coef)
+    update(models.policy, None, experience, config, (0, 1), estimator_of(config).kl_loss_coef(config.kl_coef))
     return {name.removeprefix("causal."): tensor for name, tensor in gradients.items()}
 
 
@@ -119,7 +120,7 @@ def experience_of(world: World, rollout: Rollout, models: Models, config: PPOCon
     scores = score_rollout(rollout, models, rewards(Responses(rollout, [], [])), config)
     nothing_B = torch.zeros(len(rollout.finished_B), dtype=torch.bool)
     combined = rewards.combine(scores.rewards_BN, scores.failed_BN, nothing_B)
-    return make_experience(rollout, scores, combined, config, config.kl_coef)[0]
+    return make_experience(rollout, scores, combined, estimator_of(config), config, config.kl_coef)[0]
 
 
 def weighted(experience: Experience, prob_B: Tensor) -> Experience:

@@ -26,6 +26,7 @@ from rlhf.distributed.engine import LocalEngine
 from rlhf.models import load_causal, load_tokenizer, save_causal
 from rlhf.models.policy import PolicyModel
 from rlhf.models.tiny import train_tokenizer, untrained_llama
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.experience import make_experience
 from rlhf.ppo.scoring import score_rollout
 from rlhf.ppo.update import update
@@ -191,7 +192,7 @@ def ours(kind: str, failing: bool = False) -> SimpleNamespace:
     failed_B1 = torch.tensor([[score is None] for score in given])
     scored = score_rollout(rollout, models, (rewards_B1, failed_B1), config)  # type: ignore[arg-type]
     combined = weighted_sum([1.0])(rewards_B1, failed_B1, torch.zeros(rows, dtype=torch.bool))
-    experience, _ = make_experience(rollout, scored, combined, config, BETA)
+    experience, _ = make_experience(rollout, scored, combined, estimator_of(config), config, BETA)
     gradients = watched(policy)
     metrics = update(policy, None, experience, config, (0, 1), BETA)
     weights = {name.removeprefix("causal."): p.detach() for name, p in policy.module.named_parameters()}

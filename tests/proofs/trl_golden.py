@@ -19,6 +19,7 @@ from rlhf.data.batches import Rollout, select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.models import ScalarModel
 from rlhf.models.policy import PolicyModel
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.experience import make_experience
 from rlhf.ppo.scoring import score_rollout
 from rlhf.ppo.update import update
@@ -114,7 +115,7 @@ def case(name):
     rewards = RewardSet({"reward": reward}, weighted_sum([1.0]))
     scores = score_rollout(rollout, models, rewards(Responses(rollout, prompts=[], texts=[])), config)
     combined = rewards.combine(scores.rewards_BN, scores.failed_BN, torch.zeros(8).bool())
-    experience, metrics = make_experience(rollout, scores, combined, config, config.kl_coef)
+    experience, metrics = make_experience(rollout, scores, combined, estimator_of(config), config, config.kl_coef)
     score_B = combined.score_B
     return SimpleNamespace(
         trl=trl, config=config, rollout=rollout, scores=scores, score_B=score_B, experience=experience, **metrics
@@ -144,7 +145,7 @@ def updated(given, index=slice(None)):
     config = given.config.model_copy(update={"minibatch_size": 8, "micro_batch_size": 8})
     policy = engine(PolicyModel(causal("policy_moved")), config.optim)
     critic = engine(scalar("value_moved"), config.critic_optim)
-    metrics = update(policy, critic, experience, config, (0, 1), config.kl_coef)
+    metrics = update(policy, critic, experience, config, (0, 1), kl_loss_coef=0.0)
     return SimpleNamespace(metrics=metrics, policy=policy.gradients, critic=critic.gradients)
 
 

@@ -120,6 +120,7 @@ def iteration(make_llama, make_scalar, models_of, scores_by, prompts, ppo_config
     """Rollout, scores and experience of one iteration. Rows end after 1 to 9 tokens, and some do not end."""
     from rlhf.generation import InProcessSampler
     from rlhf.models.policy import PolicyModel
+    from rlhf.ppo.advantage_setting import estimator_of
     from rlhf.ppo.experience import make_experience
     from rlhf.rewards import piecewise
 
@@ -129,5 +130,5 @@ def iteration(make_llama, make_scalar, models_of, scores_by, prompts, ppo_config
     scores = scores_by(rollout, models, ppo_config)
     rule = piecewise(0, 1, safety_offset=0.0, threshold=ppo_config.safety_threshold)
     combined = rule(scores.rewards_BN, scores.failed_BN, prompts.is_safety_B)
-    experience, metrics = make_experience(rollout, scores, combined, ppo_config, kl_coef=0.1)
+    experience, metrics = make_experience(rollout, scores, combined, estimator_of(ppo_config), ppo_config, kl_coef=0.1)
     return SimpleNamespace(rollout=rollout, scores=scores, experience=experience, metrics=metrics)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from reward_data import Message, Prompt
 from rlhf import models
+from rlhf.algorithms.advantages import ADVANTAGES
 from rlhf.config import AlarmConfig
 from rlhf.data.batches import Rollout, Scores
 from rlhf.distributed import collectives
@@ -162,6 +163,7 @@ def experience(folder: Path) -> Any:
     trainer.sync_weights = lambda *_: 0
     settings = SimpleNamespace(batch_size=2, eval_every=9, kl_target=SimpleNamespace(target=1.0, horizon=10.0))
     made: Any = a_trainer(settings)
+    made.estimator = ADVANTAGES["gae"]
     made.models = SimpleNamespace(policy=None, critic=None, sampler=None, all_scoring=[], trainable=[])
     made.rewards, made.timer = SimpleNamespace(rewards={"h": None}, combine=lambda *_: None), PhaseTimer(CPU)
     sampled = SimpleNamespace(rollout=rollout(), prompts=[], batch=SimpleNamespace(is_safety_B=None), staleness=0)

@@ -66,7 +66,7 @@ def after_update(given, hardware, is_local):
 
     policy = open_engine(copy.deepcopy(given["policy"]), OPTIM, STEPS, hardware, is_local)
     critic = open_engine(copy.deepcopy(given["critic"]), OPTIM, STEPS, hardware, is_local)
-    metrics = update(policy, critic, given["experience"], given["config"], (0, 1), kl_coef=0.1)
+    metrics = update(policy, critic, given["experience"], given["config"], (0, 1), kl_loss_coef=0.0)
     return {
         "policy": full_state(policy.module, keep=True),
         "critic": full_state(critic.module, keep=True),

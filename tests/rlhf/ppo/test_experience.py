@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from rlhf.config import PPOConfig, SamplingConfig
 from rlhf.data.batches import Rollout, Scores, select
 from rlhf.errors import UserError
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.experience import make_experience, reward_metrics
 from rlhf.rewards import piecewise
 
@@ -40,7 +41,7 @@ def experience(rollout=ROLLOUT, scores=SCORES, is_safety=IS_SAFETY, safety_offse
     config = CONFIG.model_copy(update=settings)
     combine = piecewise(0, 1, safety_offset, config.safety_threshold)
     combined = combine(scores.rewards_BN, scores.failed_BN, is_safety)
-    made, metrics = make_experience(rollout, scores, combined, config, BETA)
+    made, metrics = make_experience(rollout, scores, combined, estimator_of(config), config, BETA)
     return made, metrics | reward_metrics(["helpfulness", "safety"], scores)
 
 

@@ -17,6 +17,7 @@ from rlhf.distributed.engine import LocalEngine
 from rlhf.generation import InProcessSampler, in_process
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import step_profiler
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.experience import make_experience
 from rlhf.ppo.models import Models
 from rlhf.ppo.scoring import score_rollout
@@ -148,7 +149,7 @@ def test_the_kinds_of_token_add_up_to_what_the_models_computed(
     sampled = positions(sampler.model)
     experience = experience_of(rollout, *trained, ppo)
     scored = [positions(policy), positions(critic)]
-    update(*trained, experience, ppo, (config.seed, 1), kl_coef=0.1)
+    update(*trained, experience, ppo, (config.seed, 1), kl_loss_coef=0.0)
     learned = [positions(policy), positions(critic)]
     metrics = work(rollout, sampler, [policy, critic], [policy, critic], config, 1)
     tokens = {phase: [metrics[f"perf/tokens_{phase}_{kind}"] for kind in KINDS] for phase in COMPUTING}
@@ -183,7 +184,7 @@ def experience_of(rollout: Any, policy: LocalEngine, critic: LocalEngine, ppo: A
     score_B, failed_B = torch.arange(8.0), torch.zeros(8, dtype=torch.bool)
     models = Models(policy, reference, critic, {}, sampler=None, tokenizer=None)  # type: ignore[arg-type]
     scores = score_rollout(rollout, models, (score_B[:, None], failed_B[:, None]), ppo)
-    return make_experience(rollout, scores, Combined(score_B, failed_B), ppo, kl_coef=0.1)[0]
+    return make_experience(rollout, scores, Combined(score_B, failed_B), estimator_of(ppo), ppo, kl_coef=0.1)[0]
 
 
 # --- work, by hand ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from rlhf.config import HardwareConfig, OptimConfig, PPOConfig
 from rlhf.data.batches import select
 from rlhf.distributed.engine import LocalEngine
 from rlhf.models.policy import PolicyModel
+from rlhf.ppo.advantage_setting import estimator_of
 from rlhf.ppo.experience import make_experience
 from rlhf.ppo.update import minibatches, update
 from rlhf.rewards import Combined
@@ -32,7 +33,7 @@ def updated(make_llama, make_scalar, iteration, ppo_config):
             experience,
             config,
             key=(0, 1),
-            kl_coef=BETA,
+            kl_loss_coef=estimator_of(config).kl_loss_coef(BETA),
         )
         return policy, critic, metrics
 
@@ -216,7 +217,7 @@ def experience_by(advantage, iteration, ppo_config, failed=(1, 4), **changed):
     failed_B = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(failed, dtype=torch.long), True)
     score_B = torch.where(failed_B, 0.0, iteration.scores.rewards_BN[:, 0])
     combined = Combined(score_B, failed_B)
-    made, _ = make_experience(iteration.rollout, iteration.scores, combined, config, BETA)
+    made, _ = make_experience(iteration.rollout, iteration.scores, combined, estimator_of(config), config, BETA)
     return dataclasses.replace(made, **changed)
 
 
