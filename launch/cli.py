@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import os
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from stages.base import STAGES, parts_of
 
@@ -300,5 +302,18 @@ def _complain(message: str) -> None:
     print(f"\033[31m{text}\033[0m" if coloured else text, file=sys.stderr)
 
 
+def command_line() -> NoReturn:
+    """What the shell starts. Where torch is loaded the interpreter is not taken apart: a thread that still computes, of a
+    process group or of a late reward function, would abort the process ("terminate called without an active exception").
+    """
+    code = main()
+    if "torch" in sys.modules:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

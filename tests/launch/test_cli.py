@@ -229,6 +229,25 @@ def test_the_exit_code_of_the_pipeline_is_passed_on(monkeypatch: pytest.MonkeyPa
 # --- the small commands
 
 
+def test_a_thread_that_still_computes_aborts_no_process(tmp_path: Path) -> None:
+    """An ordinary exit would: the thread asks for Python's lock in C++ code when the interpreter is gone."""
+    script = """
+import atexit, threading, torch
+from launch import cli
+
+def compute():
+    while True:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+
+threading.Thread(target=compute, daemon=True).start()
+atexit.register(print, "cleaned up")
+cli.main = lambda: 3
+cli.command_line()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "cleaned up\n", "")
+
+
 def test_config_prints_settings_as_yaml(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("config", "quickstart", "--ppo.optim.lr", "1e-6") == 0
     assert yaml.safe_load(capsys.readouterr().out)["ppo"]["optim"]["lr"] == 1e-6

@@ -60,7 +60,7 @@ def test_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     scripts = configparser.ConfigParser()
     scripts.read_string(wheel.read(entry_points).decode())
-    assert dict(scripts["console_scripts"]) == {"rlhf": "launch.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"rlhf": "launch.cli:command_line"}
 
 
 def test_settings_are_found_from_another_folder(installed: Path, tmp_path: Path) -> None:
