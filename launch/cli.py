@@ -94,7 +94,31 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--train", nargs="+", default=[], metavar="PAIRS", help="pairs on which a floor, the bag of words, is fitted"
     )
     _add_scoring(reward)
-    reward.add_argument(
+    _add_tracking(reward)
+
+    policy = _command(kinds, "policy", _evaluate_policy, "report what policies say to the same prompts")
+    policy.add_argument("models", metavar="MODEL", nargs="+", help="a model's folder or hub name")
+    policy.add_argument(
+        "--prompts", nargs="+", required=True, metavar="FILE", help="in any form that training reads; or `shipped`"
+    )
+    policy.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
+    policy.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="NAME=REWARD",
+        help="a reward model's folder, module:function or file.py:function; may be repeated",
+    )
+    policy.add_argument("--samples", type=_positive, default=1, metavar="N", help="responses per prompt (default 1)")
+    policy.add_argument("--temperature", type=_above_0, default=1.0, help="default 1")
+    policy.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="default 512")
+    policy.add_argument("--seed", type=int, default=0, help="default 0")
+    _add_scoring(policy, batch_size=64)
+    _add_tracking(policy)
+
+
+def _add_tracking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--tracking-uri",
         metavar="URI",
         default="sqlite:///mlflow.db",
@@ -102,8 +126,10 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_scoring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="texts at once (default 16)")
+def _add_scoring(parser: argparse.ArgumentParser, batch_size: int = 16) -> None:
+    parser.add_argument(
+        "--batch-size", type=_positive, default=batch_size, metavar="N", help=f"texts at once (default {batch_size})"
+    )
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse", help="default refuse")
 
@@ -155,6 +181,12 @@ def _not_negative(text: str) -> float:
         value = -1.0
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+    return value
+
+
+def _above_0(text: str) -> float:
+    if (value := _not_negative(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
@@ -210,6 +242,14 @@ def _evaluate_reward(args: argparse.Namespace, _: list[str]) -> int:
     tracking_uri = None if args.tracking_uri == "null" else args.tracking_uri
     options = Options(args.batch_size, args.precision, args.bad_rows, args.train, tracking_uri)
     show(evaluate_reward(args.inputs, args.out, options), args.out)
+    return 0
+
+
+def _evaluate_policy(args: argparse.Namespace, _: list[str]) -> int:
+    _hush()
+    from launch.evaluate.policy import command
+
+    command.run(args)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import reward_data
+from launch.evaluate import output
 from launch.evaluate.checks import TEXTS, check
 from launch.evaluate.inputs import Inputs, sort_inputs
 from launch.evaluate.metrics import (
@@ -25,20 +25,17 @@ from launch.evaluate.metrics import (
     model_metrics,
     worst_rows,
 )
-from launch.evaluate.page import Mistake, Page, html, markdown
+from launch.evaluate.page import Mistake, Page
 from launch.evaluate.plots import plots
 from launch.evaluate.scorers import ModelScorer, WordScorer
 from launch.evaluate.scores import ScoreFile
 from launch.evaluate.tables import tables
 from launch.score import BadRows, bar_columns
 from reward_data import DataError
-from rlhf.config import TrackingConfig
-from rlhf.errors import UserError
 from rlhf.evaluation.bag_of_words import BagOfWords
 from rlhf.evaluation.items import Item, Refused, read_items
 from rlhf.evaluation.pairs import pairs_of
-from rlhf.runs.artifacts import digest_of, write_atomic, write_json
-from rlhf.tracking import open_tracker
+from rlhf.runs.artifacts import digest_of
 
 SHOWN = 600  # characters of a text in the table of mistakes
 
@@ -57,17 +54,14 @@ def evaluate_reward(arguments: Sequence[str], out: Path, options: Options) -> di
     report.html into `out` and returns the report. UserError (2, 3, 4, 5) or DataError for what cannot be evaluated.
     """
     inputs = sort_inputs(arguments)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; name a folder")
+    output.check_folder(out)
     count = count_entries(inputs.files, options.bad_rows)
     out.mkdir(parents=True, exist_ok=True)
     digest = digest_of([inputs.digest(), options.precision, options.bad_rows, list(options.train)])
     scores = ScoreFile(out / "scores.jsonl", digest)
     checks = score_all(scores, inputs, count, options)
     report, page = build(scores, inputs, checks)
-    write_json(out / "report.json", report)
-    write_atomic(out / "report.md", markdown(page))
-    write_atomic(out / "report.html", html(page))
+    output.write(out, report, page)
     track(out, inputs, report, options)
     return report
 
@@ -184,27 +178,17 @@ def _cut(text: str) -> str:
 
 def track(out: Path, inputs: Inputs, report: Mapping[str, Any], options: Options) -> None:
     """The same metrics in MLflow: those of one model by their keys, of several with the model's name before them."""
-    tracker = open_tracker(out / "tracking", TrackingConfig(uri=options.tracking_uri), out.name, None, is_writer=True)
-    tracker.params({"models": {name: str(folder) for name, folder in inputs.models.items()}})
     several = len(inputs.models) > 1
     values = {
         f"{name}/{key}" if several else key: value
         for name, found in report["models"].items()
         for key, value in flat({key: part for key, part in found.items() if key != "worst"}).items()
     }
-    tracker.metrics(values, 0)
-    tracker.artifact(out / "report.md")
-    tracker.artifact(out / "report.html")
-    tracker.close()
+    models = {name: str(folder) for name, folder in inputs.models.items()}
+    output.track(out, models, values, options.tracking_uri)
 
 
 def show(report: Mapping[str, Any], out: Path) -> None:
-    """The first tables in the terminal."""
-    from launch.report import rich_table
-
-    console = Console()
-    for text in warnings(report["models"]):
-        print(f"warning: {text}", file=sys.stderr)
-    for table in list(tables(report["models"], report["agreement"])):
-        console.print(rich_table(table))
-    console.print(f"report: {out / 'report.html'}, report.md, report.json; scores: {out / 'scores.jsonl'}")
+    """The tables in the terminal."""
+    shown = tables(report["models"], report["agreement"])
+    output.show(out, shown, warnings(report["models"]), f"scores: {out / 'scores.jsonl'}")

@@ -18,7 +18,7 @@ class HeldOutResponses:
     lengths: list[int]  # tokens, EOS inside
     finished: list[bool]
     scores: Mapping[str, Sequence[float | None]]  # reward.<name>, and gold where there is one; None where it failed
-    kl: list[float]  # nats per response against the reference, k1
+    kl: list[float] | None  # nats per response against the reference, k1; None without one
     flagged: list[bool] | None  # the safety model calls the response unsafe; None without such a model
 
 
@@ -35,7 +35,8 @@ def policy_report(responses: HeldOutResponses, prompts: Sequence[Prompt]) -> dic
     """
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
     report = _mean_of_known(responses.scores, clusters)
-    report["kl"] = bootstrap_mean(responses.kl, clusters)
+    if responses.kl is not None:
+        report["kl"] = bootstrap_mean(responses.kl, clusters)
     report["length"] = bootstrap_mean(responses.lengths, clusters)
     report["eos_rate"] = proportion([float(done) for done in responses.finished], clusters)
     if responses.flagged is not None:

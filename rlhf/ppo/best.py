@@ -79,10 +79,11 @@ def put_in_place(partial: Path, folder: Path, mark: dict[str, Any]) -> None:
 
 def compare(prompts: Sequence[Prompt], responses: Mapping[str, HeldOutResponses]) -> dict[str, Any]:
     """The artifact's metrics of base, SFT and PPO policy on prompts that were not used to select."""
+    reports = {name: _as_dicts(policy_report(one, prompts)) for name, one in responses.items()}
     return {
-        "held_out": {name: _as_dicts(policy_report(a, prompts)) for name, a in responses.items()},
+        "held_out": reports,
         "gain": _as_dicts(gain(responses["ppo"], responses["sft"], prompts)),
-        "kl": sum(responses["ppo"].kl) / len(prompts),
+        "kl": reports["ppo"]["kl"]["value"],
         "samples": before_and_after(prompts, responses),
     }
 

@@ -4,7 +4,7 @@ base.py      the protocol               model.py    a reward model
 function.py  a Python function          combine.py  one score from several rewards
 """
 
-from rlhf.rewards.base import Responses, Reward, Scored, is_reward, responses_of
+from rlhf.rewards.base import Responses, Reward, Scored, is_reward, responses_of, text_responses
 from rlhf.rewards.combine import Combine, Combined, RewardSet, piecewise, weighted_sum
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.model import ModelReward
@@ -21,5 +21,6 @@ __all__ = [
     "is_reward",
     "piecewise",
     "responses_of",
+    "text_responses",
     "weighted_sum",
 ]

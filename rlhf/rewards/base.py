@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from reward_data import Prompt
@@ -34,6 +35,20 @@ def responses_of(rollout: Rollout, prompts: Sequence[Prompt], tokenizer: Any) ->
     tokens = rollout.tokens_BT[:, -R:].tolist()
     chat = format_of(tokenizer)
     texts = [chat.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+    return Responses(rollout, prompts, texts)
+
+
+def text_responses(prompts: Sequence[Prompt], texts: Sequence[str], finished: Sequence[bool]) -> Responses:
+    """The input of rewards where only texts are known, of an endpoint's responses for instance: no row has tokens."""
+    B = len(texts)
+    none_B0 = torch.zeros(B, 0, dtype=torch.int64)
+    rollout = Rollout(
+        tokens_BT=none_B0,
+        mask_BT=none_B0.bool(),
+        response_mask_BR=none_B0.bool(),
+        behaviour_logprobs_BR=none_B0.float(),
+        finished_B=torch.tensor(finished, dtype=torch.bool),
+    )
     return Responses(rollout, prompts, texts)
 
 

@@ -1,0 +1,87 @@
+"""report.json of `rlhf evaluate policy`, from responses and scores. docs/metrics.md defines every key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from launch.evaluate.policy.policies import Response
+from launch.report.section import nested
+from reward_data import Prompt, normalised_prompt
+from rlhf.evaluation.policy_report import HeldOutResponses, policy_report
+from rlhf.evaluation.preference import preference
+
+
+@dataclass
+class Sampled:
+    """What one policy says. A row is a prompt and the number of a sample; all policies have the same rows."""
+
+    model: str  # where it is
+    responses: list[Response | None]  # None: there is none
+    reasons: list[str]  # why some are None
+    scores: dict[str, list[float | None]] = field(default_factory=dict)  # by reward; None: no response, or it failed
+
+
+def model_metrics(sampled: Sampled, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The metrics of one policy; `prompts` has the prompt of each row."""
+    there = [row for row, response in enumerate(sampled.responses) if response is not None]
+    found: dict[str, Any] = {
+        "model": sampled.model,
+        "responses": len(there),
+        "left_out": {"responses": len(sampled.responses) - len(there), "reasons": sampled.reasons[:10]},
+        "failed": {name: sum(scores[row] is None for row in there) for name, scores in sampled.scores.items()},
+    }
+    if there:
+        found |= _estimates(sampled, prompts, there)
+    tags = sorted({prompts[row].tag for row in there})
+    if len(tags) > 1:
+        rows_of = {tag: [row for row in there if prompts[row].tag == tag] for tag in tags}
+        found["by_tag"] = {tag: _estimates(sampled, prompts, rows) for tag, rows in rows_of.items()}
+    return found
+
+
+def _estimates(sampled: Sampled, prompts: Sequence[Prompt], rows: Sequence[int]) -> dict[str, Any]:
+    responses = [response for row in rows if (response := sampled.responses[row]) is not None]
+    held_out = HeldOutResponses(
+        texts=[response.text for response in responses],
+        lengths=[response.length for response in responses],
+        finished=[response.finished for response in responses],
+        scores={f"rewards.{name}": [scores[row] for row in rows] for name, scores in sampled.scores.items()},
+        kl=None,
+        flagged=None,
+    )
+    return nested(policy_report(held_out, [prompts[row] for row in rows]))
+
+
+def pair_metrics(policies: Mapping[str, Sampled], prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    """Every two policies by every reward, on the rows where both have a score: {"a vs b": {reward: …}}."""
+    clusters = np.unique([normalised_prompt(prompt.messages) for prompt in prompts], return_inverse=True)[1]
+    found = {}
+    for a, b in combinations(policies, 2):
+        of_rewards = {}
+        for name in policies[a].scores:
+            rows = list(_common_rows(policies[a].scores[name], policies[b].scores[name]))
+            if rows:
+                scores_N, lengths_N = (
+                    (_column(policies[a], name, rows, of), _column(policies[b], name, rows, of))
+                    for of in ("score", "length")
+                )
+                of_rewards[name] = preference(scores_N, lengths_N, clusters[rows])
+        found[f"{a} vs {b}"] = of_rewards
+    return found
+
+
+def _common_rows(a: Sequence[float | None], b: Sequence[float | None]) -> Iterator[int]:
+    return (row for row, pair in enumerate(zip(a, b, strict=True)) if None not in pair)
+
+
+def _column(sampled: Sampled, reward: str, rows: Sequence[int], of: str) -> np.ndarray:
+    """Scores, or lengths in characters: tokens of two tokenizers cannot be compared."""
+    if of == "score":
+        return np.array([sampled.scores[reward][row] for row in rows], dtype=np.float64)
+    texts = (response.text if (response := sampled.responses[row]) else "" for row in rows)
+    return np.array([len(text) for text in texts], dtype=np.float64)
