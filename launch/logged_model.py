@@ -1,4 +1,4 @@
-"""What MLflow is told of a stage's artifact, so that models can be ranked: name, kind, and metrics on held-out data."""
+"""What MLflow is told of a stage's artifact: its metrics on held-out data, by which models are ranked, and its origin."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf.config import RunConfig
 from rlhf.data import parsed
+from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact, sha256_of
 from stages.base import stage_of
 
@@ -23,6 +24,28 @@ def describe(config: RunConfig, artifact: Artifact) -> dict[str, Any]:
         "metrics": dict(held_out(of_policy or artifact.metrics)),
         "step": artifact.metrics.get("best_iteration", artifact.metrics.get("steps", 0)),
         "dataset": {"name": f"{stage.roles[0]}, held out", "digest": sha256_of(file)},
+        "registered": _registered(config, artifact),
+    }
+
+
+def _registered(config: RunConfig, artifact: Artifact) -> dict[str, Any]:
+    """The version of the registry. Versions of one name can take each other's place: all policies of an experiment, of
+    whatever run and algorithm, and its reward models of one name."""
+    stage = stage_of(artifact.kind).name
+    family = artifact.kind.replace("/", "-") if stage in ("sft", "reward") else "policy"
+    inputs = provenance.inputs_of(artifact.parents)
+    data = {f"data.{name}": digest for name, digest in artifact.parents.items() if name not in inputs}
+    return {
+        "name": f"{config.tracking.experiment}-{family}",
+        "description": f"{artifact.kind} of run {config.name}",
+        "inputs": inputs,
+        "tags": {
+            "run": config.name,
+            "artifact.kind": artifact.kind,
+            "config.digest": artifact.config_digest,
+            "git.revision": artifact.code_revision,
+            **data,
+        },
     }
 
 

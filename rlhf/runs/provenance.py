@@ -85,6 +85,11 @@ def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[s
     return {name: artifact.digest for name, artifact in inputs.items()} | sources
 
 
+def inputs_of(parents: Mapping[str, str]) -> dict[str, str]:
+    """The artifacts among `parents`; the others are data, `role: source`."""
+    return {name: digest for name, digest in parents.items() if ": " not in name}
+
+
 def commit(
     config: RunConfig,
     context: StageContext,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from rlhf.tracking.registry import registered_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 MAX_DIGEST = 36  # MLflow's limit for that of a dataset, characters
 
 
-def send_model(client: MlflowClient, run_id: str, event: Mapping[str, Any]) -> None:
-    """Registers the artifact of a run, with its metrics on the dataset that they were measured on; once per digest.
+def send_model(client: MlflowClient, run_id: str, event: Mapping[str, Any]) -> str:
+    """Logs the artifact of a run, with its metrics on the dataset that they were measured on; once per digest. Its id.
 
     `event`: `name`, `kind` (MLflow's model_type), `path`, `digest`, `metrics`, `step`, `dataset` {`name`, `digest`}.
     """
@@ -30,6 +31,7 @@ def send_model(client: MlflowClient, run_id: str, event: Mapping[str, Any]) -> N
     client.log_batch(
         run_id, [Metric(key, value, when, event["step"], **where) for key, value in event["metrics"].items()]
     )
+    return model_id
 
 
 def _model_id(client: MlflowClient, run_id: str, event: Mapping[str, Any]) -> str:
@@ -39,7 +41,8 @@ def _model_id(client: MlflowClient, run_id: str, event: Mapping[str, Any]) -> st
     if found := client.search_logged_models([experiment], filter_string=same):
         return found[0].model_id
     tags = {"mlflow.model.isExternal": "true", "artifact.path": event["path"], "artifact.digest": event["digest"]}
-    name = re.sub(r"[/:.%\"']", "-", event["name"])  # what MLflow forbids
-    made = client.create_logged_model(experiment, name, run_id, tags, model_type=event["kind"])
+    made = client.create_logged_model(
+        experiment, registered_name(event["name"]), run_id, tags, model_type=event["kind"]
+    )
     client.finalize_logged_model(made.model_id, "READY")
     return made.model_id

@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.tracking.logged_models import send_model
+from rlhf.tracking.registry import send_version
 
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # MLflow's limits for one call
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # MLflow's limits, characters
@@ -132,7 +133,9 @@ class Client:
                 table = {column: [row.get(column) for row in rows] for column in columns}
                 self._mlflow.log_table(run_id, table, f"{name}.json")
             case {"event": "model"}:
-                send_model(self._mlflow, run_id, event)
+                model_id = send_model(self._mlflow, run_id, event)
+                if "registered" in event:  # not in what an older version wrote
+                    send_version(self._mlflow, run_id, model_id, event)
             case {"event": "artifact", "path": path} if Path(path).exists():
                 self._mlflow.log_artifact(run_id, path)
             case {"event": "status"}:

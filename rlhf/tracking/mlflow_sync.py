@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -87,11 +88,17 @@ def fill_in(folder: Path, settings: TrackingConfig) -> bool:
 
     Only for runs that no process writes to any more.
     """
-    return _fill_in(sorted(path.parent for path in folder.rglob(STATE)), settings)
+    folders = [path.parent for path in folder.rglob(STATE)]
+    return _fill_in(sorted(folders, key=_place_in_time), settings)
+
+
+def _place_in_time(folder: Path) -> tuple[bool, float]:
+    """Parents first, then in the order in which they started, so that what a stage started from is registered already."""
+    first = next((event["time"] for event, _ in read_lines(folder / EVENTS)), math.inf)
+    return SyncState.load(folder).parent_run_id is not None, first
 
 
 def _fill_in(folders: Iterable[Path], settings: TrackingConfig) -> bool:
-    """A folder sorts before those below it, so the parents come first."""
     for folder in folders if settings.uri is not None else ():
         if failure := _try_to_upload(MLflowUploader(folder, settings)):
             _warn(folder, settings, failure)

@@ -5,13 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +17,8 @@ from mlflow import MlflowClient
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.rlhf.tracking.stores import PATIENCE_S, server
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = [
@@ -35,7 +33,6 @@ FLAGS = [
     "--disable-dev-shm-usage",
     "--window-size=1500,950",
 ]
-PATIENCE_S = 120
 REWARD = "eval/ppo/reward_helpfulness"
 ROW_OF = """
 const middle = e => { const box = e.getBoundingClientRect(); return box.top + box.height / 2; };
@@ -51,36 +48,6 @@ let part = arguments[0];
 while (!(part.scrollHeight > part.clientHeight + 1 && getComputedStyle(part).overflowY !== 'visible')) part = part.parentElement;
 part.scrollTop = 120 * arguments[1];
 """
-
-
-@contextmanager
-def server(uri: str) -> Iterator[str]:
-    """A real `mlflow server` on the store: its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while not _answers(f"{address}/health"):
-            assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.5)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @contextmanager
@@ -196,14 +163,6 @@ class Pages:
     def _click(self, element: Any) -> None:
         """Also where something floats above it."""
         self._driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].click()", element)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def take_pictures(uri: str, out: Path) -> None:

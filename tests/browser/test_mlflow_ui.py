@@ -13,7 +13,8 @@ from rlhf.data import Split
 
 pytest.importorskip("selenium", reason="selenium is not installed (extra dev)")
 
-from tests.browser.mlflow_pages import CHROMIUM, DRIVER, REWARD, Pages, browser, server
+from tests.browser.mlflow_pages import CHROMIUM, DRIVER, REWARD, Pages, browser
+from tests.rlhf.tracking.stores import server
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 RUNS = {"kl-02": ("0.02", 1.25), "kl-10": ("0.1", 0.75)}  # KL coefficient, reward

@@ -1,6 +1,14 @@
-"""Which figures of an artifact MLflow has for its model."""
+"""What MLflow has of an artifact."""
 
-from launch.logged_model import held_out
+from pathlib import Path
+
+import pytest
+
+from launch.logged_model import describe, held_out
+from launch.settings import load
+from rlhf.runs.artifacts import Artifact
+
+SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 
 
 def estimate(value: float | None) -> dict:
@@ -22,4 +30,31 @@ def test_estimates_are_taken_with_their_groups_and_counts_are_not() -> None:
         "held_out/by_tag_safety": 0.6,
         "held_out/reward_helpfulness": 0.5,
         "held_out/loss": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("sft", "mine-sft"),
+        ("reward/helpfulness", "mine-reward-helpfulness"),
+        ("dpo", "mine-policy"),
+        ("ppo", "mine-policy"),
+    ],
+)
+def test_versions_that_can_take_each_others_place_have_one_name(tmp_path: Path, kind: str, name: str) -> None:
+    config = load(SMOKE, ["--runs_dir", str(tmp_path), "--tracking.experiment", "mine"])
+    (config.folder / "data").mkdir(parents=True)
+    for role in ("demonstrations", "preferences", "prompts"):
+        (config.folder / f"data/{role}.held_out.jsonl").touch()
+    parents = {"sft": "d-sft", "prompts: shipped:train": "d-prompts"}
+    registered = describe(config, Artifact(kind, tmp_path, "d", parents, "settings", "revision", {}))["registered"]
+    assert registered["name"] == name
+    assert registered["inputs"] == {"sft": "d-sft"}
+    assert registered["tags"] == {
+        "run": "smoke",
+        "artifact.kind": kind,
+        "config.digest": "settings",
+        "git.revision": "revision",
+        "data.prompts: shipped:train": "d-prompts",
     }

@@ -209,6 +209,15 @@ def test_every_artifact_is_a_model_with_its_metrics_on_held_out_data(finished: A
     assert models["smoke-ppo"].tags["artifact.path"] == str(finished.folder / "ppo/artifact")
 
 
+def test_the_policy_is_registered_with_the_versions_that_it_started_from(finished: Any) -> None:
+    version = finished.client.get_model_version_by_alias("rlhf-policy", "candidate")
+    assert version.source == str(finished.folder / "ppo/artifact")
+    assert version.tags["input.sft"].startswith("models:/rlhf-sft/1 ")
+    assert version.tags["input.reward/safety"].startswith("models:/rlhf-reward-safety/1 ")
+    prompts = {key for key in version.tags if key.startswith("data.prompts: shipped")}
+    assert prompts == {"data.prompts: shipped:train", "data.prompts: shipped:held_out"}
+
+
 def test_settings_samples_and_the_report_are_kept_with_the_run(finished: Any) -> None:
     def files(name: str) -> set[str]:
         return {entry.path for entry in finished.client.list_artifacts(finished.runs[name].info.run_id)}

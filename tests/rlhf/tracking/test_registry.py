@@ -1,0 +1,110 @@
+"""Artifacts become versions of a registered model, with their parents, data and metrics, in every kind of store."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import TrackingConfig
+from rlhf.tracking import fill_in, open_tracker
+from tests.rlhf.tracking.recorded import finished
+from tests.rlhf.tracking.stores import postgresql, postgresql_programs, server
+
+needs_postgresql = pytest.mark.skipif(
+    not (postgresql_programs() and importlib.util.find_spec("psycopg")),
+    reason="PostgreSQL or psycopg (extra postgresql) is not installed",
+)
+slow = [pytest.mark.integration, pytest.mark.timeout(300)]
+STORES = [
+    "sqlite",
+    pytest.param("postgresql", marks=[*slow, needs_postgresql]),
+    pytest.param("server", marks=slow),
+]
+
+
+@pytest.fixture(params=STORES, scope="module")
+def registry(request, tmp_path_factory) -> Iterator[TrackingConfig]:
+    """Settings of an empty store."""
+    folder = tmp_path_factory.mktemp("registry")
+    sqlite = f"sqlite:///{folder}/mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where MLflow puts the files of a run if the store does not say
+        if request.param == "sqlite":
+            yield TrackingConfig(uri=sqlite, experiment="tests")
+        else:
+            with postgresql() if request.param == "postgresql" else server(sqlite) as uri:
+                yield TrackingConfig(uri=uri, experiment="tests")
+
+
+@pytest.fixture
+def client(registry):
+    from mlflow import MlflowClient
+
+    return MlflowClient(registry.uri)
+
+
+def artifact(name: str, digest: str, inputs: dict[str, str] | None = None) -> dict:
+    return {
+        "name": name,
+        "kind": "policy",
+        "path": f"/runs/first/{name}/artifact",
+        "digest": digest,
+        "metrics": {"held_out/reward": 0.123456789},
+        "step": 3,
+        "dataset": {"name": "prompts, held out", "digest": "0" * 64},
+        "registered": {
+            "name": name,
+            "description": "of run first",
+            "tags": {"data.prompts: päth, x:train": "1234"},
+            "inputs": inputs or {},
+        },
+    }
+
+
+def test_a_version_knows_its_parents_data_and_metrics(tmp_path: Path, registry, client) -> None:
+    finished(tmp_path / "sft", registry, model=(artifact("known-sft", "d-sft"),))
+    policy = artifact("known-policy", "d-policy", {"sft": "d-sft", "reward/safety": "d-reward"})
+    run_id = finished(tmp_path / "ppo", registry, model=(policy,))
+    version = client.get_model_version_by_alias("known-policy", "candidate")
+    assert (int(version.version), version.run_id, version.description) == (1, run_id, "of run first")
+    model_id = version.tags.pop("logged_model")
+    assert version.tags == {
+        "artifact.path": "/runs/first/known-policy/artifact",
+        "artifact.digest": "d-policy",
+        "data.prompts: p_th_ x:train": "1234",
+        "held_out/reward": "0.123457",
+        "input.sft": "models:/known-sft/1 d-sft",
+        "input.reward/safety": "d-reward",
+    }
+    is_server = (registry.uri or "").startswith("http")
+    assert version.source == (f"models:/{model_id}" if is_server else "/runs/first/known-policy/artifact")
+    linked = client.get_logged_model(model_id).tags["mlflow.modelVersions"]
+    assert linked.replace(" ", "") == '[{"name":"known-policy","version":1}]'
+
+
+def test_the_newest_version_is_the_candidate(tmp_path: Path, registry, client) -> None:
+    first = artifact("newest", "d1")
+    for number, digest in enumerate(("d1", "d2"), 1):
+        finished(tmp_path / digest, registry, model=(artifact("newest", digest),))
+        assert int(client.get_model_version_by_alias("newest", "candidate").version) == number
+    finished(tmp_path / "d1", registry, model=(first,))  # a run that was repeated
+    versions = client.search_model_versions("name = 'newest'")
+    assert sorted(int(version.version) for version in versions) == [1, 2]
+    assert int(client.get_model_version_by_alias("newest", "candidate").version) == 2
+
+
+def test_what_mlflow_missed_is_registered_in_the_order_in_which_it_was_made(tmp_path: Path, registry, client) -> None:
+    """`ppo` stands before `sft` in the folder."""
+    without = registry.model_copy(update={"uri": None})
+    parent = open_tracker(tmp_path, without, "run", None, is_writer=True)
+    for stage, inputs in (("sft", {}), ("ppo", {"sft": "late sft"})):
+        tracker = open_tracker(tmp_path / stage, without, stage, "", is_writer=True)
+        tracker.model(artifact(f"late-{stage}", f"late {stage}", inputs))
+        tracker.close()
+    parent.close()
+    assert fill_in(tmp_path, registry)
+    tags = client.get_model_version("late-ppo", "1").tags
+    assert tags["input.sft"] == "models:/late-sft/1 late sft"
