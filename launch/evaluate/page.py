@@ -23,11 +23,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; paddi
 
 
 @dataclass(frozen=True)
-class Mistake:
-    model: str
-    source: str
-    margin: float
-    texts: Mapping[str, str]  # prompt, chosen, rejected
+class Example:
+    title: str
+    texts: Mapping[str, str]  # by what they are
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Page:
     warnings: Sequence[str]
     tables: Sequence[Table]
     plots: Mapping[str, bytes]  # SVG by title
-    mistakes: Sequence[Mistake]
+    examples: Sequence[Example]
+    examples_title: str
 
 
 def markdown(page: Page) -> str:
@@ -48,11 +47,11 @@ def markdown(page: Page) -> str:
     for table in page.tables:
         lines += ["", f"## {table.title}", ""]
         lines += [_row(row) for row in (table.columns, ("---",) * len(table.columns), *table.rows)]
-    if page.mistakes:
-        lines += ["", "## Worst mistakes", ""]
-    for mistake in page.mistakes:
-        lines += [f"### {mistake.model}, {mistake.source}: margin {mistake.margin:.2f}", ""]
-        for name, text in mistake.texts.items():
+    if page.examples:
+        lines += ["", f"## {page.examples_title}", ""]
+    for example in page.examples:
+        lines += [f"### {_line(example.title)}", ""]
+        for name, text in example.texts.items():
             lines += quoted(name, text)
     return "\n".join(lines) + "\n"
 
@@ -70,8 +69,8 @@ def html(page: Page) -> str:
         drawings = (f"<figure aria-label='{escape(title)}'>{_svg(svg)}</figure>" for title, svg in page.plots.items())
         parts.append(f"<h2>Plots</h2><div class=plots>{''.join(drawings)}</div>")
     parts += map(_table, page.tables[1:])
-    if page.mistakes:
-        parts.append("<h2>Worst mistakes</h2>" + "".join(map(_mistake, page.mistakes)))
+    if page.examples:
+        parts.append(f"<h2>{escape(page.examples_title)}</h2>" + "".join(map(_example, page.examples)))
     return "\n".join(parts) + "\n"
 
 
@@ -86,10 +85,19 @@ def _table(table: Table) -> str:
     return f"<h2>{escape(table.title)}</h2><table><tr>{head}</tr>{body}</table>"
 
 
-def _mistake(mistake: Mistake) -> str:
-    texts = "".join(f"<b>{escape(name)}</b><pre>{escape(text)}</pre>" for name, text in mistake.texts.items())
-    head = f"{escape(mistake.model)}: margin {mistake.margin:.2f}, {escape(mistake.source)}"
-    return f"<details><summary>{head}</summary>{texts}</details>"
+def _example(example: Example) -> str:
+    texts = "".join(f"<b>{escape(name)}</b><pre>{escape(text)}</pre>" for name, text in example.texts.items())
+    return f"<details><summary>{escape(example.title)}</summary>{texts}</details>"
+
+
+def _line(text: str) -> str:
+    """One line that no Markdown in it can break out of."""
+    return re.sub(r"([\\`*_<>#|\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def short(text: str, limit: int = 600) -> str:
+    """The beginning and the end of a long text."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} […] {text[-limit // 2 :]}"
 
 
 def _svg(svg: bytes) -> str:

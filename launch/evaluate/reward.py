@@ -25,7 +25,7 @@ from launch.evaluate.metrics import (
     model_metrics,
     worst_rows,
 )
-from launch.evaluate.page import Mistake, Page
+from launch.evaluate.page import Example, Page, short
 from launch.evaluate.plots import plots
 from launch.evaluate.scorers import ModelScorer, WordScorer
 from launch.evaluate.scores import ScoreFile
@@ -37,7 +37,13 @@ from rlhf.evaluation.items import Item, Refused, read_items
 from rlhf.evaluation.pairs import pairs_of
 from rlhf.runs.artifacts import digest_of
 
-SHOWN = 600  # characters of a text in the table of mistakes
+
+@dataclass(frozen=True)
+class Mistake:
+    model: str
+    source: str
+    margin: float
+    texts: Mapping[str, str]  # prompt, chosen, rejected
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ def build(scores: ScoreFile, inputs: Inputs, checks: Mapping[str, Any]) -> tuple
         warnings=list(warnings(models)),
         tables=list(tables(models, agreed)),
         plots=plots(on_pairs) if on_pairs else {},
-        mistakes=mistakes,
+        examples=[Example(f"{one.model}: margin {one.margin:.2f}, {one.source}", one.texts) for one in mistakes],
+        examples_title="Worst mistakes",
     )
     return report, page
 
@@ -162,18 +169,14 @@ def worst_mistakes(margins: Mapping[str, Margins], files: Sequence[Path]) -> lis
             source=texts[row].source,
             margin=margin,
             texts={
-                "prompt": _cut("\n".join(f"{message.role}: {message.content}" for message in texts[row].prompt)),
-                "chosen": _cut(texts[row].responses[0]),
-                "rejected": _cut(texts[row].responses[1]),
+                "prompt": short("\n".join(f"{message.role}: {message.content}" for message in texts[row].prompt)),
+                "chosen": short(texts[row].responses[0]),
+                "rejected": short(texts[row].responses[1]),
             },
         )
         for name, own in wanted.items()
         for row, margin in own.items()
     ]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
 
 
 def track(out: Path, inputs: Inputs, report: Mapping[str, Any], options: Options) -> None:

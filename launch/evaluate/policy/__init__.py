@@ -6,4 +6,6 @@ policies.py  where responses come from: model folders
 rewards.py   what they are worth: reward models and functions by name
 metrics.py   report.json from responses and scores
 tables.py    the same as tables
+plots.py     the same as plots
+page.py      report.md and report.html, with some of the responses
 """

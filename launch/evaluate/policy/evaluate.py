@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -19,8 +19,8 @@ import reward_data
 from launch.evaluate import output
 from launch.evaluate.inputs import model_names
 from launch.evaluate.metrics import as_json, flat
-from launch.evaluate.page import Page
 from launch.evaluate.policy.metrics import Sampled, model_metrics, pair_metrics
+from launch.evaluate.policy.page import page_of, warnings
 from launch.evaluate.policy.policies import ModelPolicy, Response, Settings
 from launch.evaluate.policy.rewards import check_rewards, open_scorer
 from launch.evaluate.policy.tables import tables
@@ -69,7 +69,7 @@ def evaluate(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_responses(out / "responses.jsonl", sampled, rows, settings.samples)
-        output.write(out, report, page(report))
+        output.write(out, report, page_of(report, sampled, rows))
     return report
 
 
@@ -154,27 +154,6 @@ def write_responses(path: Path, sampled: Mapping[str, Sampled], rows: Sequence[P
                     }
                 )
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def page(report: Mapping[str, Any]) -> Page:
-    names = ", ".join(report["models"])
-    notes = [f"{name}: {found['model']}" for name, found in report["models"].items()]
-    notes += [f"reward {name}: {reward}" for name, reward in report["rewards"].items()]
-    settings = report["settings"]
-    notes.append(
-        f"{report['prompts']} prompts, {settings['samples']} responses to each, temperature {settings['temperature']:g}, "
-        f"at most {settings['max_new_tokens']} tokens"
-    )
-    return Page(f"Responses of {names}", notes, list(warnings(report)), list(tables(report)), {}, [])
-
-
-def warnings(report: Mapping[str, Any]) -> Iterator[str]:
-    for name, found in report["models"].items():
-        if count := found["left_out"]["responses"]:
-            yield f"{name}: {count} responses left out, for instance {found['left_out']['reasons'][0]}"
-        for reward, count in found["failed"].items():
-            if count:
-                yield f"{name}: {count} of {found['responses']} responses have no score by {reward}"
 
 
 def show(report: Mapping[str, Any], out: Path) -> None:

@@ -1,0 +1,90 @@
+"""The plots of `rlhf evaluate policy`: one function per plot, from the report. Dots with bars are estimates with their 95 %
+intervals; a colour is a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from launch.evaluate.policy.tables import FIGURES
+from launch.evaluate.tables import at
+from launch.plots import HELD_OUT, REFERENCE, colours_of, drawn_as_svg, error_bars, new_figure, set_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Report = Mapping[str, Any]
+
+
+def plots(report: Report) -> dict[str, bytes]:
+    """Title → SVG of every plot that this report can fill."""
+    found = {"Policies": policies(report)}
+    if any(report["pairs"].values()):
+        found["Win rates"] = win_rates(report)
+    return found
+
+
+@drawn_as_svg
+def policies(report: Report) -> Figure:
+    """A panel per reward and per figure of form, a row per policy."""
+    models = report["models"]
+    keys = {**{f"rewards.{name}": name for name in report["rewards"]}, **FIGURES}
+    keys = {key: label for key, label in keys.items() if any(at(found, key) for found in models.values())}
+    columns = min(len(keys), 3)
+    figure, panels = new_figure(-(-len(keys) // columns), columns)
+    figure.set_figheight((1.0 + 0.33 * len(models)) * -(-len(keys) // columns) + 0.3)
+    for number, (axes, (key, label)) in enumerate(zip(panels, keys.items(), strict=False)):
+        _rows(axes, {name: at(found, key) for name, found in models.items()}, colours_of(models))
+        axes.set_title(label)
+        if number % columns:
+            axes.set_yticklabels([])
+    for axes in panels[len(keys) :]:
+        axes.set_axis_off()
+    return figure
+
+
+@drawn_as_svg
+def win_rates(report: Report) -> Figure:
+    """A panel per reward, a row per pair: raw, and at equal length."""
+    pairs, rewards = report["pairs"], list(report["rewards"])
+    figure, panels = new_figure(len(rewards), 1)
+    figure.set_figheight((1.2 + 0.4 * len(pairs)) * len(rewards) + 0.4)
+    for axes, name in zip(panels, rewards, strict=True):
+        for key, shift, fill, label in (
+            ("win_rate", -0.12, HELD_OUT, "raw"),
+            ("length_controlled", 0.12, "white", "at equal length"),
+        ):
+            shown = [(n, found[name][key]) for n, found in enumerate(pairs.values()) if name in found]
+            estimates = [estimate for _, estimate in shown]
+            axes.errorbar(
+                [estimate["value"] for estimate in estimates],
+                [n + shift for n, _ in shown],
+                xerr=error_bars(estimates),
+                fmt="o",
+                color=HELD_OUT,
+                markerfacecolor=fill,
+                capsize=3,
+                label=label,
+            )
+        axes.axvline(0.5, color=REFERENCE, linestyle="--")
+        axes.set_yticks(range(len(pairs)), list(pairs))
+        axes.set_ylim(len(pairs) - 0.5, -0.5)
+        axes.set_xlim(-0.02, 1.02)
+        set_labels(axes, f"Win rate of the first by {name}", "", "")
+    panels[-1].set_xlabel("proportion of prompts, a tie counts half; dashed: even")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _rows(axes: Axes, estimates: Mapping[str, Any], colours: list[str]) -> None:
+    """An estimate per row, with its value."""
+    for place, (estimate, colour) in enumerate(zip(estimates.values(), colours, strict=True)):
+        if estimate is not None:
+            value = estimate["value"]
+            axes.errorbar(value, place, xerr=error_bars([estimate]), fmt="o", color=colour, capsize=3)
+            axes.annotate(f"{value:.3g}", (value, place), (0, 6), textcoords="offset points", ha="center", fontsize=8.5)
+    axes.set_yticks(range(len(estimates)), list(estimates))
+    axes.set_ylim(len(estimates) - 0.5, -0.7)
+    axes.margins(x=0.12)
