@@ -71,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     gguf.add_argument("source", metavar="SOURCE", help="a GGUF file, or an installed package that holds one")
     gguf.add_argument("out", metavar="OUT", help="the folder to make")
 
+    lineage = _command(commands, "lineage", _lineage, "what a model was made from, back to the data")
+    lineage.add_argument("model", metavar="MODEL", help="a folder of a run, models:/NAME@ALIAS or models:/NAME/3")
+    _add_tracking(lineage)
+
     report = _command(commands, "report", _report, "show the closing report of a run")
     report.add_argument("run", metavar="RUN", help="the run's folder, for instance runs/quickstart")
     return parser
@@ -267,6 +271,12 @@ def _import_gguf(args: argparse.Namespace, _: list[str]) -> int:
 
     print(f"{import_gguf(args.source, args.out)}: an ordinary model folder now")
     return 0
+
+
+def _lineage(args: argparse.Namespace, _: list[str]) -> int:
+    from launch.lineage.command import lineage
+
+    return lineage(args.model, args.tracking_uri)
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> int:

@@ -73,8 +73,7 @@ def _read(
         loaded = _load_source(kind, source, data)
         fit, unfit = _without_unfit(loaded.rows, data, validate)
         rows += fit
-        name = ":".join(filter(None, (source.path, source.config, source.split, source.select_key)))
-        digests[name] = loaded.digest
+        digests[source_name(source)] = loaded.digest
         findings += [f"{kind}: {finding}" for finding in loaded.findings]
         if loaded.refused:
             counts = ", ".join(f"{n} {reason}" for reason, n in sorted(loaded.refused_kinds.items()))
@@ -82,6 +81,20 @@ def _read(
         if unfit:
             findings.append(f"{kind}: {len(unfit)} rows skipped that the chat format cannot hold, first {unfit[0]}")
     return rows, digests, findings
+
+
+def source_name(source: SourceConfig) -> str:
+    return ":".join(filter(None, (source.path, source.config, source.split, source.select_key)))
+
+
+def digest_now(kind: str, source: SourceConfig, data: DataConfig) -> str | None:
+    """The digest that a source on this machine has now; None for one of a hub. UserError (3) if it cannot be read."""
+    place = _place(source.path, data.root)
+    if place != "shipped" and not Path(place).exists():
+        if place == source.path and is_hub_name(place):
+            return None
+        raise UserError(f"{place} does not exist", 3)
+    return _load_source(kind, source, data.model_copy(update={"bad_rows": "skip"})).digest
 
 
 def _load_source(kind: Any, source: SourceConfig, data: DataConfig) -> reward_data.Loaded:

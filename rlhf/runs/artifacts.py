@@ -84,12 +84,14 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def load(folder: Path, *, verify: bool = False) -> Artifact:
-    """The artifact in `folder`; UserError(4) if it is missing or damaged. `verify` also hashes every file."""
+def load(folder: Path, *, verify: bool = False, sizes: bool = True) -> Artifact:
+    """The artifact in `folder`; UserError(4) if it is missing or damaged. `verify` also hashes every file; without
+    `sizes` only the manifest is read."""
     manifest = _manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} holds no complete artifact ({MANIFEST} is missing). Run the stage that makes it.", 4)
-    _check_files(folder, manifest, verify)
+    if sizes:
+        _check_files(folder, manifest, verify)
     return _artifact(folder, manifest)
 
 

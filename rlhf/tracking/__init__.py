@@ -4,6 +4,7 @@ base.py           what stages and the driver call; writes metrics.jsonl and even
 abandoned.py      closes runs whose process is gone
 jsonl.py          JSONL files that survive a killed writer
 mlflow_sync.py    what MLflow already has of a folder (mlflow.json), the thread that uploads the rest, `fill_in`
+registry.py       registers artifacts as model versions; versions.py finds them, and keeps which one is the champion
 mlflow_client.py  the only file that calls MLflow
 """
 
@@ -20,15 +21,19 @@ from rlhf.tracking.base import (
 )
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
 from rlhf.tracking.mlflow_sync import NOTHING, catch_up, fill_in
+from rlhf.tracking.versions import Registry, Version, is_reference
 
 __all__ = [
     "NOTHING",
     "NullTracker",
+    "Registry",
     "Tracker",
+    "Version",
     "absolute_uri",
     "catch_up",
     "close_abandoned",
     "fill_in",
+    "is_reference",
     "keep_earlier",
     "mark_ended",
     "open_parent",

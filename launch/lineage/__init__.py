@@ -1,0 +1,1 @@
+"""`rlhf lineage`: the tree of what a model was made from."""

@@ -1,0 +1,120 @@
+"""Versions of MLflow's model registry as `models:/NAME@ALIAS` or `models:/NAME/3`, and which of them is the champion."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import TrackingConfig
+from rlhf.errors import UserError
+from rlhf.tracking.mlflow_client import Client, public_uri, sqlite_file
+from rlhf.tracking.registry import DIGEST, PATH
+
+CHAMPION, EARLIER = "champion", "champion.earlier"  # an alias; a tag of the registered model: its earlier champions
+REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<number>\d+)|@(?P<alias>[\w-]+))")
+
+
+@dataclass(frozen=True)
+class Version:
+    name: str
+    number: int
+    tags: Mapping[str, str]
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.tags[PATH])
+
+    @property
+    def digest(self) -> str:
+        return self.tags[DIGEST]
+
+
+def is_reference(model: str) -> bool:
+    return model.startswith("models:/")
+
+
+class Registry:
+    """The registry of a tracking URI. UserError (4) for a store or a version that is not there."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = public_uri(uri)
+        if (file := sqlite_file(uri)) and not file.exists():
+            raise UserError(f"--tracking-uri: there is no MLflow store {self._uri}", 4)
+        self._mlflow = Client(TrackingConfig(uri=uri)).mlflow
+
+    def version(self, reference: str) -> Version:
+        """`models:/NAME/3` or `models:/NAME@ALIAS`."""
+        from mlflow.exceptions import MlflowException
+
+        if not (parts := REFERENCE.fullmatch(reference)):
+            raise UserError(f"{reference}: write models:/NAME/3 or models:/NAME@ALIAS")
+        try:
+            if parts["alias"]:
+                found = self._mlflow.get_model_version_by_alias(parts["name"], parts["alias"])
+            else:
+                found = self._mlflow.get_model_version(parts["name"], parts["number"])
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(f"{reference} is not in the registry of {self._uri}: {error.message}", 4) from None
+        return _version(found)
+
+    def version_of(self, digest: str) -> Version:
+        """The newest version of an artifact."""
+        found = self._mlflow.search_model_versions(f"tags.`{DIGEST}` = '{digest}'", 1, ["last_updated_timestamp DESC"])
+        if not found:
+            raise UserError(
+                f"no version in the registry of {self._uri} has the artifact {digest[:12]}; name the store of its run "
+                "(--tracking-uri), or let `rlhf run` with its run file send what MLflow missed",
+                4,
+            )
+        return _version(found[0])
+
+    def champion(self, name: str) -> Version | None:
+        number = self._mlflow.get_registered_model(name).aliases.get(CHAMPION)
+        return None if number is None else self.version(f"models:/{name}/{number}")
+
+    def names_with_champion(self) -> list[str]:
+        return [model.name for model in self._mlflow.search_registered_models() if CHAMPION in model.aliases]
+
+    def set_tags(self, version: Version, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._mlflow.set_model_version_tag(version.name, str(version.number), key, value)
+
+    def promote(self, version: Version) -> None:
+        """Makes it the champion. The one before it is remembered first, so a kill between the two forgets nothing."""
+        if current := self.champion(version.name):
+            earlier = [number for number in self._earlier(version.name) if number != current.number]
+            self._remember(version.name, [*earlier, current.number])
+        self._mlflow.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+
+    def undo(self, name: str) -> Version | None:
+        """The champion before the present one, which it becomes again; None, and no champion, if there was none."""
+        current = self.champion(name)
+        if current is None:
+            raise UserError(f"{name} has no champion in the registry of {self._uri}", 4)
+        earlier = [number for number in self._earlier(name) if number != current.number]
+        if earlier:
+            self._mlflow.set_registered_model_alias(name, CHAMPION, str(earlier[-1]))
+        else:
+            self._mlflow.delete_registered_model_alias(name, CHAMPION)
+        self._remember(name, earlier[:-1])
+        return self.champion(name)
+
+    def _earlier(self, name: str) -> list[int]:
+        return json.loads(self._mlflow.get_registered_model(name).tags.get(EARLIER, "[]"))
+
+    def _remember(self, name: str, numbers: list[int]) -> None:
+        self._mlflow.set_registered_model_tag(name, EARLIER, json.dumps(numbers))
+
+
+def _version(found: Any) -> Version:
+    return Version(found.name, int(found.version), dict(found.tags))
