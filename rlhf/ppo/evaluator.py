@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reward_data import Prompt
+from reward_data import Prompt, normalised_prompt
 from rlhf.config import RunConfig
 from rlhf.data import prompt_batch
 from rlhf.data.batches import select, to
@@ -20,9 +22,11 @@ from rlhf.ppo.models import Models
 from rlhf.ppo.scoring import sequence_kl
 from rlhf.rewards import Combined, Responses, RewardSet, responses_of
 from rlhf.runs.context import StageContext
+from rlhf.tracking.jsonl import Lines
 
 # All policies use the same random numbers for held-out responses, which makes their differences more precise.
 HELD_OUT_ITERATION = 1 << 40
+EVALUATIONS = "evaluations.jsonl"
 
 
 class Evaluator:
@@ -49,6 +53,9 @@ class Evaluator:
         metrics = {f"eval/{name.replace('.', '_')}": estimate.value for name, estimate in report.items()}
         metrics["eval/reward"] = float(combined.score_B[~combined.failed_B].mean())
         self._context.tracker.metrics(metrics, step=iteration)
+        if self._context.is_writer:
+            reward = {"reward": _or_none(combined.score_B, combined.failed_B)}
+            keep_evaluation(self._context.folder, iteration, held_out, reward, prompts)
         # The first rank's value selects the best policy and decides when to stop.
         return collectives.broadcast_result(lambda: metrics["eval/reward"])
 
@@ -79,6 +86,25 @@ class Evaluator:
             flagged=None if combined.flagged_B is None else combined.flagged_B.tolist(),
         )
         return held_out, combined
+
+
+def keep_evaluation(
+    folder: Path,
+    iteration: int,
+    held_out: HeldOutResponses,
+    reward: Mapping[str, Sequence[float | None]],
+    prompts: Sequence[Prompt],
+) -> None:
+    """Appends what was measured on each prompt to evaluations.jsonl, for paired intervals between iterations. After a
+    resume an iteration may stand there twice; the last line counts.
+    """
+    line = {
+        "step": iteration,
+        "prompts": [normalised_prompt(prompt.messages) for prompt in prompts],
+        "values": {**reward, **held_out.scores, "kl": held_out.kl, "length": held_out.lengths},
+    }
+    with closing(Lines(folder / EVALUATIONS)) as lines:
+        lines.append(line)
 
 
 def _or_none(reward_B: Tensor, failed_B: Tensor) -> list[float | None]:

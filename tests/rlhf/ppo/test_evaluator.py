@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,7 @@ def llama(tokenizer):
 
 
 @pytest.fixture
-def evaluator(tokenizer, llama, models_of):
+def evaluator(tokenizer, llama, models_of, tmp_path):
     """evaluator(gold=…, rewards=…, micro_batch_size=…) of the model, with two reward models, the first one for safety, and
     the model as its own reference. What it tells its tracker stands in `told`."""
 
@@ -79,7 +80,7 @@ def evaluator(tokenizer, llama, models_of):
         )
         models, told = dataclasses.replace(models, tokenizer=tokenizer), []
         tracker = SimpleNamespace(metrics=lambda metrics, step: told.append((step, metrics)))
-        context: Any = SimpleNamespace(device=torch.device("cpu"), tracker=tracker)
+        context: Any = SimpleNamespace(device=torch.device("cpu"), tracker=tracker, is_writer=True, folder=tmp_path)
         made = Evaluator(config, context, models, rewards or reward_set(config, models))
         return SimpleNamespace(evaluate=made.evaluate, reward=made.reward, told=told)
 
@@ -204,3 +205,18 @@ def test_scores_that_all_failed_choose_no_policy(evaluator):
     with pytest.raises(UserError, match="iteration 4.* all 5 responses failed") as caught:
         evaluator(rewards=own(lambda responses: [None] * len(responses))).reward(PROMPTS, 4)
     assert caught.value.exit_code == 6
+
+
+def test_each_evaluation_keeps_what_it_measured_on_every_prompt(evaluator, tmp_path) -> None:
+    """The means of what is kept are the metrics; a line stands under its iteration."""
+    made = evaluator()
+    made.reward(PROMPTS, 4)
+    made.reward(PROMPTS, 8)
+    lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8]
+    metrics, values = made.told[0][1], lines[0]["values"]
+    for name in ("reward", "reward.one", "reward.two", "kl", "length"):
+        assert len(values[name]) == len(PROMPTS)
+        told = metrics[f"eval/{name.replace('.', '_')}"]
+        assert sum(values[name]) / len(PROMPTS) == pytest.approx(told, abs=1e-5)
+    assert lines[0]["prompts"][2] == "user: say no"
