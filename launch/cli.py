@@ -103,7 +103,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     policy = _command(kinds, "policy", _evaluate_policy, "report what policies say to the same prompts")
     policy.add_argument("models", metavar="MODEL", nargs="+", help="a model's folder or hub name")
     policy.add_argument(
-        "--prompts", nargs="+", required=True, metavar="FILE", help="in any form that training reads; or `shipped`"
+        "--prompts", nargs="+", default=[], metavar="FILE", help="in any form that training reads; or `shipped`"
+    )
+    policy.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="MODEL… are folders of runs: reward against KL over their evaluations",
     )
     policy.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
     policy.add_argument(

@@ -195,3 +195,44 @@ def test_prompts_that_do_not_fit_can_be_left_out(folders: dict[str, str], tmp_pa
     assert report["models"]["one"]["responses"] == len(lines) == 2
     assert report["models"]["one"]["left_out"]["responses"] == 1
     assert [line["prompt"] for line in lines] == [0, 2]
+
+
+def made_run(folder: Path, gold: list[float]) -> str:
+    """The folder of a run whose reward rises; an iteration that was evaluated again after a resume stands there twice."""
+    (folder / "ppo").mkdir(parents=True)
+    lines = []
+    for number, level in [(0, gold[0]), (1, -9.0), *enumerate(gold[1:], 1)]:
+        spread = [n % 7 / 70 for n in range(40)]
+        values = {
+            "reward": [number + one for one in spread],
+            "gold": [level + one for one in spread],
+            "kl": [number / 2] * 40,
+            "length": [20] * 40,
+        }
+        lines.append({"step": 4 * number, "prompts": [f"user: {n}" for n in range(40)], "values": values})
+    write(folder / "ppo" / "evaluations.jsonl", lines)
+    return str(folder)
+
+
+def test_the_checkpoints_of_a_run_show_over_optimisation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [made_run(tmp_path / "runs" / "bad", [0, 2, 1]), made_run(tmp_path / "runs" / "good", [0, 1, 2])]
+    out = tmp_path / "out"
+    assert cli.main(["evaluate", "policy", *runs, "--checkpoints", "--out", str(out), "--tracking-uri", "null"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    report = json.loads((out / "report.json").read_text())
+    bad, good = report["runs"]["bad"], report["runs"]["good"]
+    assert [one["step"] for one in bad["evaluations"]] == [0, 4, 8]
+    assert bad["evaluations"][1]["gold"]["value"] == pytest.approx(2 + sum(n % 7 for n in range(40)) / 2800)
+    assert bad["evaluations"][2]["kl"]["value"] == 1.0
+    assert bad["over_optimization"]["falls"] and bad["over_optimization"]["truth"]["value"] == pytest.approx(-1)
+    assert not good["over_optimization"]["shown"]
+    assert "4 to 8" in shown and "8 to 8" in shown
+    assert (out / "report.html").read_text().count("<svg") == 2
+
+
+def test_checkpoints_need_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert cli.main(["evaluate", "policy", str(tmp_path), "--checkpoints", "--out", out, "--tracking-uri", "null"]) == 4
+    assert "evaluations.jsonl; give the folder of a run" in capsys.readouterr().err
+    assert command(str(tmp_path), "--out", out) == 2
+    assert "--prompts FILE is missing" in capsys.readouterr().err

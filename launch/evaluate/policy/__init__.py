@@ -7,5 +7,6 @@ rewards.py   what they are worth: reward models and functions by name
 metrics.py   report.json from responses and scores
 tables.py    the same as tables
 plots.py     the same as plots
+checkpoints.py  --checkpoints: reward against KL, and over-optimisation, over the evaluations of runs
 page.py      report.md and report.html, with some of the responses
 """

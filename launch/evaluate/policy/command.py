@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 
+from launch.evaluate.policy import checkpoints
 from launch.evaluate.policy.evaluate import evaluate_policy, show
 from launch.evaluate.policy.policies import Settings
 from launch.evaluate.policy.rewards import named
+from rlhf.errors import UserError
 
 
 def run(args: argparse.Namespace) -> None:
+    tracking_uri = None if args.tracking_uri == "null" else args.tracking_uri
+    if args.checkpoints:
+        checkpoints.show(checkpoints.evaluate_checkpoints(args.models, args.out, tracking_uri), args.out)
+        return
+    if not args.prompts:
+        raise UserError("--prompts FILE is missing: what the policies respond to, in any form that training reads")
     settings = Settings(
         samples=args.samples,
         temperature=args.temperature,
@@ -19,6 +27,5 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         bad_rows=args.bad_rows,
     )
-    tracking_uri = None if args.tracking_uri == "null" else args.tracking_uri
     report = evaluate_policy(args.models, args.prompts, named(args.reward), settings, args.out, tracking_uri)
     show(report, args.out)
