@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from launch.promote import arguments as promote_arguments
 from stages.base import STAGES, parts_of
 
 STAGE_HELP = f"{', '.join(STAGES)}; reward/NAME is one reward model"
@@ -74,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     lineage = _command(commands, "lineage", _lineage, "what a model was made from, back to the data")
     lineage.add_argument("model", metavar="MODEL", help="a folder of a run, models:/NAME@ALIAS or models:/NAME/3")
     _add_tracking(lineage)
+
+    promote = _command(commands, "promote", _promote, "make a policy the champion if it is better than the present one")
+    promote_arguments.add_to(promote)
+    _add_tracking(promote)
 
     report = _command(commands, "report", _report, "show the closing report of a run")
     report.add_argument("run", metavar="RUN", help="the run's folder, for instance runs/quickstart")
@@ -282,6 +287,13 @@ def _lineage(args: argparse.Namespace, _: list[str]) -> int:
     from launch.lineage.command import lineage
 
     return lineage(args.model, args.tracking_uri)
+
+
+def _promote(args: argparse.Namespace, _: list[str]) -> int:
+    _hush()
+    from launch.promote.command import run
+
+    return run(args)
 
 
 def _report(args: argparse.Namespace, _: list[str]) -> int:

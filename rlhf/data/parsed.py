@@ -48,7 +48,11 @@ def read(config: RunConfig, roles: Sequence[str]) -> dict[str, Split]:
     found = manifest(config)
     assert found is not None, f"{_folder(config)} holds no data of this run"
     return {
-        role: Split(_read_rows(config, role, "train"), _read_rows(config, role, "held_out"), **found[role])
+        role: Split(
+            read_rows(_folder(config) / f"{role}.train.jsonl", role),
+            read_rows(held_out_file(config, role), role),
+            **found[role],
+        )
         for role in roles
     }
 
@@ -61,7 +65,7 @@ def training_demonstrations(config: RunConfig) -> list[Demonstration]:
     """For the tokenizer of a tiny model, which may be needed before the data was written."""
     if manifest(config) is None:
         return load_demonstrations(config).train
-    return _read_rows(config, "demonstrations", "train")
+    return read_rows(_folder(config) / "demonstrations.train.jsonl", "demonstrations")
 
 
 def _folder(config: RunConfig) -> Path:
@@ -79,8 +83,9 @@ def _write_rows(path: Path, rows: Iterable[Any]) -> None:
         file.writelines(json.dumps(asdict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
-def _read_rows(config: RunConfig, role: str, part: str) -> list[Any]:
-    with (_folder(config) / f"{role}.{part}.jsonl").open(encoding="utf-8", newline="\n") as file:
+def read_rows(path: Path, role: str) -> list[Any]:
+    """The records of one of the files that `write` made."""
+    with path.open(encoding="utf-8", newline="\n") as file:
         return [_record(role, json.loads(line)) for line in file]
 
 

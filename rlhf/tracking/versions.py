@@ -79,7 +79,7 @@ class Registry:
         return _version(found[0])
 
     def champion(self, name: str) -> Version | None:
-        number = self._mlflow.get_registered_model(name).aliases.get(CHAMPION)
+        number = self._model(name).aliases.get(CHAMPION)
         return None if number is None else self.version(f"models:/{name}/{number}")
 
     def names_with_champion(self) -> list[str]:
@@ -91,8 +91,8 @@ class Registry:
 
     def promote(self, version: Version) -> None:
         """Makes it the champion. The one before it is remembered first, so a kill between the two forgets nothing."""
-        if current := self.champion(version.name):
-            earlier = [number for number in self._earlier(version.name) if number != current.number]
+        current, earlier = self.champion(version.name), self._earlier(version.name)
+        if current and current.number not in (version.number, *earlier[-1:]):
             self._remember(version.name, [*earlier, current.number])
         self._mlflow.set_registered_model_alias(version.name, CHAMPION, str(version.number))
 
@@ -101,7 +101,9 @@ class Registry:
         current = self.champion(name)
         if current is None:
             raise UserError(f"{name} has no champion in the registry of {self._uri}", 4)
-        earlier = [number for number in self._earlier(name) if number != current.number]
+        earlier = self._earlier(name)
+        if earlier[-1:] == [current.number]:  # a promotion was killed between its two steps
+            earlier.pop()
         if earlier:
             self._mlflow.set_registered_model_alias(name, CHAMPION, str(earlier[-1]))
         else:
@@ -110,7 +112,17 @@ class Registry:
         return self.champion(name)
 
     def _earlier(self, name: str) -> list[int]:
-        return json.loads(self._mlflow.get_registered_model(name).tags.get(EARLIER, "[]"))
+        return json.loads(self._model(name).tags.get(EARLIER, "[]"))
+
+    def _model(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._mlflow.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(f"{name} is not in the registry of {self._uri}", 4) from None
 
     def _remember(self, name: str, numbers: list[int]) -> None:
         self._mlflow.set_registered_model_tag(name, EARLIER, json.dumps(numbers))

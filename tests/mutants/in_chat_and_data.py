@@ -8,7 +8,7 @@ BUGS = [
     *bugs_in(
         "rlhf/data/parsed.py",
         ["rlhf/data/test_parsed.py"],
-        Bug("held-out rows are trained on", "read", "_read_rows(A, B, 'train')", "_read_rows(A, B, 'held_out')"),
+        Bug("held-out rows are trained on", "read", "Split(A, B, ...)", "Split(B, B, ...)"),
         Bug("data of other settings is taken", "manifest", "A['settings'] == _", "True"),
     ),
     *bugs_in(

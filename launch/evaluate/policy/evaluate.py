@@ -146,6 +146,7 @@ def write_responses(path: Path, sampled: Mapping[str, Sampled], rows: Sequence[P
                         "model": name,
                         "prompt": row // samples,
                         "sample": row % samples,
+                        "tag": rows[row].tag,
                         "messages": [{"role": m.role, "content": m.content} for m in rows[row].messages],
                         "response": response.text,
                         "length": response.length,

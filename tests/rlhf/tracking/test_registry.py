@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import TrackingConfig
-from rlhf.tracking import fill_in, open_tracker
+from rlhf.errors import UserError
+from rlhf.tracking import Registry, fill_in, open_tracker
 from tests.rlhf.tracking.recorded import finished
 from tests.rlhf.tracking.stores import postgresql, postgresql_programs, server
 
@@ -108,3 +109,48 @@ def test_what_mlflow_missed_is_registered_in_the_order_in_which_it_was_made(tmp_
     assert fill_in(tmp_path, registry)
     tags = client.get_model_version("late-ppo", "1").tags
     assert tags["input.sft"] == "models:/late-sft/1 late sft"
+
+
+def test_a_champion_gives_way_and_comes_back(tmp_path: Path, registry, client) -> None:
+    for digest in ("c1", "c2", "c3"):
+        finished(tmp_path / digest, registry, model=(artifact("contest", digest),))
+    versions = Registry(registry.uri)
+
+    def champion() -> int | None:
+        found = versions.champion("contest")
+        return found and found.number
+
+    assert champion() is None
+    for number in (1, 3, 2):
+        versions.promote(versions.version(f"models:/contest/{number}"))
+        assert champion() == number
+    assert versions.version("models:/contest@champion").digest == "c2"
+    assert versions.version_of("c3").uri == "models:/contest/3"
+    versions.promote(versions.version("models:/contest/2"))  # again, as after a kill: it is not its own predecessor
+    for before in (3, 1, None):
+        versions.undo("contest")
+        assert champion() == before
+    with pytest.raises(UserError, match="no champion"):
+        versions.undo("contest")
+
+
+@pytest.mark.parametrize(
+    "reference", ["models:/contest/99", "models:/none/1", "models:/none@x", "models:/contest@none"]
+)
+def test_a_version_that_is_not_there_is_an_error_for_people(registry, client, tmp_path: Path, reference: str) -> None:
+    finished(tmp_path, registry, model=(artifact("contest", "c1"),))
+    with pytest.raises(UserError) as error:
+        Registry(registry.uri).version(reference)
+    assert error.value.exit_code == 4 and reference in error.value.message
+
+
+def test_all_earlier_champions_are_remembered(tmp_path: Path, registry, client) -> None:
+    for digest in ("e1", "e2"):
+        finished(tmp_path / digest, registry, model=(artifact("to-and-fro", digest),))
+    versions = Registry(registry.uri)
+    for number in (1, 2, 1, 2):
+        versions.promote(versions.version(f"models:/to-and-fro/{number}"))
+    assert client.get_registered_model("to-and-fro").tags["champion.earlier"] == "[1, 2, 1]"
+    client.set_registered_model_tag("to-and-fro", "champion.earlier", "[1, 2]")  # killed before the alias was set
+    restored = versions.undo("to-and-fro")
+    assert restored and restored.number == 1

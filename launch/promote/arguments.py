@@ -1,0 +1,27 @@
+"""The arguments of the command. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a policy: a folder of a run, models:/NAME@candidate or models:/NAME/3",
+    )
+    parser.add_argument("--to", choices=("champion",), default="champion", help="the alias (default champion)")
+    parser.add_argument("--undo", action="store_true", help="the champion before the present one takes its place again")
+    parser.add_argument(
+        "--reward",
+        metavar="NAME[=REWARD]",
+        help="the reward that must rise: one of the candidate's run, or another as for `rlhf evaluate policy` "
+        "(default: gold where the run has it, else its first reward)",
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", metavar="FILE", help="default: the held-out prompts that the run reports on"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: beside the artifact)")
