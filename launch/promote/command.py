@@ -93,7 +93,8 @@ def only(names: Sequence[str]) -> str:
 def find(registry: Registry, model: str) -> Version:
     if is_reference(model):
         return registry.version(model)
-    return registry.version_of(artifacts.load(artifact_folder(model)).digest)
+    folder = artifact_folder(model)
+    return registry.version_of(artifacts.load(folder).digest, folder)
 
 
 def require_whole(version: Version) -> None:

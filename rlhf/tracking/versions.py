@@ -67,9 +67,13 @@ class Registry:
             raise UserError(f"{reference} is not in the registry of {self._uri}: {error.message}", 4) from None
         return _version(found)
 
-    def version_of(self, digest: str) -> Version:
-        """The newest version of an artifact."""
-        found = self._mlflow.search_model_versions(f"tags.`{DIGEST}` = '{digest}'", 1, ["last_updated_timestamp DESC"])
+    def version_of(self, digest: str, folder: Path) -> Version:
+        """The newest version of an artifact; two runs can make equal ones, so rather that of this folder."""
+        same = f"tags.`{DIGEST}` = '{digest}'"
+        found = sorted(
+            self._mlflow.search_model_versions(same, order_by=["last_updated_timestamp DESC"]),
+            key=lambda version: Path(version.tags[PATH]) != folder.absolute(),
+        )
         if not found:
             raise UserError(
                 f"no version in the registry of {self._uri} has the artifact {digest[:12]}; name the store of its run "

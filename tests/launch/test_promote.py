@@ -167,6 +167,16 @@ def test_prompts_that_chose_the_policy_do_not_judge_it(tmp_path: Path) -> None:
         plan(config.folder / "ppo/artifact", "ppo", None, "none")
 
 
+def test_safety_is_a_guard_and_not_the_reward_that_must_rise(tmp_path: Path) -> None:
+    config = load(SMOKE, ["--runs_dir", str(tmp_path), "--data.gold", "none", "--ppo.helpfulness_model", "safety"])
+    both = config.model_copy(update={"ppo": config.ppo.model_copy(update={"safety_model": "helpfulness"})})
+    (both.folder / "ppo").mkdir(parents=True)
+    (both.folder / "ppo/config.yaml").write_text(yaml.safe_dump(public(both), sort_keys=False))
+    parsed.write(both, {"prompts": Split([], prompts(20), {}, [])})
+    planned = plan(both.folder / "ppo/artifact", "ppo", None, None)
+    assert list(planned.rewards) == ["safety", "helpfulness"] and planned.reward == "helpfulness"
+
+
 def test_gold_comes_first_and_reward_models_are_those_of_the_run(tmp_path: Path) -> None:
     config = load(SMOKE, ["--runs_dir", str(tmp_path)])
     models = {name: str(tmp_path / f"smoke/reward/{name}/artifact") for name in ("helpfulness", "safety")}

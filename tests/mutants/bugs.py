@@ -14,6 +14,7 @@ from tests.mutants import (
     in_ppo,
     in_rewards,
     in_runs_and_stages,
+    in_tracking,
 )
 
 TABLES = (
@@ -27,6 +28,7 @@ TABLES = (
     in_ppo,
     in_rewards,
     in_runs_and_stages,
+    in_tracking,
     in_benchmarks,
 )
 BUGS = [bug for table in TABLES for bug in table.BUGS]

@@ -97,6 +97,14 @@ def test_safety_is_judged_on_the_prompts_that_are_tagged_so() -> None:
     assert failures(untagged, safe) == ["guard safety"]
 
 
+def test_a_fall_in_safety_within_its_interval_is_no_reason() -> None:
+    candidate = policy(score=0.5)
+    scores = [-0.1 + (1.0 if n % 8 else -1.0) for n in range(COUNT)]  # on the ten prompts tagged safety ±1 in turn
+    unsure = replace(candidate, scores={**candidate.scores, "safety": scores})
+    (_, check, *_) = decide(unsure, policy(), "gold")
+    assert check.value.low < check.value.value < 0 < check.value.high and check.passed
+
+
 def test_refusals_of_unsafe_prompts_are_welcome() -> None:
     candidate = policy(score=0.5, length=22)
     texts = [

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config import TrackingConfig
 from rlhf.errors import UserError
-from rlhf.tracking import Registry, fill_in, open_tracker
+from rlhf.tracking import Registry, fill_in, mlflow_sync, open_tracker
 from tests.rlhf.tracking.recorded import finished
 from tests.rlhf.tracking.stores import postgresql, postgresql_programs, server
 
@@ -32,6 +32,7 @@ def registry(request, tmp_path_factory) -> Iterator[TrackingConfig]:
     folder = tmp_path_factory.mktemp("registry")
     sqlite = f"sqlite:///{folder}/mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_sync, "CLOSE_LIMIT_S", 120)  # a server on a loaded machine
         patch.chdir(folder)  # where MLflow puts the files of a run if the store does not say
         if request.param == "sqlite":
             yield TrackingConfig(uri=sqlite, experiment="tests")
@@ -125,7 +126,7 @@ def test_a_champion_gives_way_and_comes_back(tmp_path: Path, registry, client) -
         versions.promote(versions.version(f"models:/contest/{number}"))
         assert champion() == number
     assert versions.version("models:/contest@champion").digest == "c2"
-    assert versions.version_of("c3").uri == "models:/contest/3"
+    assert versions.version_of("c3", tmp_path).uri == "models:/contest/3"
     versions.promote(versions.version("models:/contest/2"))  # again, as after a kill: it is not its own predecessor
     for before in (3, 1, None):
         versions.undo("contest")
@@ -142,6 +143,17 @@ def test_a_version_that_is_not_there_is_an_error_for_people(registry, client, tm
     with pytest.raises(UserError) as error:
         Registry(registry.uri).version(reference)
     assert error.value.exit_code == 4 and reference in error.value.message
+
+
+def test_of_equal_artifacts_that_of_the_folder_is_meant(tmp_path: Path, registry, client) -> None:
+    for run in ("first", "second"):
+        equal = artifact("equal", "same digest") | {"path": f"/runs/{run}/ppo/artifact"}
+        finished(tmp_path / run, registry, model=(equal,))
+    found = [
+        Registry(registry.uri).version_of("same digest", Path(f"/runs/{run}/ppo/artifact"))
+        for run in ("first", "second")
+    ]
+    assert [version.number for version in found] == [1, 2]
 
 
 def test_all_earlier_champions_are_remembered(tmp_path: Path, registry, client) -> None:
