@@ -126,10 +126,6 @@ class Pages:
         for step in self._all("//label[normalize-space()='Step']"):
             self._click(step)
 
-    def drawn(self) -> int:
-        """How many curves the plot has."""
-        return len(self._all("//*[contains(@class, 'scatterlayer')]/*[contains(@class, 'trace')]"))
-
     def open_run(self, run_id: str, tab: str = "") -> None:
         self._go(f"/experiments/{self._experiment}/runs/{run_id}{tab}")
 
@@ -179,7 +175,7 @@ def take_pictures(uri: str, out: Path) -> None:
         pages.scroll_to("Parameters")
         pages.picture(out / "mlflow-compare.png")
         pages.open_chart("ppo/reward")
-        pages.until(lambda: pages.drawn() == 2)
+        pages.until(lambda: all(pages.has(f"{run.info.run_name} (ppo/reward)") for run in runs))
         pages.picture(out / "mlflow-chart.png")
         pages.open_run(runs[0].info.run_id)
         pages.until(lambda: pages.has("Report of"))
