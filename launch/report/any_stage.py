@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.section import Metrics, Section, Table, interval, number
+from rlhf.tracking import read_lines_of, read_metrics
 
 
 def section(stage: str) -> Section:
@@ -16,6 +17,7 @@ def section(stage: str) -> Section:
         tables=partial(_tables, stage),
         facts=partial(_facts, stage),
         headline=partial(_headline, stage),
+        curves=partial(_curves, stage),
     )
 
 
@@ -39,6 +41,12 @@ def _headline(stage: str, found: Mapping[str, Any]) -> dict[str, float]:
     """eval/<stage>/… of the estimates that stand on top."""
     tops = {name: value for name, value in found.items() if isinstance(value, Mapping) and "value" in value}
     return {f"eval/{stage}/{name}": value["value"] for name, value in tops.items() if value["value"] is not None}
+
+
+def _curves(stage: str, folder: Path) -> list[dict[str, float]]:
+    """Every metric that stands under the stage's name; none of a stage of several parts, which would share one name."""
+    names = [name for name in read_metrics(folder / stage) if name.startswith(f"{stage}/")]
+    return read_lines_of(folder / stage, names)
 
 
 def _leaves(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

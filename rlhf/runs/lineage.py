@@ -18,7 +18,7 @@ from rlhf.runs import artifacts, provenance
 
 @dataclass
 class Node:
-    name: str  # "ppo", "reward/safety", "prompts: shipped:train", "model"
+    name: str  # "ppo", "reward/helpfulness", "prompts: shipped:train", "model"
     digest: str  # as recorded; "" for a model without one
     path: Path | None = None
     facts: dict[str, str] = field(default_factory=dict)  # settings, revision

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import parent_run
+from launch.report import section_of
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.data import Split
@@ -119,3 +120,17 @@ def test_a_long_description_ends_with_a_whole_line_and_says_where_the_rest_is() 
     assert 7900 < len(cut) <= 8000
     assert all(len(line) == 9 for line in shown.splitlines()) and "report.md" in rest
     assert parent_run.described("short\n") == "short\n"
+
+
+def test_the_parent_has_the_curves_of_dpo(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    tracker = open_tracker(config.folder / "dpo", config.tracking, "dpo", "", is_writer=True)
+    for step in (1, 2):
+        tracker.metrics({"dpo/loss": 1.0 / step, "perf/seconds": 3.0}, step)
+    tracker.close()
+    lines = section_of("dpo").curves(config.folder)
+    assert [{key: line[key] for key in line if key != "time"} for line in lines] == [
+        {"step": 1, "dpo/loss": 1.0},
+        {"step": 2, "dpo/loss": 0.5},
+    ]
+    assert list(section_of("dpo").curves(tmp_path / "none")) == []
