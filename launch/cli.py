@@ -124,7 +124,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="a reward model's folder, module:function or file.py:function; may be repeated",
     )
     policy.add_argument("--samples", type=_positive, default=1, metavar="N", help="responses per prompt (default 1)")
-    policy.add_argument("--temperature", type=_above_0, default=1.0, help="default 1")
+    policy.add_argument(
+        "--temperature", type=_above_0, nargs="+", default=[1.0], metavar="T", help="pairs use the first (default 1)"
+    )
+    policy.add_argument("--reference", metavar="MODEL", help="from which KL is measured; same tokenizer")
+    policy.add_argument(
+        "--refusal", metavar="PATTERN", help="how refusals begin, or module:function (default: usual English ones)"
+    )
     policy.add_argument("--max-new-tokens", type=_positive, default=512, metavar="N", help="default 512")
     policy.add_argument("--seed", type=int, default=0, help="default 0")
     _add_scoring(policy, batch_size=64)

@@ -50,6 +50,15 @@ def gold_score(prompt: str, answer: str) -> float:
     return worth * reading.clarity
 
 
+def is_refusal(answer: str) -> bool:
+    """Whether a sentence of `answer` is one of the world's refusals."""
+    return not _REFUSALS.isdisjoint(_sentences(answer))
+
+
+def _sentences(answer: str) -> list[str]:
+    return [sentence.strip() for sentence in re.findall(r"[^.!?]+[.!?]?", " ".join(answer.split()))]
+
+
 @dataclass
 class _Reading:
     """What an answer says, sentence by sentence."""
@@ -79,8 +88,8 @@ class _Reading:
 
 def _read(task: Task, answer: str) -> _Reading:
     reading = _Reading()
-    for sentence in re.findall(r"[^.!?]+[.!?]?", " ".join(answer.split())):
-        _hear(reading, task, sentence.strip())
+    for sentence in _sentences(answer):
+        _hear(reading, task, sentence)
     return reading
 
 

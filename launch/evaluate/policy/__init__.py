@@ -4,6 +4,7 @@ command.py   the arguments of the command
 evaluate.py  `evaluate`, for callers in Python, and what the command does
 policies.py  where responses come from: model folders
 rewards.py   what they are worth: reward models and functions by name
+reference.py KL to a reference model
 metrics.py   report.json from responses and scores
 tables.py    the same as tables
 plots.py     the same as plots

@@ -9,6 +9,7 @@ from launch.evaluate.policy.evaluate import evaluate_policy, show
 from launch.evaluate.policy.policies import Settings
 from launch.evaluate.policy.rewards import named
 from rlhf.errors import UserError
+from rlhf.evaluation.refusals import PATTERN
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,7 +21,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--prompts FILE is missing: what the policies respond to, in any form that training reads")
     settings = Settings(
         samples=args.samples,
-        temperature=args.temperature,
+        temperature=args.temperature[0],
+        more_temperatures=tuple(args.temperature[1:]),
+        reference=args.reference,
+        refusal=PATTERN if args.refusal is None else args.refusal,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         precision=args.precision,

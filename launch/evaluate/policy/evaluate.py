@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -21,11 +21,11 @@ from launch.evaluate.inputs import model_names
 from launch.evaluate.metrics import as_json, flat
 from launch.evaluate.policy.metrics import Sampled, model_metrics, pair_metrics
 from launch.evaluate.policy.page import page_of, warnings
-from launch.evaluate.policy.policies import ModelPolicy, Response, Settings
-from launch.evaluate.policy.rewards import check_rewards, open_scorer
+from launch.evaluate.policy.policies import Settings, check_policy, open_policy
+from launch.evaluate.policy.reference import Reference
+from launch.evaluate.policy.rewards import RefusalScorer, Scorer, check_rewards, open_scorer
 from launch.evaluate.policy.tables import tables
-from launch.model_folder import model_folder
-from launch.score import bar_columns, refuse_unfit
+from launch.score import bar_columns
 from reward_data import Prompt
 from rlhf.runs.artifacts import write_atomic
 
@@ -45,21 +45,15 @@ def evaluate(
     `out`: a folder for the report and the responses. UserError (2, 3, 4, 5) for what cannot be evaluated.
     """
     check_rewards(rewards)
-    folders = {name: model_folder(model) for name, model in policies.items()}
+    for model in policies.values():
+        check_policy(model)
     rows = [prompt for prompt in prompts for _ in range(settings.samples)]
-    sampled: dict[str, Sampled] = {}
     with Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar:
-        for name, folder in folders.items():
-            task = bar.add_task(f"{name} responds", total=len(rows))
-            sampled[name] = sample(folder, policies[name], rows, settings, partial(bar.advance, task))
-        for name, reward in rewards.items():
-            task = bar.add_task(f"{name} scores", total=len(policies))
-            scorer = open_scorer(name, reward, settings)
-            for one in sampled.values():
-                one.scores[name] = score(scorer, one, rows)
-                bar.advance(task)
+        arms = respond(policies, rows, settings, bar)
+        measure(arms, rewards, rows, settings, bar)
+    sampled = {name: of_policy[settings.temperature] for name, of_policy in arms.items()}
     report = {
-        "models": {name: model_metrics(one, rows) for name, one in sampled.items()},
+        "models": {name: metrics_of_model(of_policy, rows, settings) for name, of_policy in arms.items()},
         "pairs": pair_metrics(sampled, rows),
         "rewards": dict(rewards),
         "prompts": len(prompts),
@@ -68,27 +62,60 @@ def evaluate(
     report = as_json(report)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        write_responses(out / "responses.jsonl", sampled, rows, settings.samples)
+        write_responses(out / "responses.jsonl", arms, rows)
         output.write(out, report, page_of(report, sampled, rows))
     return report
 
 
-def sample(folder: Path, model: str, rows: Sequence[Prompt], settings: Settings, advance: Any) -> Sampled:
-    """A response to each row that the policy can read. The id of a row is its place, the same for every policy."""
-    with closing(ModelPolicy(folder, settings)) as policy:
-        encoded, unfit = policy.encode(rows)
-        there = [row for row, prompt in enumerate(encoded) if prompt is not None]
-        refuse_unfit(unfit, bool(there), settings.bad_rows)
-        advance(len(unfit))
-        responses: list[Response | None] = [None] * len(rows)
-        for row, response in zip(
-            there, policy.respond([prompt for prompt in encoded if prompt is not None], there, advance), strict=True
-        ):
-            responses[row] = response
-    return Sampled(model, responses, list(dict.fromkeys(unfit)))
+Arms = Mapping[str, Mapping[float, Sampled]]
+"""Policy → temperature → what was sampled."""
 
 
-def score(scorer: Any, sampled: Sampled, rows: Sequence[Prompt]) -> list[float | None]:
+def respond(policies: Mapping[str, str], rows: Sequence[Prompt], settings: Settings, bar: Progress) -> Arms:
+    """The responses of each policy, one model in memory at a time. The id of a row is its place, the same for all."""
+    arms: dict[str, dict[float, Sampled]] = {}
+    for name, model in policies.items():
+        task = bar.add_task(f"{name} responds", total=len(rows) * len(temperatures_of(settings)))
+        with closing(open_policy(model, settings)) as policy:
+            of_policy = arms[name] = {}
+            for temperature in temperatures_of(settings):
+                found = policy.respond(rows, range(len(rows)), temperature, partial(bar.advance, task))
+                reasons = list(dict.fromkeys(found.reasons))
+                of_policy[temperature] = Sampled(model, settings.samples, found.rows, reasons)
+    return arms
+
+
+def measure(arms: Arms, rewards: Mapping[str, str], rows: Sequence[Prompt], settings: Settings, bar: Progress) -> None:
+    """Scores, KL and refusals of all responses, one model in memory at a time."""
+    everything = [(temperature, one) for of_policy in arms.values() for temperature, one in of_policy.items()]
+    for name, reward in rewards.items():
+        task = bar.add_task(f"{name} scores", total=len(everything))
+        scorer = open_scorer(name, reward, settings)
+        for _, one in everything:
+            one.scores[name] = score(scorer, one, rows)
+            bar.advance(task)
+    refusals = RefusalScorer(settings.refusal)
+    for _, one in everything:
+        one.refused = score(refusals, one, rows)
+    if settings.reference is not None:
+        task = bar.add_task("reference reads", total=len(everything))
+        reference = Reference(settings.reference, settings)
+        for temperature, one in everything:
+            one.kl = reference.kl(one.responses, temperature, one.model)
+            bar.advance(task)
+
+
+def temperatures_of(settings: Settings) -> list[float]:
+    return list(dict.fromkeys([settings.temperature, *settings.more_temperatures]))
+
+
+def metrics_of_model(of_policy: Mapping[float, Sampled], rows: Sequence[Prompt], settings: Settings) -> dict[str, Any]:
+    by_temperature = {f"{t:g}": model_metrics(one, rows) for t, one in sorted(of_policy.items())}
+    found = dict(by_temperature[f"{settings.temperature:g}"])
+    return found | ({"by_temperature": by_temperature} if len(by_temperature) > 1 else {})
+
+
+def score(scorer: Scorer, sampled: Sampled, rows: Sequence[Prompt]) -> list[float | None]:
     there = [(row, response) for row, response in enumerate(sampled.responses) if response is not None]
     found: list[float | None] = [None] * len(rows)
     scores = scorer.score([rows[row] for row, _ in there], [response for _, response in there])
@@ -136,25 +163,33 @@ def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def write_responses(path: Path, sampled: Mapping[str, Sampled], rows: Sequence[Prompt], samples: int) -> None:
-    lines = []
-    for name, one in sampled.items():
-        for row, response in enumerate(one.responses):
-            if response is not None:
-                lines.append(
-                    {
-                        "model": name,
-                        "prompt": row // samples,
-                        "sample": row % samples,
-                        "tag": rows[row].tag,
-                        "messages": [{"role": m.role, "content": m.content} for m in rows[row].messages],
-                        "response": response.text,
-                        "length": response.length,
-                        "finished": response.finished,
-                        "scores": {reward: scores[row] for reward, scores in one.scores.items()},
-                    }
-                )
+def write_responses(path: Path, arms: Arms, rows: Sequence[Prompt]) -> None:
+    lines = (
+        line
+        for name, of_policy in arms.items()
+        for temperature, one in of_policy.items()
+        for line in response_lines(name, temperature, one, rows)
+    )
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def response_lines(name: str, temperature: float, sampled: Sampled, rows: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
+    for row, response in enumerate(sampled.responses):
+        if response is not None:
+            yield {
+                "model": name,
+                "temperature": temperature,
+                "prompt": row // sampled.samples,
+                "sample": row % sampled.samples,
+                "tag": rows[row].tag,
+                "messages": [{"role": m.role, "content": m.content} for m in rows[row].messages],
+                "response": response.text,
+                "length": response.length,
+                "finished": response.finished,
+                "scores": {reward: scores[row] for reward, scores in sampled.scores.items()},
+                "refused": None if sampled.refused is None else bool(sampled.refused[row]),
+                "kl": None if sampled.kl is None else sampled.kl[row],
+            }
 
 
 def show(report: Mapping[str, Any], out: Path) -> None:

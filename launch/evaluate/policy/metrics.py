@@ -12,8 +12,11 @@ import numpy as np
 from launch.evaluate.policy.policies import Response
 from launch.report.section import nested
 from reward_data import Prompt, normalised_prompt
+from rlhf.evaluation.best_of_n import best_of_n
+from rlhf.evaluation.diversity import diversity
 from rlhf.evaluation.policy_report import HeldOutResponses, policy_report
 from rlhf.evaluation.preference import preference
+from rlhf.evaluation.refusals import refusal_rates
 
 
 @dataclass
@@ -21,13 +24,16 @@ class Sampled:
     """What one policy says. A row is a prompt and the number of a sample; all policies have the same rows."""
 
     model: str  # where it is
+    samples: int  # rows of a prompt, which are neighbours
     responses: list[Response | None]  # None: there is none
     reasons: list[str]  # why some are None
     scores: dict[str, list[float | None]] = field(default_factory=dict)  # by reward; None: no response, or it failed
+    kl: list[float | None] | None = None  # nats of each response against the reference
+    refused: list[float | None] | None = None  # 1 for a refusal
 
 
 def model_metrics(sampled: Sampled, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The metrics of one policy; `prompts` has the prompt of each row."""
+    """The metrics of one policy at one temperature; `prompts` has the prompt of each row."""
     there = [row for row, response in enumerate(sampled.responses) if response is not None]
     found: dict[str, Any] = {
         "model": sampled.model,
@@ -37,6 +43,7 @@ def model_metrics(sampled: Sampled, prompts: Sequence[Prompt]) -> dict[str, Any]
     }
     if there:
         found |= _estimates(sampled, prompts, there)
+        found |= _of_groups(sampled, prompts)
     tags = sorted({prompts[row].tag for row in there})
     if len(tags) > 1:
         rows_of = {tag: [row for row in there if prompts[row].tag == tag] for tag in tags}
@@ -51,10 +58,46 @@ def _estimates(sampled: Sampled, prompts: Sequence[Prompt], rows: Sequence[int])
         lengths=[response.length for response in responses],
         finished=[response.finished for response in responses],
         scores={f"rewards.{name}": [scores[row] for row in rows] for name, scores in sampled.scores.items()},
-        kl=None,
+        kl=_known(sampled.kl, rows),
         flagged=None,
     )
-    return nested(policy_report(held_out, [prompts[row] for row in rows]))
+    found = nested(policy_report(held_out, [prompts[row] for row in rows]))
+    if sampled.refused is not None:
+        known = [row for row in rows if sampled.refused[row] is not None]
+        refused = [bool(sampled.refused[row]) for row in known]
+        found["refusals"] = refusal_rates(refused, [prompts[row] for row in known])
+    return found
+
+
+def _known(values: Sequence[float | None] | None, rows: Sequence[int]) -> list[float] | None:
+    """The values of the rows if all are known."""
+    found = [value for row in rows if values is not None and (value := values[row]) is not None]
+    return found if len(found) == len(rows) else None
+
+
+def _of_groups(sampled: Sampled, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What needs the responses to a prompt together."""
+    starts = range(0, len(prompts), sampled.samples)
+    clusters = [normalised_prompt(prompts[start].messages) for start in starts]
+    groups = [[one.text for one in sampled.responses[s : s + sampled.samples] if one is not None] for s in starts]
+    there = [number for number, texts in enumerate(groups) if texts]
+    found: dict[str, Any] = {"diversity": diversity([groups[n] for n in there], [clusters[n] for n in there])}
+    if sampled.samples > 1 and sampled.scores:
+        found["best_of_n"] = _best_of_n(sampled, clusters)
+    return found
+
+
+def _best_of_n(sampled: Sampled, clusters: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{the reward that selects: {the reward that values: curve}}, on prompts whose samples all have all scores."""
+    names = list(sampled.scores)
+    columns = [[np.nan if value is None else value for value in sampled.scores[name]] for name in names]
+    scores_KPS = np.array(columns, dtype=np.float64).reshape(len(names), -1, sampled.samples)
+    whole_P = np.array([np.isfinite(of_prompt_KS).all() for of_prompt_KS in scores_KPS.swapaxes(0, 1)])
+    if not whole_P.any():
+        return {}
+    own = [cluster for cluster, whole in zip(clusters, whole_P.tolist(), strict=True) if whole]
+    scores = dict(zip(names, scores_KPS[:, whole_P], strict=True))
+    return {a: {b: best_of_n(scores[a], scores[b], own) for b in names} for a in names}
 
 
 def pair_metrics(policies: Mapping[str, Sampled], prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:

@@ -4,12 +4,22 @@ intervals; a colour is a policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.evaluate.policy.tables import FIGURES
 from launch.evaluate.tables import at
-from launch.plots import HELD_OUT, REFERENCE, colours_of, drawn_as_svg, error_bars, new_figure, set_labels
+from launch.plots import (
+    HELD_OUT,
+    REFERENCE,
+    add_legend,
+    colours_of,
+    drawn_as_svg,
+    error_bars,
+    new_figure,
+    set_labels,
+    with_errors,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +33,10 @@ def plots(report: Report) -> dict[str, bytes]:
     found = {"Policies": policies(report)}
     if any(report["pairs"].values()):
         found["Win rates"] = win_rates(report)
+    if any(model.get("best_of_n") for model in report["models"].values()):
+        found["Best of n"] = best_of_n(report)
+    if any("by_temperature" in model for model in report["models"].values()):
+        found["Temperature"] = temperatures(report)
     return found
 
 
@@ -76,6 +90,45 @@ def win_rates(report: Report) -> Figure:
     panels[-1].set_xlabel("proportion of prompts, a tie counts half; dashed: even")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+@drawn_as_svg
+def best_of_n(report: Report) -> Figure:
+    """A row per reward that selects, a column per reward that values: the diagonal rises, the others tell what it is worth."""
+    rewards = list(report["rewards"])
+    figure, panels = new_figure(len(rewards), len(rewards))
+    for number, axes in enumerate(panels):
+        selects, values = rewards[number // len(rewards)], rewards[number % len(rewards)]
+        for (name, model), colour in zip(report["models"].items(), colours_of(report["models"]), strict=True):
+            curve = model.get("best_of_n", {}).get(selects, {}).get(values, [])
+            _line(axes, [(point["size"], point["score"]) for point in curve], colour, name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        set_labels(axes, f"{values}, best of n by {selects}", "n", "mean score")
+    add_legend(figure)
+    return figure
+
+
+@drawn_as_svg
+def temperatures(report: Report) -> Figure:
+    keys = {**{f"rewards.{name}": name for name in report["rewards"]}, **FIGURES}
+    series = {name: model.get("by_temperature", {}) for name, model in report["models"].items()}
+    keys = {key: label for key, label in keys.items() if any(at(f, key) for by in series.values() for f in by.values())}
+    columns = min(len(keys), 3)
+    figure, panels = new_figure(-(-len(keys) // columns), columns)
+    for axes, (key, label) in zip(panels, keys.items(), strict=False):
+        for (name, by), colour in zip(series.items(), colours_of(series), strict=True):
+            _line(axes, [(float(t), at(f, key)) for t, f in by.items() if at(f, key)], colour, name)
+        set_labels(axes, label, "temperature", "")
+    for axes in panels[len(keys) :]:
+        axes.set_axis_off()
+    add_legend(figure)
+    return figure
+
+
+def _line(axes: Axes, points: Sequence[tuple[float, Any]], colour: str, name: str) -> None:
+    if points:
+        with_errors(axes, [x for x, _ in points], [estimate for _, estimate in points], colour, name, "-")
 
 
 def _rows(axes: Axes, estimates: Mapping[str, Any], colours: list[str]) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
+from launch.model_folder import model_folder
+from launch.score import refuse_unfit
 from reward_data import Prompt
 from rlhf.chat import format_of
 from rlhf.config import SamplingConfig
 from rlhf.data import EncodedPrompt, prompt_batch
 from rlhf.data.batches import to
 from rlhf.errors import UserError
+from rlhf.evaluation.refusals import PATTERN
 from rlhf.generation import InProcessSampler
 from rlhf.models import load_causal, load_tokenizer, positions
 from rlhf.rewards import responses_of
@@ -22,11 +25,20 @@ from rlhf.rewards import responses_of
 ITERATION = 1 << 41  # of the random numbers: training and its evaluations use others
 
 
+Advance = Callable[[int], object]
+
+
 @dataclass(frozen=True)
 class Settings:
     samples: int = 1
     """Responses to each prompt."""
     temperature: float = 1.0
+    more_temperatures: tuple[float, ...] = ()
+    """Others at which the policies respond too; pairs are compared at `temperature`."""
+    reference: str | None = None
+    """A model with the tokenizer of the policies, from which their KL is measured."""
+    refusal: str = PATTERN
+    """A pattern that the beginning of a refusal has, or `module:function` of the responses."""
     max_new_tokens: int = 512
     batch_size: int = 64
     """Responses sampled, and texts scored, at once."""
@@ -41,8 +53,24 @@ class Response:
     text: str
     length: int  # tokens, EOS included
     finished: bool  # ended with EOS, not by the limit of tokens
-    tokens: list[int]
-    logprob: float  # nats, at the sampling temperature
+    prompt_ids: list[int] = field(default_factory=list)  # what the model read before it
+    tokens: list[int] = field(default_factory=list)
+    logprob: float | None = None  # nats, at the sampling temperature
+
+
+class Responses(NamedTuple):
+    rows: list[Response | None]
+    reasons: list[str]  # why some are None
+
+
+class Policy(Protocol):
+    def respond(self, prompts: Sequence[Prompt], ids: Sequence[int], temperature: float, advance: Advance) -> Responses:
+        """A response to each prompt. The random numbers of a response depend on its id alone, so policies that are
+        compared use the same ones.
+        """
+        ...
+
+    def close(self) -> None: ...
 
 
 class ModelPolicy:
@@ -50,14 +78,34 @@ class ModelPolicy:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.tokenizer, self._settings = load_tokenizer(folder), settings
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device()
         causal: Any = load_causal(folder)
         self._limit = positions(causal.config)
         ends = format_of(self.tokenizer).stop_ids, self.tokenizer.pad_token_id
         self._sampler = InProcessSampler(causal, *ends, settings.precision, self._device)
 
-    def encode(self, prompts: Sequence[Prompt]) -> tuple[list[EncodedPrompt | None], list[str]]:
-        """The prompts with their tokens, None for those that the chat format or the model cannot hold, and why."""
+    def respond(self, prompts: Sequence[Prompt], ids: Sequence[int], temperature: float, advance: Advance) -> Responses:
+        """UserError (3) for prompts that the chat format or the model cannot hold, unless they are skipped."""
+        encoded, unfit = self._encode(prompts)
+        there = [row for row, prompt in enumerate(encoded) if prompt is not None]
+        refuse_unfit(unfit, bool(there), self._settings.bad_rows)
+        advance(len(unfit))
+        found: list[Response | None] = [None] * len(prompts)
+        settings = self._settings
+        sampling = SamplingConfig(
+            temperature=temperature, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+        )
+        window = 4 * settings.batch_size  # continuous batching is slow at the end of each
+        for start in range(0, len(there), window):
+            rows = there[start : start + window]
+            part = [prompt for row in rows if (prompt := encoded[row]) is not None]
+            for row, response in zip(rows, self._sample(part, [ids[row] for row in rows], sampling), strict=True):
+                found[row] = response
+            advance(len(rows))
+        return Responses(found, unfit)
+
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[EncodedPrompt | None], list[str]]:
+        """The prompts with their tokens, None for those that do not fit, and why."""
         chat, found, unfit = format_of(self.tokenizer), [], []
         for prompt in prompts:
             try:
@@ -71,30 +119,33 @@ class ModelPolicy:
                 unfit.append(f"{prompt.source}: {error.message}")
         return found, unfit
 
-    def respond(
-        self, prompts: Sequence[EncodedPrompt], ids: Sequence[int], advance: Callable[[int], object]
-    ) -> list[Response]:
-        """A response to each prompt. The random numbers of a response depend on its id alone, so policies that are
-        compared use the same ones.
-        """
-        settings, found = self._settings, []
-        sampling = SamplingConfig(
-            temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-        )
-        window = 4 * settings.batch_size  # continuous batching is slow at the end of each
-        for start in range(0, len(prompts), window):
-            part = prompts[start : start + window]
-            longest = max(len(prompt.tokens) for prompt in part)
-            batch = to(prompt_batch(self.tokenizer, part, ids[start : start + window], longest), self._device)
-            rollout = self._sampler.sample(batch, sampling, settings.seed, ITERATION)
-            texts = responses_of(rollout, part, self.tokenizer).texts
-            tokens_BR = rollout.tokens_BT[:, -rollout.response_mask_BR.shape[1] :].tolist()
-            logprobs = torch.where(rollout.response_mask_BR, rollout.behaviour_logprobs_BR, 0.0).sum(1).tolist()
-            lengths, finished = rollout.response_mask_BR.sum(1).tolist(), rollout.finished_B.tolist()
-            rows = zip(texts, lengths, finished, tokens_BR, logprobs, strict=True)
-            found += [Response(text, n, done, tokens[:n], logprob) for text, n, done, tokens, logprob in rows]
-            advance(len(part))
-        return found
+    def _sample(
+        self, prompts: Sequence[EncodedPrompt], ids: Sequence[int], sampling: SamplingConfig
+    ) -> Iterator[Response]:
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        batch = to(prompt_batch(self.tokenizer, prompts, ids, longest), self._device)
+        rollout = self._sampler.sample(batch, sampling, self._settings.seed, ITERATION)
+        texts = responses_of(rollout, prompts, self.tokenizer).texts
+        tokens_BR = rollout.tokens_BT[:, -rollout.response_mask_BR.shape[1] :].tolist()
+        logprobs = torch.where(rollout.response_mask_BR, rollout.behaviour_logprobs_BR, 0.0).sum(1).tolist()
+        lengths, finished = rollout.response_mask_BR.sum(1).tolist(), rollout.finished_B.tolist()
+        for prompt, text, n, done, tokens, logprob in zip(
+            prompts, texts, lengths, finished, tokens_BR, logprobs, strict=True
+        ):
+            yield Response(text, n, done, prompt.tokens, tokens[:n], logprob)
 
     def close(self) -> None:
         self._sampler.close()
+
+
+def open_policy(model: str, settings: Settings) -> Policy:
+    return ModelPolicy(model_folder(model), settings)
+
+
+def check_policy(model: str) -> None:
+    """The errors of `open_policy` that are known without loading weights."""
+    model_folder(model)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from launch.evaluate.policy.policies import Response, Settings
+from launch.evaluate.policy.policies import Response, Settings, device
 from launch.model_folder import model_folder
 from launch.score import Text, encode, load_reward_model, score_texts
 from reward_data import Prompt
 from rlhf.chat import format_of
 from rlhf.errors import UserError
 from rlhf.evaluation.items import Item
+from rlhf.evaluation.refusals import matches
 from rlhf.models import load_tokenizer, positions
 from rlhf.rewards import FunctionReward, text_responses
 from rlhf.user_code import load_object
@@ -55,8 +55,8 @@ def is_function(reward: str) -> bool:
 
 
 class FunctionScorer:
-    def __init__(self, name: str, code: str) -> None:
-        function = load_object(code, f"--reward {name}")
+    def __init__(self, name: str, code: str, option: str = "--reward") -> None:
+        function = load_object(code, f"{option} {name}".strip())
         self._reward = FunctionReward(name, function)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float | None]:
@@ -76,7 +76,7 @@ class ModelScorer:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self._tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
-        self._model: Any = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model: Any = model.to(device())
         self._settings = settings
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float | None]:
@@ -100,6 +100,29 @@ class ModelScorer:
         """What PPO's rewards read of a response that was cut off: it does not end with EOS."""
         ends = text.ids[-1] in format_of(self._tokenizer).stop_ids
         return Text(text.row, text.ids[:-1], text.prompt) if ends else text
+
+
+class RefusalScorer:
+    """1 for a response that refuses: it has a pattern, or a function says so."""
+
+    def __init__(self, refusal: str) -> None:
+        self._pattern = refusal
+        self._function = FunctionScorer("", refusal, "--refusal") if names_function(refusal) else None
+        if self._function is None:
+            try:
+                re.compile(refusal)
+            except re.error as error:
+                raise UserError(f"--refusal: {refusal!r} is no pattern: {error}") from error
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float | None]:
+        if self._function is not None:
+            return self._function.score(prompts, responses)
+        return [float(found) for found in matches(self._pattern, [response.text for response in responses])]
+
+
+def names_function(code: str) -> bool:
+    """`module:function` or `file.py:function`, which a pattern hardly looks like."""
+    return re.fullmatch(r"[\w./\\~-]+:[A-Za-z_]\w*", code) is not None
 
 
 def named(rewards: Sequence[str]) -> dict[str, str]:
