@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,7 @@ def test_what_mlflow_missed_is_registered_in_the_order_in_which_it_was_made(tmp_
         tracker = open_tracker(tmp_path / stage, without, stage, "", is_writer=True)
         tracker.model(artifact(f"late-{stage}", f"late {stage}", inputs))
         tracker.close()
+        time.sleep(0.01)  # events have their times in milliseconds
     parent.close()
     assert fill_in(tmp_path, registry)
     tags = client.get_model_version("late-ppo", "1").tags
