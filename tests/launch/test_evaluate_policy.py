@@ -236,3 +236,16 @@ def test_checkpoints_need_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "evaluations.jsonl; give the folder of a run" in capsys.readouterr().err
     assert command(str(tmp_path), "--out", out) == 2
     assert "--prompts FILE is missing" in capsys.readouterr().err
+
+
+def test_kl_to_itself_is_0_and_to_another_is_not(folders: dict[str, str], tmp_path: Path) -> None:
+    """The sampler's logprobs against one forward pass of the reference, at every temperature."""
+    prompts, policies = load_prompts([folders["prompts"]]), {"one": folders["one"], "two": folders["two"]}
+    settings = Settings(samples=2, max_new_tokens=8, more_temperatures=(0.5,), reference=folders["one"])
+    report = evaluate(policies, prompts, {"words": f"{folders['code']}:words"}, settings)
+    for of_temperature in report["models"]["one"]["by_temperature"].values():
+        assert abs(of_temperature["kl"]["value"]) < 1e-4
+    assert report["models"]["two"]["kl"]["value"] > 1e-3
+    assert set(report["models"]["one"]["by_temperature"]) == {"0.5", "1"}
+    assert [point["size"] for point in report["models"]["one"]["best_of_n"]["words"]["words"]] == [1, 2]
+    assert set(report["models"]["one"]["refusals"]) == {"unsafe", "harmless"}
