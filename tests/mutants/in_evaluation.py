@@ -68,6 +68,26 @@ BUGS = [
         Bug("lists with too few scores are read", "_group", "len(A) != len(B) or len(B) < 2", "len(B) < 2"),
     ),
     *bugs_in(
+        "rlhf/evaluation/preference.py",
+        ["rlhf/evaluation/test_preference.py"],
+        Bug(
+            "a tie is a win of the first", "preference", "np.where(A == B, 0.5, A > B)", "np.where(A == B, 1.0, A > B)"
+        ),
+        Bug("the interval knows no clusters", "length_controlled", "sums_by_cluster(A, _)", "A"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/best_of_n.py",
+        ["rlhf/evaluation/test_samples.py"],
+        Bug("the best of n is that of n + 1", "weights_of_best", "comb(A, n - 1)", "comb(A, n)"),
+        Bug("equal scores do not share", "weights_of_best", "(A / B)[C]", "A[C]"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/over_optimization.py",
+        ["rlhf/evaluation/test_over_optimization.py"],
+        Bug("all prompts choose", "over_optimization", "A[B] % 2 == 0", "True"),
+        Bug("a flat proxy is enough", "over_optimization", "A.low > 0", "A.high > 0"),
+    ),
+    *bugs_in(
         "launch/evaluate/scores.py",
         ["launch/test_evaluate_reward.py"],
         Bug("half a window is kept after a kill", "ScoreFile.__init__", "stream.truncate(A)", ""),
