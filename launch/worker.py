@@ -27,7 +27,6 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     """Runs `stage` as the rank that the environment names. Records what the stage raises, and raises it."""
     import torch
 
-    from launch.logged_model import describe
     from rlhf.distributed import collectives
     from rlhf.distributed.engine import prepare_environment
     from rlhf.kernels import enable_kernels
@@ -64,9 +63,8 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
         resolve(config)  # the first rank makes the tiny model
         check_inputs(config, {name: artifact.path for name, artifact in context.inputs.items()})
         artifact = stage_of(stage).run(config, context)
-        tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
         if is_writer:
-            tracker.model(describe(config, artifact))
+            _record_artifact(config, tracker, artifact)
         tracker.close("FINISHED")
         return artifact
     except BaseException as error:
@@ -138,6 +136,16 @@ def _record(config: RunConfig, context: Any) -> None:
         findings = "; ".join(data[role]["findings"])
         context.tracker.tags({f"findings.{role}": findings} if findings else {})
     context.tracker.tags({f"input.{name}": f"{a.path} {a.digest}" for name, a in context.inputs.items()})
+
+
+def _record_artifact(config: RunConfig, tracker: Any, artifact: Artifact) -> None:
+    from launch.logged_model import describe
+    from rlhf.evaluation import held_out
+
+    tracker.tags({"artifact.path": str(artifact.path), "artifact.digest": artifact.digest})
+    tracker.model(describe(config, artifact))
+    if (artifact.path / held_out.FILE).exists():
+        tracker.artifact(artifact.path / held_out.FILE)
 
 
 def _device(torch: Any) -> Any:

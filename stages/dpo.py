@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
@@ -24,7 +25,8 @@ from rlhf.data import pad
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import end_sharded_loading, frozen, full_state, sharded_loading
 from rlhf.errors import UserError
-from rlhf.evaluation.reward_report import reward_report
+from rlhf.evaluation.held_out import write as write_rows
+from rlhf.evaluation.reward_report import pair_rows, reward_report, wins
 from rlhf.models import add_lora, check_model, load_causal, load_tokenizer, save_causal
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
@@ -69,7 +71,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     held_out = HeldOut(encode_pairs(tokenizer, data["preferences"].held_out, dpo.max_length), trainer, config, context)
 
     def measure() -> dict[str, float]:
-        report = held_out.report()
+        report = held_out.report(*held_out.rewards())
         return {"dpo/held_out_accuracy": report["accuracy"]["value"], "dpo/held_out_loss": report["loss"]}
 
     names = {"loss": "dpo/loss", "rewards/accuracies": "dpo/accuracy", "rewards/margins": "dpo/margin"}
@@ -78,14 +80,17 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     names |= {"grad_norm": "dpo/grad_norm", "learning_rate": "dpo/lr"}
     fit(trainer, Reporter(context, names, "dpo/accuracy", dpo.evals, measure))
 
-    metrics = held_out.report() | {"steps": steps, "pairs": len(pairs), "beta": dpo.beta}
+    rewards = held_out.rewards()
+    metrics = held_out.report(*rewards) | {"steps": steps, "pairs": len(pairs), "beta": dpo.beta}
     model: Any = trainer.model
     state = full_state(model, keep=context.is_writer)
     end_sharded_loading()
-    parents = provenance.parents(data, context.inputs)
-    return provenance.commit(
-        config, context, lambda folder: save_causal(model, folder, tokenizer, state), parents, metrics
-    )
+
+    def write(folder: Path) -> None:
+        save_causal(model, folder, tokenizer, state)
+        write_rows(folder, held_out.rows_by_pair(*rewards))
+
+    return provenance.commit(config, context, write, provenance.parents(data, context.inputs), metrics)
 
 
 def encode_pairs(tokenizer: Any, rows: Sequence[Preference], max_length: int) -> list[Pair]:
@@ -141,8 +146,8 @@ class HeldOut:
         self.texts = [(p.prompt, response) for p in pairs for response in (p.chosen, p.rejected)]
         self.reference: list[float] = []
 
-    def report(self) -> dict[str, Any]:
-        """The report of a reward model, and `loss`, the mean DPO loss."""
+    def rewards(self) -> tuple[list[float], list[float]]:
+        """Of the chosen and of the rejected responses."""
         model: Any = self.trainer.model
         if not self.reference:  # it never changes
             off = model.disable_adapter() if self.trainer.ref_model is None else contextlib.nullcontext()
@@ -150,7 +155,10 @@ class HeldOut:
                 self.reference = self._logprobs(self.trainer.ref_model or model)
         logprobs = zip(self._logprobs(model), self.reference, strict=True)
         rewards = [self.config.dpo.beta * (policy - reference) for policy, reference in logprobs]
-        chosen, rejected = rewards[::2], rewards[1::2]
+        return rewards[::2], rewards[1::2]
+
+    def report(self, chosen: list[float], rejected: list[float]) -> dict[str, Any]:
+        """The report of a reward model, and `loss`, the mean DPO loss."""
         report = reward_report(
             chosen_scores=chosen,
             rejected_scores=rejected,
@@ -160,8 +168,12 @@ class HeldOut:
             chosen_lengths=[len(pair.chosen) for pair in self.pairs],
             rejected_lengths=[len(pair.rejected) for pair in self.pairs],
         )
-        gaps = torch.tensor(chosen, dtype=torch.float64) - torch.tensor(rejected, dtype=torch.float64)
-        return report | {"loss": float(-nn.functional.logsigmoid(gaps).mean())}
+        return report | {"loss": float(_losses(chosen, rejected).mean())}
+
+    def rows_by_pair(self, chosen: list[float], rejected: list[float]) -> list[dict[str, Any]]:
+        """What `accuracy` and `loss` of the report are the means of, a row per pair."""
+        values = {"accuracy": wins(chosen, rejected), "loss": _losses(chosen, rejected).tolist()}
+        return pair_rows([pair.row for pair in self.pairs], values)
 
     @torch.no_grad()
     def _logprobs(self, model: Any) -> list[float]:
@@ -190,3 +202,8 @@ class HeldOut:
         model.train(was_training)
         by_place = dict(zip(order, collectives.join_shards(found, len(texts)), strict=True))
         return [by_place[i] for i in range(len(texts))]
+
+
+def _losses(chosen: list[float], rejected: list[float]) -> Tensor:
+    gaps = torch.tensor(chosen, dtype=torch.float64) - torch.tensor(rejected, dtype=torch.float64)
+    return -nn.functional.logsigmoid(gaps)

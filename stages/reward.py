@@ -7,6 +7,7 @@ Llama 2, §3.2.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,8 @@ from rlhf.data import draw_rows, encode_demonstrations, encode_preferences, mix_
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import end_sharded_loading, full_state, sharded_loading
 from rlhf.errors import UserError
-from rlhf.evaluation.reward_report import reward_report
+from rlhf.evaluation.held_out import write as write_rows
+from rlhf.evaluation.reward_report import pair_rows, reward_report, wins
 from rlhf.models import ScalarModel, add_lora, check_model, last_value, load_scalar, load_tokenizer
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
@@ -110,7 +112,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         return score_all(scorer, rows, config, context, tokenizer.pad_token_id)
 
     def measure() -> dict[str, float]:
-        return {"reward/held_out_accuracy": held_out.report(score)["accuracy"]["value"]}
+        return {"reward/held_out_accuracy": held_out.report(held_out.score(score))["accuracy"]["value"]}
 
     names = {"loss": "reward/loss", "accuracy": "reward/accuracy", "margin": "reward/margin"}
     names |= {"mean_reward": "reward/mean", "grad_norm": "reward/grad_norm", "learning_rate": "reward/lr"}
@@ -120,8 +122,14 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     responses, _ = draw_rows(responses, reward.center_rows, config.seed)
     responses = encode_demonstrations(tokenizer, responses, reward.max_length)
     scores = score([row["input_ids"] for row in responses])
-    metrics = held_out.report(score) | {"offset": sum(scores) / len(scores), "steps": steps}
-    return _commit(config, context, scorer, tokenizer, provenance.parents(data, context.inputs), metrics)
+    on_pairs = held_out.score(score)
+    metrics = held_out.report(on_pairs) | {"offset": sum(scores) / len(scores), "steps": steps}
+    rows, parents = held_out.rows_by_pair(on_pairs), provenance.parents(data, context.inputs)
+    return _commit(config, context, scorer, tokenizer, parents, metrics, rows)
+
+
+Score = Callable[[Sequence[Sequence[int]]], list[float]]
+PairScores = tuple[list[float], list[float]]  # of chosen, of rejected
 
 
 class HeldOut:
@@ -134,12 +142,16 @@ class HeldOut:
         if not fitting:
             raise UserError(f"all held-out preferences are over {max_length} tokens; raise reward.max_length", 3)
         self.rows, self.chosen, self.rejected = zip(*fitting, strict=True)
-        self.own_tag = own_tag
+        self.own = [i for i, row in enumerate(self.rows) if row.tag == own_tag]
 
-    def report(self, score: Callable[[Sequence[Sequence[int]]], list[float]]) -> dict[str, Any]:
-        """The report on pairs of the model's own tag, and `by_tag` on all of them."""
+    def score(self, score: Score) -> PairScores:
+        """The scores of the chosen and of the rejected responses."""
         scores = score([*self.chosen, *self.rejected])
-        chosen, rejected = scores[: len(self.rows)], scores[len(self.rows) :]
+        return scores[: len(self.rows)], scores[len(self.rows) :]
+
+    def report(self, scores: PairScores) -> dict[str, Any]:
+        """The report on pairs of the model's own tag, and `by_tag` on all of them."""
+        chosen, rejected = scores
 
         def on(indices: Sequence[int]) -> dict[str, Any]:
             return reward_report(
@@ -152,9 +164,14 @@ class HeldOut:
                 rejected_lengths=[len(self.rejected[i]) for i in indices],
             )
 
-        own = [i for i, row in enumerate(self.rows) if row.tag == self.own_tag]
         everything = on(range(len(self.rows)))
-        return (on(own) if own else everything) | {"by_tag": everything["by_tag"]}
+        return (on(self.own) if self.own else everything) | {"by_tag": everything["by_tag"]}
+
+    def rows_by_pair(self, scores: PairScores) -> list[dict[str, Any]]:
+        """What `accuracy` of the report is the mean of, a row per pair."""
+        indices = self.own or range(len(self.rows))
+        accuracy = wins(*([side[i] for i in indices] for side in scores))
+        return pair_rows([self.rows[i] for i in indices], {"accuracy": accuracy})
 
 
 @torch.no_grad()
@@ -184,11 +201,14 @@ def _commit(
     tokenizer: Any,
     parents: dict[str, str],
     metrics: dict[str, Any],
+    rows: list[dict[str, Any]],
 ) -> Artifact:
     state = full_state(scorer, keep=context.is_writer)
     end_sharded_loading()
     scorer.scalar.offset = metrics["offset"]
-    state = {name.removeprefix("scalar."): tensor for name, tensor in state.items()}
-    return provenance.commit(
-        config, context, lambda folder: scorer.scalar.save(folder, tokenizer, state), parents, metrics
-    )
+
+    def write(folder: Path) -> None:
+        scorer.scalar.save(folder, tokenizer, {name.removeprefix("scalar."): tensor for name, tensor in state.items()})
+        write_rows(folder, rows)
+
+    return provenance.commit(config, context, write, parents, metrics)

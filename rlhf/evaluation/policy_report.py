@@ -9,6 +9,9 @@ from itertools import pairwise
 from reward_data import Prompt, normalised_prompt
 from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
 
+Values = Sequence[float | None]
+PROPORTIONS = ("eos_rate", "flagged.")  # the names of these metrics begin so; the others are means
+
 
 @dataclass(frozen=True)
 class HeldOutResponses:
@@ -34,21 +37,31 @@ def policy_report(responses: HeldOutResponses, prompts: Sequence[Prompt]) -> dic
                             themselves. Responses of fewer than two words are left out; without others, so is the figure
     """
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
-    report = _mean_of_known(responses.scores, clusters)
+    return estimates(values_by_prompt(responses, prompts), clusters)
+
+
+def values_by_prompt(responses: HeldOutResponses, prompts: Sequence[Prompt]) -> dict[str, Values]:
+    """What `policy_report` is the mean of: a value of each metric for each prompt, None where it has none."""
+    values: dict[str, Values] = {**responses.scores}
     if responses.kl is not None:
-        report["kl"] = bootstrap_mean(responses.kl, clusters)
-    report["length"] = bootstrap_mean(responses.lengths, clusters)
-    report["eos_rate"] = proportion([float(done) for done in responses.finished], clusters)
-    if responses.flagged is not None:
-        for tag in sorted({prompt.tag for prompt in prompts}):
-            of_tag = [i for i, prompt in enumerate(prompts) if prompt.tag == tag]
-            flagged = [float(responses.flagged[i]) for i in of_tag]
-            report[f"flagged.{tag}"] = proportion(flagged, [clusters[i] for i in of_tag])
-    variety = [
-        (found, own) for text, own in zip(responses.texts, clusters, strict=True) if (found := distinct_bigrams(text))
-    ]
-    if variety:
-        report["distinct_2"] = bootstrap_mean([found for found, _ in variety], [own for _, own in variety])
+        values["kl"] = responses.kl
+    values["length"] = responses.lengths
+    values["eos_rate"] = [float(done) for done in responses.finished]
+    for tag in sorted({prompt.tag for prompt in prompts}) if responses.flagged is not None else ():
+        flagged = zip(responses.flagged or (), prompts, strict=True)
+        values[f"flagged.{tag}"] = [float(unsafe) if prompt.tag == tag else None for unsafe, prompt in flagged]
+    values["distinct_2"] = [distinct_bigrams(text) for text in responses.texts]
+    return values
+
+
+def estimates(values: Mapping[str, Values], clusters: Sequence[str]) -> dict[str, Estimate]:
+    """Of each metric over the prompts that have a value; none where no prompt has one."""
+    report = {}
+    for name, column in values.items():
+        known = [(value, own) for value, own in zip(column, clusters, strict=True) if value is not None]
+        if known:
+            interval = proportion if name.startswith(PROPORTIONS) else bootstrap_mean
+            report[name] = interval([value for value, _ in known], [own for _, own in known])
     return report
 
 
@@ -59,17 +72,7 @@ def gain(after: HeldOutResponses, before: HeldOutResponses, prompts: Sequence[Pr
         name: [None if a is None or b is None else a - b for a, b in zip(scores, before.scores[name], strict=True)]
         for name, scores in after.scores.items()
     }
-    return _mean_of_known(differences, clusters)
-
-
-def _mean_of_known(scores: Mapping[str, Sequence[float | None]], clusters: Sequence[str]) -> dict[str, Estimate]:
-    """The mean of each series over the values that did not fail."""
-    report = {}
-    for name, values in scores.items():
-        known = [(value, own) for value, own in zip(values, clusters, strict=True) if value is not None]
-        if known:
-            report[name] = bootstrap_mean([value for value, _ in known], [own for _, own in known])
-    return report
+    return estimates(differences, clusters)
 
 
 def distinct_bigrams(response: str) -> float | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from reward_data import Preference, normalised_prompt
+from rlhf.evaluation.held_out import rows_of
 from rlhf.evaluation.statistics import proportion
 
 RATINGS = ("significantly", "better", "slightly", "negligibly", "unrated")
@@ -33,8 +35,8 @@ def reward_report(
 
     Proportions are `Estimate` dicts, clustered by prompt: {"value", "low", "high", "n"}. Lengths may be in any one unit.
     """
-    wins = _wins(chosen_scores, rejected_scores)
-    longer = _wins(chosen_lengths, rejected_lengths)
+    won = wins(chosen_scores, rejected_scores)
+    longer = wins(chosen_lengths, rejected_lengths)
     unequal = [i for i, chosen_is_longer in enumerate(longer) if chosen_is_longer != 0.5]
 
     def estimate(outcomes: Sequence[float], rows: Sequence[int]) -> dict:
@@ -42,16 +44,16 @@ def reward_report(
 
     def by(labels: Sequence[str], order: Sequence[str]) -> dict:
         rows_of = {label: [i for i, own in enumerate(labels) if own == label] for label in order}
-        return {label: estimate(wins, rows) for label, rows in rows_of.items() if rows}
+        return {label: estimate(won, rows) for label, rows in rows_of.items() if rows}
 
-    everything = range(len(wins))
+    everything = range(len(won))
     length = {"chosen_is_longer": estimate(longer, everything)}
     if unequal:
-        agrees = [win if chosen_is_longer else 1 - win for win, chosen_is_longer in zip(wins, longer, strict=True)]
+        agrees = [win if chosen_is_longer else 1 - win for win, chosen_is_longer in zip(won, longer, strict=True)]
         length["model_prefers_longer"] = estimate(agrees, unequal)
     return {
-        "accuracy": estimate(wins, everything),
-        "ties": estimate([float(win == 0.5) for win in wins], everything),
+        "accuracy": estimate(won, everything),
+        "ties": estimate([float(win == 0.5) for win in won], everything),
         "by_rating": by(ratings, RATINGS),
         "by_tag": by(tags, sorted(set(tags))),
         "length": length,
@@ -66,21 +68,28 @@ def calibration(chosen_scores: Sequence[float], rejected_scores: Sequence[float]
     proportion as an `Estimate` dict. The two are equal for a calibrated model; predicted is larger for an overconfident
     one.
     """
-    wins = _wins(chosen_scores, rejected_scores)
+    won = wins(chosen_scores, rejected_scores)
     predicted = [1 / (1 + math.exp(-abs(c - r))) for c, r in zip(chosen_scores, rejected_scores, strict=True)]
     bins = []
     for low, high in pairwise(CALIBRATION_EDGES):
         rows = [i for i, p in enumerate(predicted) if low <= p < high or p == high == 1.0]
         if rows:
             mean = sum(predicted[i] for i in rows) / len(rows)
-            observed = _proportion(wins, prompts, rows)
+            observed = _proportion(won, prompts, rows)
             bins.append({"low": low, "high": high, "predicted": mean, "observed": observed})
     return bins
 
 
-def _wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+def wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """1 where ours is larger, 0 where theirs is, ½ where they are equal."""
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def pair_rows(pairs: Sequence[Preference], values: Mapping[str, Sequence[float]]) -> list[dict]:
+    """A row of `held_out.jsonl` for each pair."""
+    prompts = [normalised_prompt(pair.prompt) for pair in pairs]
+    texts = [f"{prompt}\n{pair.chosen}\n{pair.rejected}" for prompt, pair in zip(prompts, pairs, strict=True)]
+    return rows_of(texts, prompts, values)
 
 
 def _proportion(outcomes: Sequence[float], prompts: Sequence[str], rows: Sequence[int]) -> dict:

@@ -9,11 +9,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from reward_data import Prompt
+from reward_data import Prompt, normalised_prompt
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import full_state
 from rlhf.errors import UserError
-from rlhf.evaluation.policy_report import HeldOutResponses, gain, policy_report
+from rlhf.evaluation.held_out import rows_of
+from rlhf.evaluation.policy_report import HeldOutResponses, gain, policy_report, values_by_prompt
 from rlhf.evaluation.statistics import Estimate
 from rlhf.models import ScalarModel, save_causal
 from rlhf.models.policy import PolicyModel
@@ -86,6 +87,17 @@ def compare(prompts: Sequence[Prompt], responses: Mapping[str, HeldOutResponses]
         "kl": reports["ppo"]["kl"]["value"],
         "samples": before_and_after(prompts, responses),
     }
+
+
+def rows_by_prompt(prompts: Sequence[Prompt], responses: Mapping[str, HeldOutResponses]) -> list[dict[str, Any]]:
+    """What `compare` is the mean of, a row per prompt, each metric after the name of its policy: `ppo.gold`."""
+    texts = [normalised_prompt(prompt.messages) for prompt in prompts]
+    values = {
+        f"{policy}.{name}": column
+        for policy, own in responses.items()
+        for name, column in values_by_prompt(own, prompts).items()
+    }
+    return rows_of(texts, texts, values)
 
 
 def _with_full_state(module: nn.Module, use: Callable[[dict[str, Tensor]], None], folder: Path) -> None:

@@ -172,7 +172,9 @@ def test_accuracy_is_of_the_own_tag_and_also_told_for_both(run):
         pair(4, "helpful", "far too long " * 99, "no"),  # over the length: left out
     ]
     held_out = reward.HeldOut(tokenizer, rows, "safety", 128)
-    report = held_out.report(lambda sequences: [float(len(ids)) for ids in sequences])
+    scores = held_out.score(lambda sequences: [float(len(ids)) for ids in sequences])
+    report, kept = held_out.report(scores), held_out.rows_by_pair(scores)
+    assert [row["accuracy"] for row in kept] == [0.0]
     assert report["accuracy"]["value"] == 0.0 and report["accuracy"]["n"] == 1
     assert report["by_tag"]["helpful"]["value"] == 1.0 and report["by_tag"]["helpful"]["n"] == 2
     assert report["by_tag"]["safety"]["value"] == 0.0

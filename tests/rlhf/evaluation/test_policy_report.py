@@ -6,7 +6,7 @@ import pytest
 
 from reward_data import Message, Prompt
 from reward_data.records import Tag
-from rlhf.evaluation.policy_report import HeldOutResponses, distinct_bigrams, gain, policy_report
+from rlhf.evaluation.policy_report import HeldOutResponses, distinct_bigrams, gain, policy_report, values_by_prompt
 from rlhf.evaluation.statistics import bootstrap_mean, wilson
 
 SCORES: dict[str, list[float]] = {"gold": [0.5, 1.0, 0.0], "helpfulness": [1, 2, 3]}
@@ -114,3 +114,11 @@ def test_without_bigrams_there_is_no_distinct_2():
 )
 def test_distinct_bigrams_by_hand(answer, expected):
     assert distinct_bigrams(answer) == expected
+
+
+def test_values_by_prompt_are_those_that_the_report_is_the_mean_of():
+    values = values_by_prompt(ANSWERS, [*prompts("a", "b"), *prompts("c", tag="safety")])
+    assert values["gold"] == [0.5, 1.0, 0.0] and values["length"] == [4, 8, 3]
+    assert values["eos_rate"] == [1.0, 0.0, 1.0]
+    assert values["flagged.helpful"] == [1.0, 0.0, None] and values["flagged.safety"] == [None, None, 1.0]
+    assert values["distinct_2"] == [1.0, 0.5, None]
