@@ -37,6 +37,7 @@ class Page:
     plots: Mapping[str, bytes]  # SVG by title
     examples: Sequence[Example]
     examples_title: str
+    intervals: str = "Brackets and bars: 95 % intervals, clustered by prompt."
 
 
 def markdown(page: Page) -> str:
@@ -60,7 +61,7 @@ def html(page: Page) -> str:
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(page.title)}</title><style>{STYLE}</style>",
         f"<h1>{escape(page.title)}</h1>",
-        "<p class=note>Brackets and bars: 95 % intervals, clustered by prompt.</p>",
+        f"<p class=note>{escape(page.intervals)}</p>",
         f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in page.notes)}</ul>",
         *(f"<p class=warning><b>Warning.</b> {escape(warning)}</p>" for warning in page.warnings),
         *map(_table, page.tables[:1]),

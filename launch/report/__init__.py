@@ -55,6 +55,11 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for section, found in _sections(report) for name, value in section.headline(found).items()}
 
 
+def results(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(part, metric) → estimate, or `{"value": …}` alone, of what each stage has made."""
+    return {key: value for section, found in _sections(report) for key, value in section.results(found).items()}
+
+
 def curves(folder: Path, report: Mapping[str, Any]) -> list[Mapping[str, float]]:
     """The metrics by which the training of runs is compared, a line a step, for the parent run in MLflow."""
     return [line for section, _ in _sections(report) for line in section.curves(folder)]

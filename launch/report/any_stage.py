@@ -18,6 +18,7 @@ def section(stage: str) -> Section:
         facts=partial(_facts, stage),
         headline=partial(_headline, stage),
         curves=partial(_curves, stage),
+        results=partial(_results, stage),
     )
 
 
@@ -47,6 +48,13 @@ def _curves(stage: str, folder: Path) -> list[dict[str, float]]:
     """Every metric that stands under the stage's name; none of a stage of several parts, which would share one name."""
     names = [name for name in read_metrics(folder / stage) if name.startswith(f"{stage}/")]
     return read_lines_of(folder / stage, names)
+
+
+def _results(stage: str, found: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """The estimates that stand on top, and its loss."""
+    tops = {name: value for name, value in found.items() if isinstance(value, Mapping) and "value" in value}
+    loss = {"loss": {"value": found["loss"]}} if isinstance(found.get("loss"), float) else {}
+    return {(stage, name): value for name, value in (tops | loss).items() if value["value"] is not None}
 
 
 def _leaves(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

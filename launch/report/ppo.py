@@ -85,6 +85,10 @@ def _headline(found: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _results(found: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    return {("ppo", name): estimate for name, estimate in flat(found["held_out"]["ppo"])}
+
+
 def _curves(folder: Path) -> list[dict[str, float]]:
     return read_lines_of(folder / "ppo", CURVES)
 
@@ -105,4 +109,4 @@ def _appendix(metrics: Metrics) -> list[str]:
     return lines
 
 
-SECTION = Section(_gather, _tables, _facts, _warnings, _headline, _curves, _drawings, _appendix)
+SECTION = Section(_gather, _tables, _facts, _warnings, _headline, _results, _curves, _drawings, _appendix)

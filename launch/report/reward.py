@@ -33,4 +33,8 @@ def _headline(found: Mapping[str, Any]) -> dict[str, float]:
     return {f"eval/accuracy_{name}": model["accuracy"]["value"] for name, model in found.items()}
 
 
-SECTION = Section(_gather, tables=_tables, headline=_headline, drawings=_drawings)
+def _results(found: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    return {(f"reward/{name}", "accuracy"): model["accuracy"] for name, model in found.items()}
+
+
+SECTION = Section(_gather, tables=_tables, headline=_headline, results=_results, drawings=_drawings)

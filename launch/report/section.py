@@ -30,6 +30,9 @@ class Section:
     warnings: Callable[[Any], Sequence[str]] = lambda found: ()
     headline: Callable[[Any], Mapping[str, float]] = lambda found: {}
     """The figures by which runs are compared, named for the parent run in MLflow."""
+    results: Callable[[Any], Mapping[tuple[str, str], Mapping[str, Any]]] = lambda found: {}
+    """(part, metric) → the estimate, or `{"value": …}` alone, of what the stage has made. Where the part keeps values by
+    prompt (held_out.jsonl), they have the same name."""
     curves: Callable[[Path], Sequence[Mapping[str, float]]] = lambda folder: ()
     """(the run's folder) → lines with `step`, `time` and those metrics that the parent run in MLflow has too."""
     drawings: Callable[[Any], Mapping[str, tuple[str, Callable[[], bytes]]]] = lambda found: {}

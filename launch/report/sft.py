@@ -17,4 +17,8 @@ def _facts(found: Mapping[str, Any]) -> list[str]:
     return [f"SFT: held-out loss {number(found['held_out_loss'])} nats per response token"]
 
 
-SECTION = Section(_gather, facts=_facts)
+def _results(found: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    return {("sft", "held_out_loss"): {"value": found["held_out_loss"]}}
+
+
+SECTION = Section(_gather, facts=_facts, results=_results)

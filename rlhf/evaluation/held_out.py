@@ -38,9 +38,11 @@ def write(folder: Path, rows: Iterable[Row]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of the file; none where there is no file, as in artifacts of earlier versions."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return parse(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _digest(text: str) -> str:

@@ -120,6 +120,16 @@ def paired_difference(a: Values, b: Values, clusters: Clusters | None = None) ->
     return bootstrap_mean(np.subtract(a, b), clusters)
 
 
+def mean_of_few(values: Values) -> Estimate:
+    """Mean of independent repeats, such as seeds, with Student's t interval. Raises ValueError for fewer than 2."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size < 2:
+        raise ValueError("the spread of fewer than 2 values is not known")
+    half = float(student.ppf(0.975, array.size - 1)) * float(array.std(ddof=1)) / math.sqrt(array.size)
+    mean = float(array.mean())
+    return estimate(mean, mean - half, mean + half, array.size)
+
+
 def sums_by_cluster(columns_NK: np.ndarray, clusters: Clusters | None) -> np.ndarray:
     """sums_GK of each cluster, a row per cluster."""
     if clusters is None:

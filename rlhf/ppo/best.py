@@ -90,10 +90,10 @@ def compare(prompts: Sequence[Prompt], responses: Mapping[str, HeldOutResponses]
 
 
 def rows_by_prompt(prompts: Sequence[Prompt], responses: Mapping[str, HeldOutResponses]) -> list[dict[str, Any]]:
-    """What `compare` is the mean of, a row per prompt, each metric after the name of its policy: `ppo.gold`."""
+    """What `compare` is the mean of, a row per prompt. Metrics of other policies than PPO's begin with their names."""
     texts = [normalised_prompt(prompt.messages) for prompt in prompts]
     values = {
-        f"{policy}.{name}": column
+        name if policy == "ppo" else f"{policy}.{name}": column
         for policy, own in responses.items()
         for name, column in values_by_prompt(own, prompts).items()
     }

@@ -5,7 +5,9 @@ abandoned.py      closes runs whose process is gone
 jsonl.py          JSONL files that survive a killed writer
 mlflow_sync.py    what MLflow already has of a folder (mlflow.json), the thread that uploads the rest, `fill_in`
 registry.py       registers artifacts as model versions; versions.py finds them, and keeps which one is the champion
-mlflow_client.py  the only file that calls MLflow
+mlflow_client.py  the calls of MLflow that record a run
+mlflow_runs.py    reads runs back from MLflow
+recorded.py       reads runs back from their files
 """
 
 from rlhf.tracking.abandoned import close_abandoned
@@ -20,6 +22,7 @@ from rlhf.tracking.base import (
     read_metrics,
 )
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
+from rlhf.tracking.mlflow_runs import recorded_runs
 from rlhf.tracking.mlflow_sync import NOTHING, catch_up, fill_in
 from rlhf.tracking.versions import Registry, Version, is_reference
 
@@ -41,4 +44,5 @@ __all__ = [
     "public_uri",
     "read_lines_of",
     "read_metrics",
+    "recorded_runs",
 ]

@@ -1,4 +1,4 @@
-"""The only file that calls MLflow: turns lines of the JSONL files into its calls. MLflow is imported at first use."""
+"""Turns lines of the JSONL files into calls of MLflow. MLflow is imported at first use."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.config import TrackingConfig, without_secrets
+from rlhf.errors import UserError
 from rlhf.tracking.logged_models import send_model
 from rlhf.tracking.registry import send_version
 
@@ -172,6 +173,16 @@ class Client:
         if event["reason"]:
             self.mlflow.set_tag(run_id, FAILURE, event["reason"][:MAX_TAG])
         self.mlflow.set_terminated(run_id, event["status"], int(1000 * event["time"]))
+
+
+def reader(uri: str) -> Any:
+    """MLflow's own client of a store that exists. UserError (4) for a file that does not."""
+    if (database := _database(absolute_uri(uri))) and not database.exists():
+        raise UserError(f"--tracking: there is no file {database}", 4)
+    _import_quietly()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=absolute_uri(uri))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
