@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from launch.compare import arguments as compare
 from launch.promote import arguments as promote_arguments
 from stages.base import STAGES, parts_of
 
@@ -60,14 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_scoring(score)
 
     _add_evaluate(commands)
-
-    compare = _command(commands, "compare", _compare, "runs side by side: settings, results, curves")
-    compare.add_argument(
-        "runs", metavar="RUN", nargs="+", help="folders such as runs/NAME, or with --tracking names of runs in MLflow"
-    )
-    compare.add_argument("--tracking", metavar="URI", help="read the runs from this MLflow store or server")
-    compare.add_argument("--experiment", default="rlhf", metavar="NAME", help="of MLflow (default rlhf)")
-    compare.add_argument("--out", type=Path, metavar="DIR", help="also write compare.html and report.json there")
+    text = "runs side by side: settings, results, curves"
+    compare.add_arguments(_command(commands, "compare", compare.handler(_hush), text))
 
     chat = _command(commands, "chat", _chat, "talk with a model in the terminal")
     chat.add_argument("model", metavar="MODEL", help="a model's folder or hub name")
@@ -278,14 +273,6 @@ def _evaluate_policy(args: argparse.Namespace, _: list[str]) -> int:
     from launch.evaluate.policy import command
 
     command.run(args)
-    return 0
-
-
-def _compare(args: argparse.Namespace, _: list[str]) -> int:
-    _hush()
-    from launch.compare.compare import compare_runs
-
-    compare_runs(args.runs, args.tracking, args.experiment, args.out)
     return 0
 
 

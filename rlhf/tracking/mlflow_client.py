@@ -177,7 +177,7 @@ class Client:
 
 def reader(uri: str) -> Any:
     """MLflow's own client of a store that exists. UserError (4) for a file that does not."""
-    if (database := _database(absolute_uri(uri))) and not database.exists():
+    if (database := sqlite_file(absolute_uri(uri))) and not database.exists():
         raise UserError(f"--tracking: there is no file {database}", 4)
     _import_quietly()
     from mlflow import MlflowClient
