@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -49,12 +49,7 @@ def complete(
 ) -> Artifact:
     """Commits the files in `folder` with a manifest. UserError(4) if there are none, UserError(5) on a full disk."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing and reading release Python's lock
-        digests = pool.map(partial(sha256_of, to_disk=True), paths)
-        files = {
-            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, digests, strict=True)
-        }
+    files = digests_of(folder, paths, to_disk=True)
     if not files:
         raise UserError(f"{folder} holds no files, so there is no {kind} artifact to complete.", 4)
     manifest = {
@@ -67,7 +62,9 @@ def complete(
         "files": files,
     }
     require_disk(folder, 2 * len(json.dumps(manifest)))
+    sync_folders(folder)
     write_json(folder / MANIFEST, manifest)
+    sync_folders(folder.parent)
     return _artifact(folder, manifest)
 
 
@@ -122,6 +119,45 @@ def sha256_of(path: Path, *, to_disk: bool = False) -> str:
         if to_disk:
             os.fsync(stream.fileno())
     return digest.hexdigest()
+
+
+def digests_of(folder: Path, paths: Sequence[Path], *, to_disk: bool = False) -> dict[str, dict[str, Any]]:
+    """Name in `folder` → size and SHA-256 of each file."""
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing and reading release Python's lock
+        digests = pool.map(partial(sha256_of, to_disk=to_disk), paths)
+        return {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
+
+
+def damage(folder: Path, files: Mapping[str, Mapping[str, Any]], *, verify: bool) -> str:
+    """The first file that is not as `digests_of` recorded it and what is wrong with it, "" if there is none.
+
+    Sizes are always compared; `verify` also hashes the content.
+    """
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != entry["size"]:
+            return f"{name} has {size} bytes instead of {entry['size']}"
+    if verify:
+        now = digests_of(folder, [folder / name for name in files])
+        for name, entry in files.items():
+            if now[name]["sha256"] != entry["sha256"]:
+                return f"{name} has other content than when it was committed"
+    return ""
+
+
+def sync_folders(folder: Path) -> None:
+    """Waits until the names in `folder` and in its subfolders are on the disk, as those of new files otherwise need not be."""
+    for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @cache
@@ -211,17 +247,8 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> None:
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            fault = "is missing"
-        elif (size := path.stat().st_size) != entry["size"]:
-            fault = f"has {size} bytes instead of {entry['size']}"
-        elif verify and sha256_of(path) != entry["sha256"]:
-            fault = "has other content than when it was committed"
-        else:
-            continue
-        raise UserError(f"The artifact in {folder} is damaged: {name} {fault}. Remove {folder} and run again.", 4)
+    if fault := damage(folder, manifest["files"], verify=verify):
+        raise UserError(f"The artifact in {folder} is damaged: {fault}. Remove {folder} and run again.", 4)
 
 
 def _artifact(folder: Path, manifest: Mapping[str, Any]) -> Artifact:

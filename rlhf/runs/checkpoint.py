@@ -1,22 +1,24 @@
 """Checkpoints, which are committed by their last file. Partial ones are removed, and the last two complete ones kept.
 
-They hold no random state: every draw is keyed by seed, iteration, prompt and position.
+That file holds the digest of every other one, so a damaged checkpoint is set aside and the one before it is used. They hold no random state: every draw is keyed by seed, iteration, prompt and position.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
-from rlhf.runs.artifacts import write_json
+from rlhf.runs.artifacts import damage, digest_of, digests_of, plain, sync_folders, write_json
 
 KEPT = 2
 STATE = "state.json"
+DAMAGED = "damaged-"
 
 
 class Part(Protocol):
@@ -44,21 +46,28 @@ def save(folder: Path, iteration: int, parts: Mapping[str, Part], state: dict[st
 def commit(target: Path, state: dict[str, Any]) -> None:
     """Commits `target` when every rank has written its part, and removes older checkpoints. All ranks must call it.
 
-    `state.json` is written last, so a folder with it is complete.
+    `state.json` is written last, when all other files are on the disk, so a folder with it is complete. Each rank waits
+    for the disk and hashes a shard of the files.
     """
+    collectives.barrier()
+    paths = collectives.broadcast_result(lambda: sorted(path for path in target.rglob("*") if path.is_file()))
+    shards = collectives.gather_objects(digests_of(target, _shard(paths), to_disk=True))
+    files = {name: entry for shard in shards for name, entry in shard.items()}
 
     def finish() -> None:
-        write_json(target / STATE, state)
+        sync_folders(target)
+        write_json(target / STATE, _sealed(state | {"files": files}))
+        sync_folders(target.parent)
         for old in complete(target.parent)[:-KEPT]:
             _remove(old)
 
-    collectives.barrier()
     collectives.rank_zero_only(finish, f"committing {target} and removing older checkpoints")
 
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((path.parent for path in folder.glob(f"*/{STATE}")), key=number)
+    found = (path.parent for path in folder.glob(f"*/{STATE}"))
+    return sorted((path for path in found if not path.name.startswith(DAMAGED)), key=number)
 
 
 def number(checkpoint: Path) -> int:
@@ -67,26 +76,32 @@ def number(checkpoint: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint that the first rank sees; partial ones are removed. All ranks must call it.
+    """The newest complete checkpoint that the first rank sees and that is undamaged. All ranks must call it.
 
-    UserError (5) on every rank if one of them does not see it.
+    Partial ones are removed; damaged ones are renamed to `damaged-…`, with a warning. UserError (5) on every rank if one
+    of them does not see the checkpoint, UserError (4) if all are damaged.
     """
 
-    def choose() -> Path | None:
+    def choose() -> list[Path]:
         found = complete(folder)
         for partial in {*folder.glob("iteration-*"), *folder.glob("checkpoint-*")} - {*found}:
             shutil.rmtree(partial)
-        return found[-1] if found else None
+        return found[::-1]
 
-    chosen = collectives.rank_zero_only(choose, f"removing partial checkpoints from {folder}")
-    missing = [
-        rank for rank, there in enumerate(collectives.gather_objects(not chosen or _is_committed(chosen))) if not there
-    ]
-    if missing:
+    candidates = collectives.rank_zero_only(choose, f"removing partial checkpoints from {folder}")
+    for candidate in candidates:
+        _require_on_all_ranks(candidate)
+        faults = [fault for fault in collectives.gather_objects(_damage(candidate)) if fault]
+        if not faults:
+            return candidate
+        collectives.rank_zero_only(lambda: _set_aside(candidate, faults[0]), f"setting {candidate} aside")  # noqa: B023
+    if candidates:
         raise UserError(
-            f"{chosen} is not there for rank {missing[0]}: runs_dir must be a folder that all nodes share", 5
+            f"every checkpoint in {folder} is damaged; they are renamed to {DAMAGED}…. "
+            "The same command again starts the stage from its beginning.",
+            4,
         )
-    return chosen
+    return None
 
 
 def restore(folder: Path, parts: Mapping[str, Part]) -> dict[str, Any] | None:
@@ -114,6 +129,43 @@ def forget_bests(folder: Path, current: int) -> None:
 
 def _is_committed(checkpoint: Path) -> bool:
     return (checkpoint / STATE).is_file()
+
+
+def _require_on_all_ranks(checkpoint: Path) -> None:
+    seen = collectives.gather_objects(_is_committed(checkpoint))
+    if not all(seen):
+        raise UserError(
+            f"{checkpoint} is not there for rank {seen.index(False)}: runs_dir must be a folder that all nodes share", 5
+        )
+
+
+def _shard(paths: Sequence[Any]) -> Sequence[Any]:
+    """This rank's part of the files to hash."""
+    return paths[collectives.rank() :: collectives.world_size()]
+
+
+def _sealed(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"digest": digest_of(plain(state))}
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with this rank's shard of the files, "" if nothing."""
+    try:
+        state = _state(checkpoint)
+        intact = state.pop("digest") == digest_of(state)
+        files = state["files"]
+    except (ValueError, KeyError, AttributeError):
+        intact, files = False, {}
+    if not intact:
+        return f"{STATE} has other content than when it was written"
+    return damage(checkpoint, {name: files[name] for name in _shard(sorted(files))}, verify=True)
+
+
+def _set_aside(checkpoint: Path, fault: str) -> None:
+    target = checkpoint.with_name(DAMAGED + checkpoint.name)
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
+    print(f"warning: a checkpoint is damaged: {fault}. It is now {target}; the one before it is used.", file=sys.stderr)
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:

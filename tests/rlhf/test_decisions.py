@@ -55,7 +55,7 @@ def checkpoints(folder: Path) -> None:
         target = folder / f"iteration-{number:06d}"
         target.mkdir(parents=True)
         if number < 3:
-            write_json(target / "state.json", {"iteration": number})
+            checkpoint.write_json(target / "state.json", checkpoint._sealed({"iteration": number, "files": {}}))
 
 
 def older_on_rank_1() -> None:
@@ -88,7 +88,7 @@ def restored_state(folder: Path) -> Any:
     """PPO goes on with the state that rank 0 reads."""
     if collectives.rank() == 1:
         read = checkpoint._state
-        checkpoint._state = lambda path: read(path) | {"iteration": 1}
+        checkpoint._state = lambda path: checkpoint._sealed({"iteration": 1, "files": read(path)["files"]})
     return (checkpoint.restore(folder, {}) or {})["iteration"]
 
 

@@ -1,6 +1,9 @@
 """Checkpoints of PPO: whole or not there, newest first, and a resumed engine goes on as if nothing had happened."""
 
+import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 from rlhf.config import HardwareConfig, OptimConfig
 from rlhf.distributed.engine import LocalEngine
+from rlhf.errors import UserError
 from rlhf.runs import checkpoint
 
 STATE = {"iteration": 2, "beta": 0.0125, "best": -0.5, "best_iteration": 1, "since_best": 1}
@@ -125,3 +129,55 @@ def test_only_the_last_two_are_kept(engines, tmp_path):
     for iteration in (1, 2, 3, 4):
         checkpoint.save(tmp_path, iteration, engines, STATE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration-000003", "iteration-000004"]
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit_the_state(file: Path) -> None:
+    state = file.parents[1] / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"beta": 9.0}))
+
+
+def tear_the_state(file: Path) -> None:
+    truncate(file.parents[1] / "state.json")
+    truncate(file.parents[1] / "state.json")
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink, edit_the_state, tear_the_state])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(
+    engines: dict[str, LocalEngine], tmp_path: Path, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.save(tmp_path, 1, engines, STATE | {"iteration": 1})
+    older = weights(engines)
+    for engine in engines.values():
+        learn(engine)
+    checkpoint.save(tmp_path, 2, engines, STATE)
+    harm(next(path for path in sorted((tmp_path / "iteration-000002/a").rglob("*")) if path.is_file()))
+
+    restored = checkpoint.restore(tmp_path, engines)
+    assert restored is not None and restored["iteration"] == 1
+    assert all(torch.equal(older[name], weight) for name, weight in weights(engines).items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-iteration-000002", "iteration-000001"]
+    assert "a checkpoint is damaged" in capsys.readouterr().err
+
+    checkpoint.save(tmp_path, 2, engines, STATE)
+    assert checkpoint.newest(tmp_path) == tmp_path / "iteration-000002"
+
+
+def test_where_all_are_damaged_the_stage_does_not_begin_anew_unasked(
+    engines: dict[str, LocalEngine], tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path, 1, engines, STATE)
+    edit_the_state(tmp_path / "iteration-000001/a/any")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged") as caught:
+        checkpoint.restore(tmp_path, engines)
+    assert caught.value.exit_code == 4
+    assert checkpoint.restore(tmp_path, engines) is None
