@@ -73,11 +73,11 @@ BUGS = [
         ),
         Bug(
             "the held-out reference has the adapter",
-            "HeldOut.report",
+            "HeldOut.rewards",
             "model.disable_adapter()",
             "contextlib.nullcontext()",
         ),
-        Bug("the held-out loss is without beta", "HeldOut.report", "self.config.dpo.beta * A", "A"),
+        Bug("the held-out loss is without beta", "HeldOut.rewards", "self.config.dpo.beta * A", "A"),
         Bug(
             "the reference starts from the base model",
             "open_trainer",

@@ -118,7 +118,7 @@ def held_out_reward(folder: Path) -> Any:
     worth = 0.5 + collectives.rank()
     answers = HeldOutResponses(["a"], [1], [True], {"reward.h": [worth]}, [0.0], None)
     combined = Combined(torch.tensor([worth]), torch.tensor([False]))
-    evaluator = Evaluator(None, SimpleNamespace(tracker=Quiet()), Quiet(), None)  # type: ignore[arg-type]
+    evaluator = Evaluator(None, SimpleNamespace(tracker=Quiet(), is_writer=False), Quiet(), None)  # type: ignore[arg-type]
     evaluator._evaluate = lambda *_: (answers, combined)  # type: ignore[method-assign]
     reward = evaluator.reward([Prompt((Message("user", "a"),), "helpful", "p:1")], 1)
     if reward > 1.0:  # as where a better policy is kept: its shards are gathered
