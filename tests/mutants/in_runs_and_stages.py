@@ -11,7 +11,12 @@ BUGS = [
         Bug("β is lost on resume", "save", "A | B", "{key: A[key] for key in A if key != 'beta'} | B"),
         Bug("the oldest checkpoint is taken", "newest.choose", "found[::-1]", "found"),
         Bug("a damaged checkpoint is used", "newest", "if not faults: return A", "return A"),
-        Bug("only sizes of a checkpoint are compared", "_damage", "damage(A, B, verify=True)", "damage(A, B, verify=False)"),
+        Bug(
+            "only sizes of a checkpoint are compared",
+            "_damage",
+            "damage(A, B, verify=True)",
+            "damage(A, B, verify=False)",
+        ),
         Bug("an edited state is used", "_damage", "if not intact: return _", ""),
         Bug("a stage begins anew where all checkpoints are damaged", "newest", "if candidates: raise A", ""),
         Bug("engines are not loaded", "restore", "_.load(_)", ""),

@@ -90,4 +90,4 @@ def test_the_frontier_has_the_means_of_every_step() -> None:
     points = frontier(evaluations, PROMPTS)
     assert [point["step"] for point in points] == [0, 4, 8]
     assert [point["kl"].value for point in points] == [0, 1, 2]
-    assert points[2]["reward"].value == pytest.approx(np.mean(evaluations[2].values["reward"]))
+    assert points[2]["reward"].value == pytest.approx(np.mean(np.asarray(evaluations[2].values["reward"], float)))
