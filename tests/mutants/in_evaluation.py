@@ -82,6 +82,31 @@ BUGS = [
         Bug("equal scores do not share", "weights_of_best", "(A / B)[C]", "A[C]"),
     ),
     *bugs_in(
+        "rlhf/evaluation/comparison.py",
+        ["launch/test_compare.py", "rlhf/evaluation/test_comparison.py"],
+        Bug("items in common are enough to pair runs", "not_paired", "A != B", "not A & B"),
+        Bug(
+            "a difference by item is of b and a",
+            "difference_by_item",
+            "paired_difference(A, B, C)",
+            "paired_difference(B, A, C)",
+        ),
+        Bug(
+            "a difference by item knows no clusters",
+            "difference_by_item",
+            "paired_difference(A, B, C)",
+            "paired_difference(A, B)",
+        ),
+        Bug("a difference by seed is of b and a", "difference_by_seed", "A[B] - C[B]", "C[B] - A[B]"),
+        Bug("seeds are told without a second one", "over_seeds", "len(A) > 1", "A"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/held_out.py",
+        ["rlhf/evaluation/test_held_out.py"],
+        Bug("a text that stands twice is one item", "rows_of", "f'{A[B]} {B}'", "B"),
+        Bug("what was not measured is kept", "rows_of", "A[B] is not None", "True"),
+    ),
+    *bugs_in(
         "rlhf/evaluation/over_optimization.py",
         ["rlhf/evaluation/test_over_optimization.py"],
         Bug("all prompts choose", "over_optimization", "A[B] % 2 == 0", "True"),
