@@ -215,7 +215,7 @@ def test_the_policy_is_registered_with_the_versions_that_it_started_from(finishe
     assert version.tags["input.sft"].startswith("models:/rlhf-sft/1 ")
     assert version.tags["input.reward/safety"].startswith("models:/rlhf-reward-safety/1 ")
     prompts = {key for key in version.tags if key.startswith("data.prompts: shipped")}
-    assert prompts == {"data.prompts: shipped:train", "data.prompts: shipped:held_out"}
+    assert prompts == {"data.prompts: shipped", "data.prompts: shipped:held_out"}
 
 
 def test_settings_samples_and_the_report_are_kept_with_the_run(finished: Any) -> None:

@@ -79,7 +79,9 @@ def test_the_reward_that_chooses_is_the_one_that_ppo_maximises(run):
     config, sent = run(ALL_BUT_PPO), {}
     prompts, found = load_prompts(config).held_out, opened(config)
     context: Any = SimpleNamespace(
-        device=torch.device("cpu"), tracker=SimpleNamespace(metrics=lambda metrics, step: sent.update(metrics))
+        device=torch.device("cpu"),
+        is_writer=False,
+        tracker=SimpleNamespace(metrics=lambda metrics, step: sent.update(metrics)),
     )
     answers: Any = Evaluator(config, context, found, reward_set(config, found)).evaluate(prompts)
     helpful, safety = (answers.scores[f"reward.{name}"] for name in ("helpfulness", "safety"))
