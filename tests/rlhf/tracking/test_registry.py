@@ -168,3 +168,16 @@ def test_all_earlier_champions_are_remembered(tmp_path: Path, registry, client) 
     client.set_registered_model_tag("to-and-fro", "champion.earlier", "[1, 2]")  # killed before the alias was set
     restored = versions.undo("to-and-fro")
     assert restored and restored.number == 1
+
+
+def test_an_undone_promotion_leaves_no_trace(tmp_path: Path, registry) -> None:
+    finished(tmp_path / "e1", registry, model=(artifact("undone", "e1"),))
+    finished(tmp_path / "e2", registry, model=(artifact("undone", "e2"),))
+    versions = Registry(registry.uri)
+    first, second = (versions.version(f"models:/undone/{number}") for number in (1, 2))
+    versions.promote(first)
+    for _ in range(2):
+        versions.promote(second)
+        restored = versions.undo("undone")
+        assert restored and restored.number == 1
+    assert versions.undo("undone") is None
