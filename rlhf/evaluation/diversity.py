@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean
+from rlhf.evaluation.statistics import Estimate, mean_of_known
 
 ORDERS = 4  # of BLEU
 DISTINCT = (1, 2, 3)
@@ -23,17 +23,9 @@ def diversity(responses: Sequence[Sequence[str]], clusters: Sequence[Hashable]) 
                         prompts of two responses or more: 1 where all are equal
     """
     words = [[response.split() for response in of_prompt] for of_prompt in responses]
-    found: dict[str, Estimate] = {}
-    for n in DISTINCT:
-        known = [
-            (value, own) for one, own in zip(words, clusters, strict=True) if (value := distinct(one, n)) is not None
-        ]
-        if known:
-            found[f"distinct_{n}"] = bootstrap_mean([value for value, _ in known], [own for _, own in known])
-    several = [(self_bleu(one), own) for one, own in zip(words, clusters, strict=True) if len(one) > 1]
-    if several:
-        found["self_bleu"] = bootstrap_mean([value for value, _ in several], [own for _, own in several])
-    return found
+    values: dict[str, list[float | None]] = {f"distinct_{n}": [distinct(one, n) for one in words] for n in DISTINCT}
+    values["self_bleu"] = [self_bleu(one) if len(one) > 1 else None for one in words]
+    return {name: mean for name, column in values.items() if (mean := mean_of_known(column, clusters))}
 
 
 def distinct(responses: Sequence[Sequence[str]], n: int) -> float | None:

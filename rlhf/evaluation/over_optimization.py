@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, paired_difference
+from rlhf.evaluation.statistics import differences, mean_of_known
 
 Values = Sequence[float | None]
 PROXY, KL = "reward", "kl"
@@ -26,7 +26,10 @@ class Evaluation:
 def frontier(evaluations: Sequence[Evaluation], clusters: Sequence[Hashable]) -> list[dict[str, Any]]:
     """`step`, and the mean of each series, of every evaluation: reward against KL is the frontier."""
     return [
-        {"step": one.step, **{name: mean for name, values in one.values.items() if (mean := _mean(values, clusters))}}
+        {
+            "step": one.step,
+            **{name: mean for name, values in one.values.items() if (mean := mean_of_known(values, clusters))},
+        }
         for one in evaluations
     ]
 
@@ -52,7 +55,7 @@ def over_optimization(evaluations: Sequence[Evaluation], clusters: Sequence[Hash
     own = [clusters[row] for row in measure]
     for name, key in (("proxy", PROXY), ("truth", truth)):
         before, after = ([one.values[key][row] for row in measure] for one in (best, last))
-        if (change := _change(before, after, own)) is None:
+        if (change := mean_of_known(differences(after, before), own)) is None:
             return found
         found[name] = change
     rises = found["proxy"].low > 0
@@ -62,16 +65,3 @@ def over_optimization(evaluations: Sequence[Evaluation], clusters: Sequence[Hash
 def _plain_mean(values: Values, rows: Sequence[int]) -> float:
     known = [value for row in rows if (value := values[row]) is not None]
     return sum(known) / len(known) if known else float("-inf")
-
-
-def _mean(values: Values, clusters: Sequence[Hashable]) -> Estimate | None:
-    known = [(value, own) for value, own in zip(values, clusters, strict=True) if value is not None]
-    return bootstrap_mean([value for value, _ in known], [own for _, own in known]) if known else None
-
-
-def _change(before: Values, after: Values, clusters: Sequence[Hashable]) -> Estimate | None:
-    rows = zip(before, after, clusters, strict=True)
-    known = [(a, b, own) for b, a, own in rows if a is not None and b is not None]
-    if not known:
-        return None
-    return paired_difference([a for a, _, _ in known], [b for _, b, _ in known], [own for _, _, own in known])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from reward_data import Prompt, normalised_prompt
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, differences, known_only, proportion
 
 Values = Sequence[float | None]
 PROPORTIONS = ("eos_rate", "flagged.")  # the names of these metrics begin so; the others are means
@@ -58,21 +58,18 @@ def estimates(values: Mapping[str, Values], clusters: Sequence[str]) -> dict[str
     """Of each metric over the prompts that have a value; none where no prompt has one."""
     report = {}
     for name, column in values.items():
-        known = [(value, own) for value, own in zip(column, clusters, strict=True) if value is not None]
+        known, own = known_only(column, clusters)
         if known:
             interval = proportion if name.startswith(PROPORTIONS) else bootstrap_mean
-            report[name] = interval([value for value, _ in known], [own for _, own in known])
+            report[name] = interval(known, own)
     return report
 
 
 def gain(after: HeldOutResponses, before: HeldOutResponses, prompts: Sequence[Prompt]) -> dict[str, Estimate]:
     """By how much each score rose, prompt by prompt: what prompts have in common cancels."""
     clusters = [normalised_prompt(prompt.messages) for prompt in prompts]
-    differences = {
-        name: [None if a is None or b is None else a - b for a, b in zip(scores, before.scores[name], strict=True)]
-        for name, scores in after.scores.items()
-    }
-    return estimates(differences, clusters)
+    gains = {name: differences(scores, before.scores[name]) for name, scores in after.scores.items()}
+    return estimates(gains, clusters)
 
 
 def distinct_bigrams(response: str) -> float | None:

@@ -120,6 +120,23 @@ def paired_difference(a: Values, b: Values, clusters: Clusters | None = None) ->
     return bootstrap_mean(np.subtract(a, b), clusters)
 
 
+def differences(a: Sequence[float | None], b: Sequence[float | None]) -> list[float | None]:
+    """a - b, None where either is missing."""
+    return [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
+
+
+def known_only(values: Sequence[float | None], clusters: Sequence[Hashable]) -> tuple[list[float], list[Hashable]]:
+    """The values that are not missing, and their clusters."""
+    known = [(value, own) for value, own in zip(values, clusters, strict=True) if value is not None]
+    return [value for value, _ in known], [own for _, own in known]
+
+
+def mean_of_known(values: Sequence[float | None], clusters: Sequence[Hashable]) -> Estimate | None:
+    """`bootstrap_mean` of the values that are not missing; None if all are."""
+    known, own = known_only(values, clusters)
+    return bootstrap_mean(known, own) if known else None
+
+
 def mean_of_few(values: Values) -> Estimate:
     """Mean of independent repeats, such as seeds, with Student's t interval. Raises ValueError for fewer than 2."""
     array = np.asarray(values, dtype=np.float64)
