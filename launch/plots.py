@@ -94,17 +94,14 @@ def reward_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
 def held_out(policies: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:
     """Every held-out figure of base, SFT and PPO with its 95 % interval; `policies[policy][figure]` is an estimate."""
     names = list(dict.fromkeys(name for metrics in policies.values() for name in metrics))
-    columns = min(len(names), 3)
-    figure, all_axes = new_figure(-(-len(names) // columns), columns)
-    for axes, name in zip(all_axes, names, strict=False):
+    figure, panels, _ = new_panels(len(names), 3)
+    for axes, name in zip(panels, names, strict=True):
         for place, (policy, metrics) in enumerate(policies.items()):
             if name in metrics:
                 with_errors(axes, [place], [metrics[name]], POLICIES[policy], policy, "")
         axes.set_xticks(range(len(policies)), list(policies))
         axes.set_xlim(-0.6, len(policies) - 0.4)
         set_labels(axes, name, "", "")
-    for axes in all_axes[len(names) :]:
-        axes.set_axis_off()
     figure.suptitle("Responses to held-out prompts, 95 % intervals", x=0.01, horizontalalignment="left")
     return figure
 
@@ -114,6 +111,15 @@ def new_figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
 
     figure = Figure(figsize=(max(6.4, 4.2 * columns), 3.0 * rows + 0.8), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def new_panels(count: int, abreast: int) -> tuple[Figure, list[Axes], int]:
+    """`count` panels, at most `abreast` in a row, and how many stand in a row. Places that are left over stay empty."""
+    columns = min(count, abreast)
+    figure, panels = new_figure(-(-count // columns), columns)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count], columns
 
 
 def with_errors(

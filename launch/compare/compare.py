@@ -13,6 +13,7 @@ from launch.compare.plots import plots
 from launch.compare.record import from_folders, from_mlflow
 from launch.compare.results import compare
 from launch.compare.tables import tables
+from launch.evaluate.output import check_folder
 from launch.evaluate.page import Page, html
 from launch.report import rich_table
 from rlhf.errors import UserError
@@ -26,8 +27,8 @@ def compare_runs(names: Sequence[str], tracking: str | None, experiment: str, ou
     """Compares the runs, shows the tables, and writes report.json and compare.html into `out`. Returns the report."""
     if len(names) < 2:
         raise UserError("rlhf compare needs two runs at least: rlhf compare RUN RUN …")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; name a folder")
+    if out is not None:
+        check_folder(out)
     runs = from_mlflow(tracking, experiment, names) if tracking else from_folders([Path(name) for name in names])
     report = compare(runs)
     show(report, Console())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch.plots import REFERENCE, add_legend, drawn_as_svg, error_bars, new_figure, set_labels
+from launch.plots import REFERENCE, add_legend, drawn_as_svg, error_bars, new_panels, set_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,14 +73,11 @@ def results(report: Report) -> Figure:
 @drawn_as_svg
 def curves(report: Report, shown: Sequence[tuple[str, str, str, str]]) -> Figure:
     colours, names = colours_of(report), labels_of(report)
-    columns = min(COLUMNS, len(shown))
-    figure, all_axes = new_figure(-(-len(shown) // columns), columns)
-    for axes, (title, unit, training, held_out) in zip(all_axes, shown, strict=False):
+    figure, all_axes, _ = new_panels(len(shown), COLUMNS)
+    for axes, (title, unit, training, held_out) in zip(all_axes, shown, strict=True):
         for run, own in report["curves"].items():
             _curve(axes, own.get(training, ()), own.get(held_out, ()), colours[run], names[run])
         set_labels(axes, title, "step", unit)
-    for axes in all_axes[len(shown) :]:
-        axes.set_axis_off()
     add_legend(figure)
     figure.suptitle("Curves: lines are training, dots are held-out data", x=0.01, ha="left")
     return figure
@@ -142,11 +139,9 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 def _forest(report: Report, values: Mapping[str, Mapping[str, Any]], runs: Sequence[str]) -> Figure:
     """A panel per metric with a row per run."""
     colours = colours_of(report)
-    columns = min(COLUMNS, len(values))
-    rows = -(-len(values) // columns)
-    figure, all_axes = new_figure(rows, columns)
-    figure.set_figheight(0.6 + rows * (0.75 + 0.24 * len(runs)))
-    for number, (axes, (metric, of)) in enumerate(zip(all_axes, values.items(), strict=False)):
+    figure, all_axes, columns = new_panels(len(values), COLUMNS)
+    figure.set_figheight(0.6 + -(-len(values) // columns) * (0.75 + 0.24 * len(runs)))
+    for number, (axes, (metric, of)) in enumerate(zip(all_axes, values.items(), strict=True)):
         for place, run in enumerate(runs):
             if (one := of.get(run)) is not None and "low" in one:
                 axes.errorbar(one["value"], place, xerr=error_bars([one]), fmt="o", color=colours[run], capsize=3)
@@ -154,6 +149,4 @@ def _forest(report: Report, values: Mapping[str, Mapping[str, Any]], runs: Seque
         axes.set_ylim(len(runs) - 0.4, -0.6)
         axes.locator_params(axis="x", nbins=5)
         set_labels(axes, metric, "", "")
-    for axes in all_axes[len(values) :]:
-        axes.set_axis_off()
     return figure

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from launch.evaluate.metrics import flat
 from launch.evaluate.page import Page, html, markdown
 from launch.report import rich_table
 from launch.report.section import Table
@@ -38,6 +39,15 @@ def track(out: Path, models: Mapping[str, str], metrics: Mapping[str, float], ur
     tracker.artifact(out / "report.md")
     tracker.artifact(out / "report.html")
     tracker.close()
+
+
+def with_names(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The values of reports for MLflow: of one part by their keys, of several with its name before them."""
+    return {
+        f"{name}/{key}" if len(parts) > 1 else key: value
+        for name, found in parts.items()
+        for key, value in flat(found).items()
+    }
 
 
 def show(out: Path, tables: Iterable[Table], warnings: Iterable[str], more: str) -> None:

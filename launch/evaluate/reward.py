@@ -21,7 +21,6 @@ from launch.evaluate.metrics import (
     Margins,
     agreements,
     as_json,
-    flat,
     model_metrics,
     worst_rows,
 )
@@ -181,14 +180,11 @@ def worst_mistakes(margins: Mapping[str, Margins], files: Sequence[Path]) -> lis
 
 def track(out: Path, inputs: Inputs, report: Mapping[str, Any], options: Options) -> None:
     """The same metrics in MLflow: those of one model by their keys, of several with the model's name before them."""
-    several = len(inputs.models) > 1
-    values = {
-        f"{name}/{key}" if several else key: value
-        for name, found in report["models"].items()
-        for key, value in flat({key: part for key, part in found.items() if key != "worst"}).items()
+    parts = {
+        name: {key: part for key, part in found.items() if key != "worst"} for name, found in report["models"].items()
     }
     models = {name: str(folder) for name, folder in inputs.models.items()}
-    output.track(out, models, values, options.tracking_uri)
+    output.track(out, models, output.with_names(parts), options.tracking_uri)
 
 
 def show(report: Mapping[str, Any], out: Path) -> None:

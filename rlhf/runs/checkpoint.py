@@ -5,6 +5,7 @@ That file holds the digest of every other one, so a damaged checkpoint is set as
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -94,7 +95,7 @@ def newest(folder: Path) -> Path | None:
         faults = [fault for fault in collectives.gather_objects(_damage(candidate)) if fault]
         if not faults:
             return candidate
-        collectives.rank_zero_only(lambda: _set_aside(candidate, faults[0]), f"setting {candidate} aside")  # noqa: B023
+        collectives.rank_zero_only(functools.partial(_set_aside, candidate, faults[0]), f"setting {candidate} aside")
     if candidates:
         raise UserError(
             f"every checkpoint in {folder} is damaged; they are renamed to {DAMAGED}…. "

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from launch.evaluate import output
 from launch.evaluate.inputs import model_names
-from launch.evaluate.metrics import as_json, flat
+from launch.evaluate.metrics import as_json
 from launch.evaluate.page import Page
 from launch.evaluate.tables import at
-from launch.plots import REFERENCE, colours_of, drawn_as_svg, error_bars, new_figure, set_labels
+from launch.plots import REFERENCE, colours_of, drawn_as_svg, error_bars, new_panels, set_labels
 from launch.report.section import Table, interval
 from rlhf.errors import UserError
 from rlhf.evaluation.over_optimization import PROXY, Evaluation, frontier, over_optimization
@@ -37,13 +37,12 @@ def evaluate_checkpoints(runs: Sequence[str], out: Path, tracking_uri: str | Non
     report = as_json({"runs": {name: run_metrics(folder) for name, folder in folders.items()}})
     out.mkdir(parents=True, exist_ok=True)
     output.write(out, report, page_of(report))
-    several = len(runs) > 1
-    values = {
-        f"{name}/{key}" if several else key: value
+    parts = {
+        name: {"last": found["evaluations"][-1], **found.get("over_optimization", {})}
         for name, found in report["runs"].items()
-        for key, value in flat({"last": found["evaluations"][-1], **found.get("over_optimization", {})}).items()
     }
-    output.track(out, {name: str(folder) for name, folder in folders.items()}, values, tracking_uri)
+    places = {name: str(folder) for name, folder in folders.items()}
+    output.track(out, places, output.with_names(parts), tracking_uri)
     return report
 
 
@@ -133,9 +132,8 @@ def _curves(report: Report, place: Any, label: str) -> Figure:
     runs = report["runs"]
     scores = list(dict.fromkeys(key for run in runs.values() for key in series_of(run) if key not in FORM))
     scores.sort(key=lambda key: (key != PROXY, key != GOLD))
-    columns = min(len(scores), 2)
-    figure, panels = new_figure(-(-len(scores) // columns), columns)
-    for axes, key in zip(panels, scores, strict=False):
+    figure, panels, _ = new_panels(len(scores), 2)
+    for axes, key in zip(panels, scores, strict=True):
         for (name, run), colour in zip(runs.items(), colours_of(runs), strict=True):
             shown = [one for one in run["evaluations"] if key in one and "kl" in one]
             estimates = [one[key] for one in shown]
@@ -143,8 +141,6 @@ def _curves(report: Report, place: Any, label: str) -> Figure:
             axes.errorbar([place(one) for one in shown], values, error_bars(estimates), color=REFERENCE, fmt="none")
             axes.plot([place(one) for one in shown], values, "o-", color=colour, label=name, markersize=4)
         set_labels(axes, f"{key} (proxy)" if key == PROXY else key, label, "mean score")
-    for axes in panels[len(scores) :]:
-        axes.set_axis_off()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

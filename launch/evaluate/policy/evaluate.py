@@ -18,7 +18,7 @@ from rich.progress import Progress
 import reward_data
 from launch.evaluate import output
 from launch.evaluate.inputs import model_names
-from launch.evaluate.metrics import as_json, flat
+from launch.evaluate.metrics import as_json
 from launch.evaluate.policy.metrics import Sampled, model_metrics, pair_metrics
 from launch.evaluate.policy.page import page_of, warnings
 from launch.evaluate.policy.policies import Settings, check_policy, open_policy
@@ -154,13 +154,10 @@ def evaluate_policy(
 
 def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
     """The values for MLflow: of one policy by their keys, of several with its name, or the pair's, before them."""
-    several = len(report["models"]) > 1
     parts = {**report["models"], **{name.replace(" ", "_"): found for name, found in report["pairs"].items()}}
-    return {
-        f"{name}/{key}" if several else key: value
-        for name, found in parts.items()
-        for key, value in flat({key: part for key, part in found.items() if key != "model"}).items()
-    }
+    return output.with_names(
+        {name: {key: part for key, part in found.items() if key != "model"} for name, found in parts.items()}
+    )
 
 
 def write_responses(path: Path, arms: Arms, rows: Sequence[Prompt]) -> None:

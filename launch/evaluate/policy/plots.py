@@ -17,6 +17,7 @@ from launch.plots import (
     drawn_as_svg,
     error_bars,
     new_figure,
+    new_panels,
     set_labels,
     with_errors,
 )
@@ -46,16 +47,13 @@ def policies(report: Report) -> Figure:
     models = report["models"]
     keys = {**{f"rewards.{name}": name for name in report["rewards"]}, **FIGURES}
     keys = {key: label for key, label in keys.items() if any(at(found, key) for found in models.values())}
-    columns = min(len(keys), 3)
-    figure, panels = new_figure(-(-len(keys) // columns), columns)
+    figure, panels, columns = new_panels(len(keys), 3)
     figure.set_figheight((1.0 + 0.33 * len(models)) * -(-len(keys) // columns) + 0.3)
-    for number, (axes, (key, label)) in enumerate(zip(panels, keys.items(), strict=False)):
+    for number, (axes, (key, label)) in enumerate(zip(panels, keys.items(), strict=True)):
         _rows(axes, {name: at(found, key) for name, found in models.items()}, colours_of(models))
         axes.set_title(label)
         if number % columns:
             axes.set_yticklabels([])
-    for axes in panels[len(keys) :]:
-        axes.set_axis_off()
     return figure
 
 
@@ -88,7 +86,7 @@ def win_rates(report: Report) -> Figure:
         axes.set_xlim(-0.02, 1.02)
         set_labels(axes, f"Win rate of the first by {name}", "", "")
     panels[-1].set_xlabel("proportion of prompts, a tie counts half; dashed: even")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    add_legend(figure)
     return figure
 
 
@@ -114,14 +112,11 @@ def temperatures(report: Report) -> Figure:
     keys = {**{f"rewards.{name}": name for name in report["rewards"]}, **FIGURES}
     series = {name: model.get("by_temperature", {}) for name, model in report["models"].items()}
     keys = {key: label for key, label in keys.items() if any(at(f, key) for by in series.values() for f in by.values())}
-    columns = min(len(keys), 3)
-    figure, panels = new_figure(-(-len(keys) // columns), columns)
-    for axes, (key, label) in zip(panels, keys.items(), strict=False):
+    figure, panels, _ = new_panels(len(keys), 3)
+    for axes, (key, label) in zip(panels, keys.items(), strict=True):
         for (name, by), colour in zip(series.items(), colours_of(series), strict=True):
             _line(axes, [(float(t), at(f, key)) for t, f in by.items() if at(f, key)], colour, name)
         set_labels(axes, label, "temperature", "")
-    for axes in panels[len(keys) :]:
-        axes.set_axis_off()
     add_legend(figure)
     return figure
 
