@@ -19,11 +19,12 @@ from typing import Any
 
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.errors import UserError
-from rlhf.tracking.logged_models import send_model
+from rlhf.tracking.logged_models import MAX_DIGEST, send_model
 from rlhf.tracking.registry import send_version
 
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # MLflow's limits for one call
-MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # MLflow's limits, characters
+MAX_PARAM, MAX_TAG = 6000, 8000  # MLflow's limits, characters
+PARENT = "mlflow.parentRunId"  # tag
 SYSTEM_SAMPLE_S = 5
 FAILURE = "failure.reason"
 ENVIRONMENT = {  # give up early on a server that is down; print nothing
@@ -37,7 +38,7 @@ ENVIRONMENT = {  # give up early on a server that is down; print nothing
 
 def absolute_uri(uri: str) -> str:
     """`uri`, with a relative SQLite path made absolute: workers have other working folders."""
-    database = sqlite_file(uri)
+    database = _database(uri)
     return uri if database is None else f"sqlite:///{database.absolute()}"
 
 
@@ -64,28 +65,28 @@ class Client:
         assert settings.uri is not None
         self._uri, self._experiment = absolute_uri(settings.uri), settings.experiment
         _import_quietly()
-        if (database := sqlite_file(self._uri)) and not database.exists():
+        if (database := _database(self._uri)) and not database.exists():
             _make_database(database)
         from mlflow import MlflowClient
 
-        self.mlflow = MlflowClient(tracking_uri=self._uri)
+        self._mlflow = MlflowClient(tracking_uri=self._uri)
 
     def experiment_id(self) -> str:
         """The experiment, created if it does not exist."""
         from mlflow.exceptions import MlflowException
 
-        if found := self.mlflow.get_experiment_by_name(self._experiment):
+        if found := self._mlflow.get_experiment_by_name(self._experiment):
             if VIEW not in found.tags:
-                self.mlflow.set_experiment_tag(found.experiment_id, VIEW, _view())
+                self._mlflow.set_experiment_tag(found.experiment_id, VIEW, _view())
             return found.experiment_id
-        database = sqlite_file(self._uri)
+        database = _database(self._uri)
         files = None if database is None else (database.parent / "mlruns").as_uri()  # not in the working folder
         try:
-            return self.mlflow.create_experiment(
+            return self._mlflow.create_experiment(
                 self._experiment, artifact_location=files, tags={**EXPERIMENT_TAGS, VIEW: _view()}
             )
         except MlflowException:
-            if found := self.mlflow.get_experiment_by_name(self._experiment):  # another process was quicker
+            if found := self._mlflow.get_experiment_by_name(self._experiment):  # another process was quicker
                 return found.experiment_id
             raise
 
@@ -95,15 +96,15 @@ class Client:
         with suppress(OSError, KeyError):  # a container may have no user name
             tags["mlflow.user"] = getpass.getuser()
         if parent_run_id:
-            tags["mlflow.parentRunId"] = parent_run_id
-        return self.mlflow.create_run(self.experiment_id(), int(1000 * started), tags, name).info.run_id
+            tags[PARENT] = parent_run_id
+        return self._mlflow.create_run(self.experiment_id(), int(1000 * started), tags, name).info.run_id
 
     def has_run(self, run_id: str) -> bool:
         """False if the run was deleted or the store is new."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.mlflow.get_run(run_id).info.lifecycle_stage == "active"
+            return self._mlflow.get_run(run_id).info.lifecycle_stage == "active"
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return False
@@ -119,7 +120,7 @@ class Client:
             if key not in ("step", "time")
         ]
         for part in _parts(metrics, MAX_METRICS):
-            self.mlflow.log_batch(run_id, metrics=part)
+            self._mlflow.log_batch(run_id, metrics=part)
 
     def send_event(self, run_id: str, event: Mapping[str, Any]) -> None:
         match event:
@@ -128,17 +129,17 @@ class Client:
             case {"event": "tags", "values": values}:
                 self._send_tags(run_id, values)
             case {"event": "dataset"}:
-                self.mlflow.log_inputs(run_id, [_dataset_input(event)])
+                self._mlflow.log_inputs(run_id, [_dataset_input(event)])
             case {"event": "table", "name": name, "rows": rows}:
                 columns = dict.fromkeys(key for row in rows for key in row)
                 table = {column: [row.get(column) for row in rows] for column in columns}
-                self.mlflow.log_table(run_id, table, f"{name}.json")
+                self._mlflow.log_table(run_id, table, f"{name}.json")
             case {"event": "model"}:
-                model_id = send_model(self.mlflow, run_id, event)
+                model_id = send_model(self._mlflow, run_id, event)
                 if "registered" in event:  # not in what an older version wrote
-                    send_version(self.mlflow, run_id, model_id, event)
+                    send_version(self._mlflow, run_id, model_id, event)
             case {"event": "artifact", "path": path} if Path(path).exists():
-                self.mlflow.log_artifact(run_id, path)
+                self._mlflow.log_artifact(run_id, path)
             case {"event": "status"}:
                 self._send_status(run_id, event)
 
@@ -153,32 +154,32 @@ class Client:
         """MLflow's parameters are immutable, so those of a resumed run stay as they are."""
         from mlflow.entities import Param
 
-        known = self.mlflow.get_run(run_id).data.params
+        known = self._mlflow.get_run(run_id).data.params
         params = [Param(_name(key), value[:MAX_PARAM]) for key, value in flatten(values) if _name(key) not in known]
         for part in _parts(params, MAX_PARAMS):
-            self.mlflow.log_batch(run_id, params=part)
+            self._mlflow.log_batch(run_id, params=part)
 
     def _send_tags(self, run_id: str, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         for part in _parts([RunTag(_name(key), str(value)[:MAX_TAG]) for key, value in values.items()], MAX_TAGS):
-            self.mlflow.log_batch(run_id, tags=part)
+            self._mlflow.log_batch(run_id, tags=part)
 
     def _send_status(self, run_id: str, event: Mapping[str, Any]) -> None:
         if event["status"] == "RUNNING":
-            self.mlflow.update_run(run_id, status="RUNNING")
-            if FAILURE in self.mlflow.get_run(run_id).data.tags:  # of the attempt before
-                self.mlflow.delete_tag(run_id, FAILURE)
+            self._mlflow.update_run(run_id, status="RUNNING")
+            if FAILURE in self._mlflow.get_run(run_id).data.tags:  # of the attempt before
+                self._mlflow.delete_tag(run_id, FAILURE)
             return
         if event["reason"]:
-            self.mlflow.set_tag(run_id, FAILURE, event["reason"][:MAX_TAG])
-        self.mlflow.set_terminated(run_id, event["status"], int(1000 * event["time"]))
+            self._mlflow.set_tag(run_id, FAILURE, event["reason"][:MAX_TAG])
+        self._mlflow.set_terminated(run_id, event["status"], int(1000 * event["time"]))
 
 
-def reader(uri: str) -> Any:
-    """MLflow's own client of a store that exists. UserError (4) for a file that does not."""
-    if (database := sqlite_file(absolute_uri(uri))) and not database.exists():
-        raise UserError(f"--tracking: there is no file {database}", 4)
+def open_store(uri: str, option: str) -> Any:
+    """MLflow's own client of a store that exists. `option`: what named it. UserError (4) for a file that does not."""
+    if (database := _database(absolute_uri(uri))) and not database.exists():
+        raise UserError(f"{option}: there is no file {database}", 4)
     _import_quietly()
     from mlflow import MlflowClient
 
@@ -251,7 +252,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-def sqlite_file(uri: str) -> Path | None:
+def _database(uri: str) -> Path | None:
     path = uri.removeprefix("sqlite:///")
     return None if path == uri or not path or path.startswith(":") else Path(path)
 

@@ -9,9 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.tracking.mlflow_client import public_uri, reader
+from rlhf.tracking.mlflow_client import PARENT, open_store, public_uri
 
-PARENT = "mlflow.parentRunId"
 MAX_RUNS = 1000
 
 
@@ -48,7 +47,7 @@ def recorded_runs(
 
 
 def _find(uri: str, experiment: str, names: Sequence[str]) -> list[tuple[Any, Any]]:
-    mlflow = reader(uri)
+    mlflow = open_store(uri, "--tracking")
     found = mlflow.get_experiment_by_name(experiment)
     if found is None:
         raise UserError(

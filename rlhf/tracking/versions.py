@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import TrackingConfig
 from rlhf.errors import UserError
-from rlhf.tracking.mlflow_client import Client, public_uri, sqlite_file
+from rlhf.tracking.mlflow_client import open_store, public_uri
 from rlhf.tracking.registry import DIGEST, PATH
 
 CHAMPION, EARLIER = "champion", "champion.earlier"  # an alias; a tag of the registered model: its earlier champions
@@ -46,9 +45,7 @@ class Registry:
 
     def __init__(self, uri: str) -> None:
         self._uri = public_uri(uri)
-        if (file := sqlite_file(uri)) and not file.exists():
-            raise UserError(f"--tracking-uri: there is no MLflow store {self._uri}", 4)
-        self._mlflow = Client(TrackingConfig(uri=uri)).mlflow
+        self._mlflow = open_store(uri, "--tracking-uri")
 
     def version(self, reference: str) -> Version:
         """`models:/NAME/3` or `models:/NAME@ALIAS`."""
