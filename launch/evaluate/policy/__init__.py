@@ -1,6 +1,5 @@
 """`rlhf evaluate policy`: the responses of several policies to the same prompts.
 
-command.py   the arguments of the command
 evaluate.py  `evaluate`, for callers in Python, and what the command does
 policies.py  where responses come from: model folders
 rewards.py   what they are worth: reward models and functions by name

@@ -1,13 +1,15 @@
-"""`rlhf compare` on the command line. No library is imported here."""
+"""`rlhf compare`: runs side by side."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
+from launch.commands.arguments import command, silence_deepspeed
 
-def add_arguments(compare: argparse.ArgumentParser) -> None:
+
+def add(commands: argparse._SubParsersAction) -> None:
+    compare = command(commands, "compare", _compare, "runs side by side: settings, results, curves")
     compare.add_argument(
         "runs", metavar="RUN", nargs="+", help="folders such as runs/NAME, or with --tracking names of runs in MLflow"
     )
@@ -16,12 +18,9 @@ def add_arguments(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--out", type=Path, metavar="DIR", help="also write compare.html and report.json there")
 
 
-def handler(hush: Callable[[], None]) -> Callable[[argparse.Namespace, list[str]], int]:
-    def compare(args: argparse.Namespace, _: list[str]) -> int:
-        hush()
-        from launch.compare.compare import compare_runs
+def _compare(args: argparse.Namespace, _: list[str]) -> int:
+    silence_deepspeed()
+    from launch.compare.compare import compare_runs
 
-        compare_runs(args.runs, args.tracking, args.experiment, args.out)
-        return 0
-
-    return compare
+    compare_runs(args.runs, args.tracking, args.experiment, args.out)
+    return 0

@@ -1,12 +1,15 @@
-"""The arguments of the command. Nothing heavy is imported here."""
+"""`rlhf promote`: a policy becomes the champion if it is better."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from launch.commands.arguments import add_tracking, command, silence_deepspeed
 
-def add_to(parser: argparse.ArgumentParser) -> None:
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = command(commands, "promote", _promote, "make a policy the champion if it is better than the present one")
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -25,3 +28,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--prompts", nargs="+", metavar="FILE", help="default: the held-out prompts that the run reports on"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: beside the artifact)")
+    add_tracking(parser)
+
+
+def _promote(args: argparse.Namespace, _: list[str]) -> int:
+    silence_deepspeed()
+    from launch.promote.command import run
+
+    return run(args)

@@ -1,0 +1,8 @@
+"""The commands of `rlhf`: their arguments, and what each calls. What a command does stays in a package of its own.
+
+Every file has `add(commands)`, and imports libraries only when its command runs, so that `--help` is there at once.
+"""
+
+from launch.commands import compare, evaluate, lineage, models, promote, runs
+
+ALL = (runs, models, evaluate, compare, lineage, promote)
