@@ -5,8 +5,8 @@ class UserError(Exception):
     """A mistake that its reader can fix. Shown as one message without a traceback; the process exits with `exit_code`.
 
     Exit codes: 2 for a mistake in settings or on the command line, 3 for bad data, 4 for a missing or broken model or
-    artifact, 5 for a machine that is too small (CPUs, disk), 6 for training that had to stop. `rlhf promote` ends
-    with 7 where it refuses.
+    artifact, 5 for a machine that is too small (CPUs, disk), 6 for training that had to stop, 8 for a server that cannot
+    be reached. `rlhf promote` ends with 7 where it refuses.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:

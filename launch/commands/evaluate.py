@@ -44,7 +44,9 @@ def _add_reward(kinds: argparse._SubParsersAction) -> None:
 
 def _add_policy(kinds: argparse._SubParsersAction) -> None:
     policy = command(kinds, "policy", _evaluate_policy, "report what policies say to the same prompts")
-    policy.add_argument("models", metavar="MODEL", nargs="+", help="a model's folder or hub name")
+    policy.add_argument(
+        "models", metavar="MODEL", nargs="+", help="a model's folder or hub name, or openai:MODEL@URL: an endpoint"
+    )
     policy.add_argument(
         "--prompts", nargs="+", default=[], metavar="FILE", help="in any form that training reads; or `shipped`"
     )
@@ -71,6 +73,12 @@ def _add_policy(kinds: argparse._SubParsersAction) -> None:
     )
     policy.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default 512")
     policy.add_argument("--seed", type=int, default=0, help="default 0")
+    policy.add_argument(
+        "--deadline", type=above_0, default=120.0, metavar="S", help="for a request to an endpoint (default 120 s)"
+    )
+    policy.add_argument(
+        "--parallel", type=positive, default=8, metavar="N", help="requests to an endpoint at once (default 8)"
+    )
     add_scoring(policy, batch_size=64)
     add_tracking(policy)
 
@@ -110,6 +118,8 @@ def _evaluate_policy(args: argparse.Namespace, _: list[str]) -> int:
         precision=args.precision,
         seed=args.seed,
         bad_rows=args.bad_rows,
+        deadline_s=args.deadline,
+        parallel=args.parallel,
     )
     report = evaluate_policy(args.models, args.prompts, named(args.reward), settings, args.out, tracking_uri(args))
     show(report, args.out)

@@ -18,7 +18,7 @@ class HeldOutResponses:
     """The responses to the held-out prompts, in their order, on every rank."""
 
     texts: list[str]
-    lengths: list[int]  # tokens, EOS inside
+    lengths: Values  # tokens, EOS inside; None where they are not known
     finished: list[bool]
     scores: Mapping[str, Sequence[float | None]]  # reward.<name>, and gold where there is one; None where it failed
     kl: list[float] | None  # nats per response against the reference, k1; None without one

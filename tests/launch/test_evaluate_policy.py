@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rlhf.config import TinyConfig, TrackingConfig
 from rlhf.models import ScalarModel, load_tokenizer, save_causal
 from rlhf.models.tiny import train_tokenizer, untrained_llama
 from rlhf.tracking import fill_in
+from tests.launch.chat_server import Reply, Request, chat, chat_server
 
 TEXTS = ["what is 2 + 2? it is 4", "sort the words: pear, apple. apple, pear", "say hello. hello!"] * 20
 SIZE = TinyConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2)
@@ -249,3 +251,59 @@ def test_kl_to_itself_is_0_and_to_another_is_not(folders: dict[str, str], tmp_pa
     assert set(report["models"]["one"]["by_temperature"]) == {"0.5", "1"}
     assert [point["size"] for point in report["models"]["one"]["best_of_n"]["words"]["words"]] == [1, 2]
     assert set(report["models"]["one"]["refusals"]) == {"unsafe", "harmless"}
+
+
+def test_a_policy_behind_an_endpoint_stands_beside_ours(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failures are counted, left out and shown; the key is in no file."""
+    key = f"sk-{secrets.token_hex(8)}"  # not a literal: MLflow keeps the diff of this file
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    def answer(request: Request) -> Reply:
+        number = int(request.body["messages"][-1]["content"].removeprefix("question "))
+        if number == 3:
+            return Reply(f"refused for {request.key}".encode(), 400)
+        return chat("one two three", None if number == 4 else 10 + number, "length" if number == 5 else "stop")
+
+    out, uri = tmp_path / "out", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = f"words={folders['code']}:words"
+    with chat_server(answer) as server:
+        models = [folders["one"], f"openai:big/model@{server.url}"]
+        arguments = ["--prompts", folders["prompts"], "--reward", words, "--samples", 2, "--temperature", 0.5]
+        assert command(*models, *arguments, "--out", out, uri=uri) == 0
+    report, lines = read(out)
+    found = report["models"]["model"]
+    assert found["model"] == models[1] and found["responses"] == 22
+    assert (
+        found["left_out"]["responses"] == 2 and "status 400: refused for Bearer ***" in found["left_out"]["reasons"][0]
+    )
+    assert found["length"] == pytest.approx(
+        {**found["length"], "value": sum(10 + n for n in range(12) if n not in (3, 4)) / 10, "n": 20}
+    )
+    assert found["eos_rate"]["value"] == pytest.approx(10 / 11) and found["rewards"]["words"]["value"] == 3
+    assert report["pairs"]["one vs model"]["words"]["win_rate"]["n"] == 22
+    assert [point["size"] for point in found["best_of_n"]["words"]["words"]] == [1, 2]
+    assert sum(line["model"] == "model" for line in lines) == 22
+    (body,) = [request.body for request in server.requests if request.body["seed"] == 0]
+    assert body == {
+        "model": "big/model",
+        "messages": ROWS[0]["messages"],
+        "temperature": 0.5,
+        "max_tokens": 8,
+        "seed": 0,
+    }
+    assert len({request.body["seed"] for request in server.requests}) == 24
+    assert "2 responses left out" in capsys.readouterr().err
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert key.encode() not in written and b"big/model" in written
+
+
+def test_an_endpoint_tells_no_tokens_so_there_is_no_kl(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--prompts", folders["prompts"], "--out", tmp_path / "out", "--reference", folders["one"]]
+    assert command("openai:m@http://127.0.0.1:1/v1", *arguments) == 2
+    assert "tells no tokens, so it has no KL" in capsys.readouterr().err
+    assert command("openai:m@127.0.0.1", *arguments) == 2
+    assert "give MODEL@URL" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """`rlhf evaluate policy`: the responses of several policies to the same prompts.
 
 evaluate.py  `evaluate`, for callers in Python, and what the command does
-policies.py  where responses come from: model folders
+policies.py  where responses come from: model folders, endpoints
+endpoint.py  chat completions of an OpenAI-compatible server
 rewards.py   what they are worth: reward models and functions by name
 reference.py KL to a reference model
 metrics.py   report.json from responses and scores

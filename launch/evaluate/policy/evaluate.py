@@ -21,15 +21,13 @@ from launch.evaluate.inputs import model_names
 from launch.evaluate.metrics import as_json
 from launch.evaluate.policy.metrics import Sampled, model_metrics, pair_metrics
 from launch.evaluate.policy.page import page_of, warnings
-from launch.evaluate.policy.policies import Settings, check_policy, open_policy
+from launch.evaluate.policy.policies import DEFAULT, Settings, check_policy, endpoint_of, is_endpoint, open_policy
 from launch.evaluate.policy.reference import Reference
 from launch.evaluate.policy.rewards import RefusalScorer, Scorer, check_rewards, open_scorer
 from launch.evaluate.policy.tables import tables
 from launch.score import bar_columns
 from reward_data import Prompt
 from rlhf.runs.artifacts import write_atomic
-
-DEFAULT = Settings()
 
 
 def evaluate(
@@ -46,7 +44,7 @@ def evaluate(
     """
     check_rewards(rewards)
     for model in policies.values():
-        check_policy(model)
+        check_policy(model, settings)
     rows = [prompt for prompt in prompts for _ in range(settings.samples)]
     with Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar:
         arms = respond(policies, rows, settings, bar)
@@ -146,10 +144,15 @@ def evaluate_policy(
 ) -> dict[str, Any]:
     """The command: files of prompts, a folder for the report, metrics in MLflow."""
     output.check_folder(out)
-    policies = dict(zip(model_names(models), models, strict=True))
+    policies = dict(zip(policy_names(models), models, strict=True))
     report = evaluate(policies, load_prompts(prompts, settings.bad_rows), rewards, settings, out)
     output.track(out, policies, metrics_of(report), tracking_uri)
     return report
+
+
+def policy_names(models: Sequence[str]) -> list[str]:
+    """As `model_names`; an endpoint is called like its model."""
+    return model_names([endpoint_of(model).model if is_endpoint(model) else model for model in models])
 
 
 def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:

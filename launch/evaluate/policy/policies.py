@@ -1,4 +1,4 @@
-"""Where responses come from."""
+"""Where responses come from: model folders and endpoints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
+from launch.evaluate.policy.endpoint import PREFIX, Endpoint, Failure
 from launch.model_folder import model_folder
 from launch.score import refuse_unfit
 from reward_data import Prompt
@@ -22,6 +23,7 @@ from rlhf.generation import InProcessSampler
 from rlhf.models import load_causal, load_tokenizer, positions
 from rlhf.rewards import responses_of
 
+SEEDS, SEEDS_APART = 2**31, 1_000_003  # of an endpoint: what all take, and how far those of two runs lie apart
 ITERATION = 1 << 41  # of the random numbers: training and its evaluations use others
 
 
@@ -46,12 +48,19 @@ class Settings:
     seed: int = 0
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What becomes of prompts that a policy cannot hold."""
+    deadline_s: float = 120.0
+    """For one try of a request to an endpoint."""
+    parallel: int = 8
+    """Requests to an endpoint at the same time."""
+
+
+DEFAULT = Settings()
 
 
 @dataclass(frozen=True)
 class Response:
     text: str
-    length: int  # tokens, EOS included
+    length: int | None  # tokens, EOS included; None where an endpoint does not tell
     finished: bool  # ended with EOS, not by the limit of tokens
     prompt_ids: list[int] = field(default_factory=list)  # what the model read before it
     tokens: list[int] = field(default_factory=list)
@@ -138,13 +147,61 @@ class ModelPolicy:
         self._sampler.close()
 
 
+class EndpointPolicy:
+    """A model behind an OpenAI-compatible endpoint. It writes its prompts itself and tells no tokens."""
+
+    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
+        self._endpoint, self._settings = endpoint, settings
+
+    def respond(self, prompts: Sequence[Prompt], ids: Sequence[int], temperature: float, advance: Advance) -> Responses:
+        """Responses that failed are left out. UserError (2, 4, 8) where none can come."""
+        bodies = [
+            {
+                "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],
+                "temperature": temperature,
+                "max_tokens": self._settings.max_new_tokens,
+                "seed": (self._settings.seed * SEEDS_APART + number) % SEEDS,
+            }
+            for prompt, number in zip(prompts, ids, strict=True)
+        ]
+        rows: list[Response | None] = []
+        reasons = []
+        for prompt, found in zip(prompts, self._endpoint.complete(bodies, advance), strict=True):
+            if isinstance(found, Failure):
+                rows.append(None)
+                reasons.append(f"{prompt.source}: {found.reason}")
+            else:
+                rows.append(Response(found.text, found.tokens, found.finished))
+        return Responses(rows, reasons)
+
+    def close(self) -> None:
+        pass
+
+
 def open_policy(model: str, settings: Settings) -> Policy:
+    if is_endpoint(model):
+        return EndpointPolicy(endpoint_of(model, settings), settings)
     return ModelPolicy(model_folder(model), settings)
 
 
-def check_policy(model: str) -> None:
-    """The errors of `open_policy` that are known without loading weights."""
-    model_folder(model)
+def check_policy(model: str, settings: Settings) -> None:
+    """The errors of `open_policy` that are known without loading weights or sending a request."""
+    if not is_endpoint(model):
+        model_folder(model)
+        return
+    endpoint_of(model, settings)
+    if settings.reference is not None:
+        raise UserError(
+            f"--reference: {model} tells no tokens, so it has no KL; leave --reference out, or the endpoint among the models"
+        )
+
+
+def endpoint_of(model: str, settings: Settings = DEFAULT) -> Endpoint:
+    return Endpoint.parse(model, model, deadline_s=settings.deadline_s, parallel=settings.parallel)
+
+
+def is_endpoint(model: str) -> bool:
+    return model.startswith(PREFIX)
 
 
 def device() -> torch.device:
