@@ -25,7 +25,9 @@ def send_model(client: MlflowClient, run_id: str, event: Mapping[str, Any]) -> s
     name, digest = event["dataset"]["name"], event["dataset"]["digest"][:MAX_DIGEST]
     dataset = Dataset(name, digest, "local", json.dumps({"uri": name}))
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
-    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=event["step"])])
+    outputs = client.get_run(run_id).outputs
+    if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:  # refused twice
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=event["step"])])
     where: dict[str, Any] = {"dataset_name": name, "dataset_digest": digest, "model_id": model_id, "run_id": run_id}
     when = int(1000 * event["time"])
     client.log_batch(

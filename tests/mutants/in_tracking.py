@@ -53,7 +53,8 @@ BUGS = [
     ),
     *bugs_in(
         "rlhf/tracking/logged_models.py",
-        ["rlhf/tracking/test_tracking.py"],
+        ["rlhf/tracking/test_tracking.py", "rlhf/tracking/test_registry.py"],
+        Bug("a model is an output twice", "send_model", "A not in B", "True"),
         Bug("a model is logged again", "_model_id", "if A := B: ...", "pass"),
         Bug("a model is left pending", "_model_id", "client.finalize_logged_model(...)", "None"),
     ),

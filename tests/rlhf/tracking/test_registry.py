@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.config import TrackingConfig
 from rlhf.errors import UserError
-from rlhf.tracking import Registry, fill_in, mlflow_sync, open_tracker
+from rlhf.tracking import Registry, fill_in, mlflow_client, mlflow_sync, open_tracker
 from tests.rlhf.tracking.recorded import finished
 from tests.rlhf.tracking.stores import postgresql, postgresql_programs, server
 
@@ -97,6 +97,16 @@ def test_the_newest_version_is_the_candidate(tmp_path: Path, registry, client) -
     versions = client.search_model_versions("name = 'newest'")
     assert sorted(int(version.version) for version in versions) == [1, 2]
     assert int(client.get_model_version_by_alias("newest", "candidate").version) == 2
+
+
+def test_an_upload_that_ended_before_the_version_goes_on(tmp_path: Path, registry, client, monkeypatch) -> None:
+    """The model is an output of the run already, and MLflow refuses one twice."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_client, "send_version", lambda *_: None)
+        finished(tmp_path, registry, model=(artifact("late", "d-late"),))
+    assert client.search_model_versions("name = 'late'") == []
+    finished(tmp_path, registry, model=(artifact("late", "d-late"),))
+    assert int(client.get_model_version_by_alias("late", "candidate").version) == 1
 
 
 def test_what_mlflow_missed_is_registered_in_the_order_in_which_it_was_made(tmp_path: Path, registry, client) -> None:
