@@ -12,9 +12,11 @@ from rlhf.data import Split
 from rlhf.errors import UserError
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import digest_of
+from rlhf.runs.claim import CLAIM
 from rlhf.tracking import NOTHING, Tracker, catch_up, keep_earlier, mark_ended, open_parent
 from stages.base import STAGES, parts_of, stage_of
 
+KEPT = ("earlier", CLAIM)  # when a run starts over
 OF_NO_RESULT = ("name", "runs_dir", "tracking")
 DESCRIPTION, LONGEST_DESCRIPTION = "mlflow.note.content", 8000  # MLflow's limit for a tag
 
@@ -34,9 +36,11 @@ def remove(config: RunConfig) -> None:
     for number, part in enumerate(["", *parts_of(config)]):
         keep_earlier(config.folder, config.tracking, part, new=number == 0)
     for path in config.folder.glob("*"):
-        if path.is_dir() and not path.is_symlink() and path.name != "earlier":
+        if path.name in KEPT:
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != "earlier":
+        else:
             path.unlink()
 
 

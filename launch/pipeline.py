@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from launch import parent_run, report, worker_group
@@ -15,7 +16,7 @@ from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf.config import RunConfig
 from rlhf.data import Split, parsed
 from rlhf.errors import UserError
-from rlhf.runs import artifacts, provenance
+from rlhf.runs import artifacts, claim, provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.chat_format import notice
 from rlhf.tracking import Tracker, absolute_uri, close_abandoned, fill_in, keep_earlier, mark_ended, public_uri
@@ -31,6 +32,11 @@ MADE_BY = "made_by.json"  # beside a stage's checkpoints: what they were made wi
 def run(config: RunConfig, fresh: bool) -> int:
     """Runs every stage that is not complete, and reports. Returns the exit code."""
     config = absolute(config)
+    with claim.hold(config.folder):
+        return _run(config, fresh)
+
+
+def _run(config: RunConfig, fresh: bool) -> int:
     data = checked_data(config, parts_of(config))
     close_abandoned(config.runs_dir, config.tracking)
     if fresh:
@@ -39,6 +45,8 @@ def run(config: RunConfig, fresh: bool) -> int:
     tracker = parent_run.begin(config, data)
     try:
         seconds = _run_stages(config, data)
+    except claim.TakenOver:  # nothing may be written any more
+        raise
     except BaseException as error:
         parent_run.fail(config, tracker, error)
         raise
@@ -61,15 +69,16 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _run_under_torchrun(config, chosen)
         return 0
-    data = checked_data(config, chosen)
-    close_abandoned(config.runs_dir, config.tracking)
-    parsed.write(config, data)
-    for one in chosen:
-        if local:
-            _run_local(config, one, data)
-        else:
-            with worker_group.cluster(config), StageBars(config.folder) as bars:
-                _drive(config, [one], data, bars)
+    with claim.hold(config.folder):
+        data = checked_data(config, chosen)
+        close_abandoned(config.runs_dir, config.tracking)
+        parsed.write(config, data)
+        for one in chosen:
+            if local:
+                _run_local(config, one, data)
+            else:
+                with worker_group.cluster(config), StageBars(config.folder) as bars:
+                    _drive(config, [one], data, bars)
     return 0
 
 
@@ -154,16 +163,20 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
 
     with torchrun_group(config):
         of_first, stages = collectives.broadcast_result(lambda: (config, stages))
-        collectives.rank_zero_only(parse, "reading the data")
-        for stage in stages:
-            collectives.broadcast_result(lambda stage=stage: _prepare(of_first, stage, data))
-            run_rank(of_first, stage, local=False)
+        with ExitStack() as held:
+            key = collectives.broadcast_result(lambda: held.enter_context(claim.hold(of_first.folder)))
+            claim.follow(of_first.folder, key)
+            collectives.rank_zero_only(parse, "reading the data")
+            for stage in stages:
+                collectives.broadcast_result(lambda stage=stage: _prepare(of_first, stage, data))
+                run_rank(of_first, stage, local=False)
 
 
 def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:
     running: dict[str, tuple[worker_group.WorkerGroup, float]] = {}
     seconds: dict[str, float] = {}
     while waiting or running:
+        claim.require()
         for stage in [s for s in waiting if not set(stage_of(s).inputs(config)) & {*waiting, *running}]:
             waiting.remove(stage)
             _prepare(config, stage, data)

@@ -30,10 +30,8 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     from rlhf.distributed import collectives
     from rlhf.distributed.engine import prepare_environment
     from rlhf.kernels import enable_kernels
-    from rlhf.models import resolve
-    from rlhf.runs import provenance
-    from rlhf.runs.chat_format import check_inputs
-    from rlhf.runs.context import Progress, StageContext
+    from rlhf.runs import claim
+    from rlhf.runs.guard import guarded
     from rlhf.tracking import open_tracker
 
     prepare_environment()
@@ -44,33 +42,50 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     is_writer = collectives.rank() == 0
     tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
     try:
-        context = StageContext(
-            stage=stage,
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-            device=_device(torch),
-            folder=folder,
-            inputs=collectives.broadcast_result(
-                lambda: {name: load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
-            ),
-            tracker=tracker,
-            progress=Progress(folder, is_writer),
-            local=local,
-            roles=stage_of(stage).roles,
-        )
-        provenance.ensure_data(config)
-        collectives.rank_zero_only(lambda: _record(config, context), "recording the settings")
-        resolve(config)  # the first rank makes the tiny model
-        check_inputs(config, {name: artifact.path for name, artifact in context.inputs.items()})
-        artifact = stage_of(stage).run(config, context)
+        with guarded(claim.followed()):
+            artifact = _run(config, stage, local, tracker)
         if is_writer:
             _record_artifact(config, tracker, artifact)
         tracker.close("FINISHED")
         return artifact
+    except claim.TakenOver:  # nothing may be written any more
+        raise
     except BaseException as error:
         _note_failure(folder, error)
         tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", _reason(error))
         raise
+
+
+def _run(config: RunConfig, stage: str, local: bool, tracker: Any) -> Artifact:
+    """Builds the context of this rank, checks what the stage starts from, and runs it."""
+    import torch
+
+    from rlhf.distributed import collectives
+    from rlhf.models import resolve
+    from rlhf.runs import provenance
+    from rlhf.runs.chat_format import check_inputs
+    from rlhf.runs.context import Progress, StageContext
+
+    folder = config.folder / stage
+    context = StageContext(
+        stage=stage,
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
+        device=_device(torch),
+        folder=folder,
+        inputs=collectives.broadcast_result(
+            lambda: {name: load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
+        ),
+        tracker=tracker,
+        progress=Progress(folder, collectives.rank() == 0),
+        local=local,
+        roles=stage_of(stage).roles,
+    )
+    provenance.ensure_data(config)
+    collectives.rank_zero_only(lambda: _record(config, context), "recording the settings")
+    resolve(config)  # the first rank makes the tiny model
+    check_inputs(config, {name: artifact.path for name, artifact in context.inputs.items()})
+    return stage_of(stage).run(config, context)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 from launch.worker import FAILURE, UNEXPECTED, read_failure
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
+from rlhf.runs import claim
 from stages.base import parts_of, stage_of
 
 QUIET = {
@@ -117,7 +118,9 @@ class WorkerGroup:
         self.stage = stage
         # Ray Train is driven from a task, not from here: its imports take seconds, and several groups run side by side.
         run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
-        self._reference = run.remote(config.model_dump(mode="json"), stage, workers)
+        follower = claim.followed()
+        payload = {"settings": config.model_dump(mode="json"), "stage": stage, "claim": follower and follower.key}
+        self._reference = run.remote(payload, workers)
 
     def done(self, timeout_s: float) -> bool:
         import ray
@@ -130,14 +133,15 @@ class WorkerGroup:
         ray.get(self._reference)
 
 
-def _fit(settings: dict[str, Any], stage: str, workers: int) -> None:
+def _fit(payload: dict[str, Any], workers: int) -> None:
     """Runs the workers, and restarts them from the last checkpoint if one died for any reason but a user's mistake."""
-    config = RunConfig.model_validate(settings)
+    config, stage = _unpack(payload)
     folder = config.folder / stage
     for attempt in range(config.hardware.max_restarts + 1):
+        claim.require()
         (folder / FAILURE).unlink(missing_ok=True)
         try:
-            _trainer(config, settings, stage, workers, attempt).fit()
+            _trainer(config, payload, workers, attempt).fit()
             return
         except Exception:
             failure = read_failure(folder)
@@ -146,7 +150,15 @@ def _fit(settings: dict[str, Any], stage: str, workers: int) -> None:
                 raise
 
 
-def _trainer(config: RunConfig, settings: dict[str, Any], stage: str, workers: int, attempt: int) -> Any:
+def _unpack(payload: dict[str, Any]) -> tuple[RunConfig, str]:
+    """Settings and stage of a process of Ray, which from now on follows the driver's claim."""
+    config = RunConfig.model_validate(payload["settings"])
+    if payload["claim"] is not None:
+        claim.follow(config.folder, payload["claim"])
+    return config, payload["stage"]
+
+
+def _trainer(config: RunConfig, payload: dict[str, Any], workers: int, attempt: int) -> Any:
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -156,7 +168,7 @@ def _trainer(config: RunConfig, settings: dict[str, Any], stage: str, workers: i
     resources = {"CPU": float(hardware.cpus_per_worker), "GPU": float(hardware.gpus_per_worker)}
     return TorchTrainer(
         _worker,
-        train_loop_config={"settings": settings, "stage": stage},
+        train_loop_config=payload,
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=hardware.gpus_per_worker > 0,
@@ -164,7 +176,7 @@ def _trainer(config: RunConfig, settings: dict[str, Any], stage: str, workers: i
         ),
         torch_config=TorchConfig(timeout_s=int(hardware.collective_timeout_s)),
         run_config=TrainRunConfig(
-            name=f"{stage.replace('/', '-')}-{time.time_ns()}-{attempt}",
+            name=f"{payload['stage'].replace('/', '-')}-{time.time_ns()}-{attempt}",
             storage_path=str(config.folder / "ray"),
             failure_config=FailureConfig(max_failures=0),
         ),
@@ -177,7 +189,7 @@ def _worker(payload: dict[str, Any]) -> None:
 
     from launch.worker import run_rank
 
-    config, stage = RunConfig.model_validate(payload["settings"]), payload["stage"]
+    config, stage = _unpack(payload)
     log = config.folder / stage / "logs" / f"rank-{dist.get_rank()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     stream = log.open("a", buffering=1)  # never closed: Ray writes to it after the stage has ended

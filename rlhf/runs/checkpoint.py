@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from rlhf.distributed import collectives
 from rlhf.errors import UserError
+from rlhf.runs import claim
 from rlhf.runs.artifacts import damage, digest_of, digests_of, plain, sync_folders, write_json
 
 KEPT = 2
@@ -56,6 +57,7 @@ def commit(target: Path, state: dict[str, Any]) -> None:
     files = {name: entry for shard in shards for name, entry in shard.items()}
 
     def finish() -> None:
+        claim.require()
         sync_folders(target)
         write_json(target / STATE, _sealed(state | {"files": files}))
         sync_folders(target.parent)

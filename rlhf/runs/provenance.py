@@ -10,7 +10,7 @@ from typing import Any
 from rlhf.config import RunConfig
 from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts, parsed
 from rlhf.distributed import collectives
-from rlhf.runs import artifacts
+from rlhf.runs import artifacts, claim
 from rlhf.runs.artifacts import Artifact, digest_of
 from rlhf.runs.chat_format import message_check
 from rlhf.runs.context import StageContext
@@ -103,8 +103,10 @@ def commit(
     digest = settings_digest(config, context.stage, context.roles)
 
     def work() -> None:
+        claim.require()
         artifacts.begin(folder)
         write(folder)
+        claim.require()
         artifacts.complete(folder, context.stage, parents, digest, metrics)
         shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
 

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,34 +24,12 @@ from launch import cli, pipeline, worker_group
 from launch.settings import load
 from rlhf.ppo.step_profiler import PHASES
 from rlhf.tracking import read_metrics
+from tests.faults.runs import ROOT, SMOKE, rlhf, wait_for, workers
 
-ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "tests/smoke.yaml"
 STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
 SHORT = ["--sft.epochs", "1"]
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-# Ctrl-C works even where these tests run in the background of a shell, which then has it ignored.
-COMMAND = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from launch.cli import main
-sys.exit(main())
-"""
-
-
-def rlhf(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The command `rlhf` under way in `folder`."""
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -276,27 +253,6 @@ def test_torchrun_makes_what_the_gang_made(finished: Any, tmp_path: Path) -> Non
 
 
 # --- killed and interrupted -----------------------------------------------------------------------------------------
-
-
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 240) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.1)
-    return found
-
-
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes of the group's ranks."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            pass
-    return found
 
 
 UNPACKED = ["--tracking.uri", "null", "--sft.packing", "false"]  # 32 steps an epoch

@@ -1,0 +1,36 @@
+"""A thread beside the work of a rank: it ends the process when the run's driver is gone or is another one.
+
+A rank may be in the middle of a long step or wait in a collective, where nothing else could stop it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlhf.runs.claim import Follower
+
+POLL_S = 1.0
+LOST = 6  # exit code
+
+
+@contextmanager
+def guarded(follower: Follower | None) -> Iterator[None]:
+    """Guards the work inside; without a claim to follow nothing is done."""
+    ended = threading.Event()
+    if follower is not None:
+        threading.Thread(target=_watch, args=(follower, ended), name="guard", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _watch(follower: Follower, ended: threading.Event) -> None:
+    while not ended.wait(POLL_S):
+        if reason := follower.lost():
+            print(f"error: stopped: {reason}", file=sys.stderr, flush=True)
+            os._exit(LOST)

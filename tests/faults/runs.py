@@ -1,0 +1,79 @@
+"""Runs as people start them, in processes of their own, and their workers, for tests that do something to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "tests/smoke.yaml"
+Found = TypeVar("Found")
+
+# Ctrl-C works even where these tests run in the background of a shell, which then has it ignored.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from launch.cli import command_line
+command_line()
+"""
+
+
+def rlhf(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command `rlhf` under way in `folder`, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    )
+
+
+def wait_for(condition: Callable[[], Found], process: subprocess.Popen[str], seconds: float = 240) -> Found:
+    """What `condition` finds while `process` runs."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.1)
+    return found
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of the group's ranks."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            pass
+    return found
+
+
+def checkpoints(stage_folder: Path) -> list[Path]:
+    """Complete ones."""
+    return sorted(path.parent for path in stage_folder.glob("checkpoints/*/state.json"))
+
+
+def steps(stage_folder: Path) -> list[int]:
+    """The step of every line of metrics.jsonl, as it was written."""
+    return [json.loads(line)["step"] for line in (stage_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def claim_of_another_host(run_folder: Path) -> None:
+    """Lets another driver take the folder over."""
+    owner = {"key": "theirs", "host": "far", "place": "another kernel", "pid": 1, "started": 0.0}
+    partial = run_folder / ".driver.json.theirs"
+    partial.write_text(json.dumps(owner))
+    partial.replace(run_folder / "driver.json")
