@@ -37,7 +37,7 @@ class Text:
 
     row: int
     ids: list[int]
-    prompt: int = 0  # how many of them come before the response
+    prompt: int = 0  # how many of them come before the response, where that was asked for
 
 
 def score(model: str, file: str, out: str, batch_size: int, precision: str, bad_rows: BadRows) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def score(model: str, file: str, out: str, batch_size: int, precision: str, bad_
     rows, refused, findings = load_rows(file, bad_rows)
     folder = model_folder(model)
     tokenizer, scalar = load_tokenizer(folder), load_reward_model(folder)
-    texts, unfit = encode(tokenizer, rows, positions(scalar.config))
+    texts, unfit = texts_for(scalar, tokenizer, rows)
     refuse_unfit(unfit, bool(texts), bad_rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar:
@@ -93,8 +93,18 @@ def load_reward_model(folder: Path) -> Reward:
     return load_reward_scalar(folder)
 
 
-def encode(tokenizer: Any, rows: Sequence[Row | Item], limit: int | None) -> tuple[list[Text], list[str]]:
-    """The texts of each row, chosen before rejected, and why rows are left out that the format or the model cannot hold."""
+def texts_for(model: Reward, tokenizer: Any, rows: Sequence[Row | Item]) -> tuple[list[Text], list[str]]:
+    """As `encode`, with what this model can hold and asks for."""
+    return encode(tokenizer, rows, positions(model.config), isinstance(model, ImplicitReward))
+
+
+def encode(
+    tokenizer: Any, rows: Sequence[Row | Item], limit: int | None, count_prompts: bool = False
+) -> tuple[list[Text], list[str]]:
+    """The texts of each row, chosen before rejected, and why rows are left out that the format or the model cannot hold.
+
+    `count_prompts`: with the length of their prompts, which only a DPO policy's score asks for.
+    """
     chat = format_of(tokenizer)
     texts: list[Text] = []
     unfit: list[str] = []
@@ -105,7 +115,7 @@ def encode(tokenizer: Any, rows: Sequence[Row | Item], limit: int | None) -> tup
             longest = max(map(len, encoded))
             if limit is not None and longest > limit:
                 raise UserError(f"{longest} tokens, and the model has {limit} positions", 3)
-            prompt = len(chat.encode_prompt(messages))
+            prompt = len(chat.encode_prompt(messages)) if count_prompts else 0
             texts += [Text(number, ids, prompt) for ids in encoded]
         except UserError as error:
             unfit.append(f"{row.source}: {error.message}")

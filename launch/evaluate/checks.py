@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.evaluate.scorers import ModelScorer
-from launch.score import Text, encode, score_texts
+from launch.score import Text, score_texts, texts_for
 from rlhf.chat import format_of
 from rlhf.evaluation.items import Item
-from rlhf.models import positions
 
 TEXTS = 16  # on which the checks are made
 LARGEST_CHANGE = {"float32": 0.001, "bf16": 0.1}  # of a score, by padding
@@ -21,7 +20,7 @@ def check(scorer: ModelScorer, items: Sequence[Item], precision: str) -> dict[st
     `warnings`: what of it is wrong.
     """
     tokenizer, chat = scorer.tokenizer, format_of(scorer.tokenizer)
-    texts = encode(tokenizer, items, positions(scorer.model.config))[0][:TEXTS]
+    texts = texts_for(scorer.model, tokenizer, items)[0][:TEXTS]
     texts = [Text(n, text.ids, text.prompt) for n, text in enumerate(texts)]
     if not texts:
         return {"warnings": []}

@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from launch.score import encode, load_reward_model, score_texts
+from launch.score import load_reward_model, score_texts, texts_for
 from rlhf.evaluation.bag_of_words import BagOfWords
 from rlhf.evaluation.items import Item
-from rlhf.models import load_tokenizer, positions
+from rlhf.models import load_tokenizer
 
 
 class Scored(NamedTuple):
@@ -30,7 +30,7 @@ class ModelScorer:
         self._batch_size, self._precision = batch_size, precision
 
     def score(self, items: Sequence[Item]) -> Scored:
-        texts, unfit = encode(self.tokenizer, items, positions(self.model.config))
+        texts, unfit = texts_for(self.model, self.tokenizer, items)
         values = score_texts(self.model, self.tokenizer.pad_token_id, texts, self._batch_size, self._precision)
         scores: dict[int, list[float]] = {}
         for text, value in zip(texts, values, strict=True):

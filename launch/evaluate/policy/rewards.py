@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from launch.evaluate.policy.policies import Response, Settings, device
 from launch.model_folder import model_folder
-from launch.score import Text, encode, load_reward_model, score_texts
+from launch.score import Text, load_reward_model, score_texts, texts_for
 from reward_data import Prompt
 from rlhf.chat import format_of
 from rlhf.errors import UserError
 from rlhf.evaluation.items import Item
 from rlhf.evaluation.refusals import matches
-from rlhf.models import load_tokenizer, positions
+from rlhf.models import load_tokenizer
 from rlhf.rewards import FunctionReward, text_responses
 from rlhf.user_code import load_object
 
@@ -84,7 +84,7 @@ class ModelScorer:
             Item("list", prompt.messages, (response.text,), 0, prompt.source, "")
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        texts, unfit = encode(self._tokenizer, items, positions(self._model.config))
+        texts, unfit = texts_for(self._model, self._tokenizer, items)
         for reason in unfit[:1]:
             log.warning("%d responses cannot be scored; the first: %s", len(unfit), reason)
         texts = [text if responses[text.row].finished else self._without_end(text) for text in texts]
