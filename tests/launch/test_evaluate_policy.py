@@ -307,3 +307,71 @@ def test_an_endpoint_tells_no_tokens_so_there_is_no_kl(
     assert "tells no tokens, so it has no KL" in capsys.readouterr().err
     assert command("openai:m@127.0.0.1", *arguments) == 2
     assert "give MODEL@URL" in capsys.readouterr().err
+
+
+def judgement(request: Request) -> Reply:
+    """Prefers what comes later in the alphabet; question 2 by position, to question 4 there is no verdict, and 6 fails."""
+    asked = request.body["messages"][-1]["content"]
+    number = int(re.findall(r"user: question (\d+)", asked)[0])
+    a, b = re.findall(r"<response [AB]>\n(.*?)\n</response [AB]>", asked, re.DOTALL)
+    if number == 6:
+        return Reply(b"overloaded prompt", 400)
+    choice = {2: "A", 4: "?"}.get(number) or ("C" if a == b else "AB"[b > a])
+    return chat(f"By the alphabet: [[{choice}]]")
+
+
+def test_a_judge_compares_in_both_orders(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLHF_JUDGE_API_KEY", "of the judge")
+    out, uri = tmp_path / "out", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with chat_server(judgement) as server:
+        models = [folders["one"], folders["two"]]
+        arguments = ["--prompts", folders["prompts"], "--reward", f"words={folders['code']}:words", "--out", out]
+        assert command(*models, *arguments, "--judge", f"big/judge@{server.url}", uri=uri) == 0
+    assert {request.key for request in server.requests} == {"Bearer of the judge"}
+    assert {request.body["temperature"] for request in server.requests} == {0}
+    report, lines = read(out)
+    texts = {name: [line["response"] for line in lines if line["model"] == name] for name in ("one", "two")}
+    wins = [(a > b) + (a == b) / 2 for a, b in zip(texts["one"], texts["two"], strict=True)]
+    wins[2] = 0.5  # the orders disagree
+    known = [n for n in range(12) if n not in (4, 6)]
+    found = report["pairs"]["one vs two"]["judge"]
+    assert found["failed"] == 2 and "no verdict" in found["reasons"][0] and "status 400" in found["reasons"][1]
+    assert found["win_rate"]["value"] == pytest.approx(sum(wins[n] for n in known) / 10)
+    assert found["orders_agree"]["value"] == pytest.approx(9 / 10)
+    judgements = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
+    assert [one["prompt"] for one in judgements] == [n for n in range(12) if n != 6]
+    assert judgements[2]["verdicts"] == ["A", "A"] and judgements[4]["verdicts"] is None
+    fill_in(out / "tracking", TrackingConfig(uri=uri))
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments(filter_string="name = 'rlhf'")])
+    assert run.data.metrics["one_vs_two/judge.win_rate"] == pytest.approx(found["win_rate"]["value"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ((out / "report.html").read_text(), (out / "report.md").read_text(), shown):
+        assert (
+            "Pairs by judge" in text and "both orders agree" in text and "the response shown first is preferred" in text
+        )
+
+
+@pytest.mark.parametrize(
+    ("models", "arguments", "text"),
+    [
+        (["one"], ["--judge", "m@http://h/v1"], "compares two policies or more"),
+        (["one", "two"], ["--judge", "m"], "--judge: give MODEL@URL"),
+        (["one", "two"], ["--judge", "m@http://h/v1", "--reward", "judge=CODE:words"], "--reward judge: "),
+    ],
+)
+def test_a_judge_that_cannot_compare_is_told(
+    models: list[str],
+    arguments: list[str],
+    text: str,
+    folders: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [word.replace("CODE", folders["code"]) for word in arguments]
+    assert command(*(folders[m] for m in models), "--prompts", folders["prompts"], "--out", tmp_path / "o", *given) == 2
+    assert text in capsys.readouterr().err

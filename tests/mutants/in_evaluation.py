@@ -42,6 +42,14 @@ BUGS = [
         Bug("turns beyond the last group are lost", "accuracy", "np.minimum(A, _)", "A"),
     ),
     *bugs_in(
+        "rlhf/evaluation/judge.py",
+        ["rlhf/evaluation/test_judge.py"],
+        Bug("the second order is read like the first", "judge_preference", "1 - WORTH[A]", "WORTH[A]"),
+        Bug("the first order alone decides", "judge_preference", "np.where(A, B, 0.5)", "B"),
+        Bug("ties count for the position", "judge_preference", "A != 'C'", "A != 'D'"),
+        Bug("one of several verdicts is taken", "verdict", "len(A) == 1", "A"),
+    ),
+    *bugs_in(
         "rlhf/evaluation/agreement.py",
         ["rlhf/evaluation/test_agreement.py"],
         Bug("McNemar counts all pairs", "agreement", "binomtest(A, A + B)", "binomtest(A, len(a_N))"),

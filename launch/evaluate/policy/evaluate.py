@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ import reward_data
 from launch.evaluate import output
 from launch.evaluate.inputs import model_names
 from launch.evaluate.metrics import as_json
-from launch.evaluate.policy.metrics import Sampled, model_metrics, pair_metrics
+from launch.evaluate.policy.judge import (
+    JUDGE,
+    Judgements,
+    check_judge,
+    judge_metrics,
+    judge_pairs,
+    judgement_lines,
+)
+from launch.evaluate.policy.metrics import Sampled, clusters_of, model_metrics, pair_metrics, pair_name
 from launch.evaluate.policy.page import page_of, warnings
 from launch.evaluate.policy.policies import DEFAULT, Settings, check_policy, endpoint_of, is_endpoint, open_policy
 from launch.evaluate.policy.reference import Reference
@@ -43,16 +52,18 @@ def evaluate(
     `out`: a folder for the report and the responses. UserError (2, 3, 4, 5) for what cannot be evaluated.
     """
     check_rewards(rewards)
+    check_judge(settings, policies, rewards)
     for model in policies.values():
         check_policy(model, settings)
     rows = [prompt for prompt in prompts for _ in range(settings.samples)]
     with Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar:
         arms = respond(policies, rows, settings, bar)
         measure(arms, rewards, rows, settings, bar)
-    sampled = {name: of_policy[settings.temperature] for name, of_policy in arms.items()}
+        sampled = {name: of_policy[settings.temperature] for name, of_policy in arms.items()}
+        judgements = judge_pairs(sampled, rows, settings, bar)
     report = {
         "models": {name: metrics_of_model(of_policy, rows, settings) for name, of_policy in arms.items()},
-        "pairs": pair_metrics(sampled, rows),
+        "pairs": pairs_of(sampled, judgements, rows),
         "rewards": dict(rewards),
         "prompts": len(prompts),
         "settings": asdict(settings),
@@ -61,6 +72,8 @@ def evaluate(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_responses(out / "responses.jsonl", arms, rows)
+        if judgements:
+            write_judgements(out / "judgements.jsonl", judgements, settings.samples)
         output.write(out, report, page_of(report, sampled, rows))
     return report
 
@@ -101,6 +114,17 @@ def measure(arms: Arms, rewards: Mapping[str, str], rows: Sequence[Prompt], sett
         for temperature, one in everything:
             one.kl = reference.kl(one.responses, temperature, one.model)
             bar.advance(task)
+
+
+def pairs_of(
+    sampled: Mapping[str, Sampled], judgements: Mapping[str, Judgements], rows: Sequence[Prompt]
+) -> dict[str, dict[str, Any]]:
+    """By rewards and by the judge."""
+    found, clusters = pair_metrics(sampled, rows), clusters_of(rows)
+    for a, b in combinations(sampled, 2) if judgements else ():
+        own = judgements[pair_name(a, b)]
+        found[pair_name(a, b)][JUDGE] = judge_metrics(own, sampled[a], sampled[b], clusters)
+    return found
 
 
 def temperatures_of(settings: Settings) -> list[float]:
@@ -170,6 +194,14 @@ def write_responses(path: Path, arms: Arms, rows: Sequence[Prompt]) -> None:
         for temperature, one in of_policy.items()
         for line in response_lines(name, temperature, one, rows)
     )
+    write_lines(path, lines)
+
+
+def write_judgements(path: Path, judgements: Mapping[str, Judgements], samples: int) -> None:
+    write_lines(path, (line for pair, own in judgements.items() for line in judgement_lines(pair, own, samples)))
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 

@@ -102,7 +102,7 @@ def _best_of_n(sampled: Sampled, clusters: Sequence[str]) -> dict[str, dict[str,
 
 def pair_metrics(policies: Mapping[str, Sampled], prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
     """Every two policies by every reward, on the rows where both have a score: {"a vs b": {reward: …}}."""
-    clusters = np.unique([normalised_prompt(prompt.messages) for prompt in prompts], return_inverse=True)[1]
+    clusters = clusters_of(prompts)
     found = {}
     for a, b in combinations(policies, 2):
         of_rewards = {}
@@ -110,19 +110,28 @@ def pair_metrics(policies: Mapping[str, Sampled], prompts: Sequence[Prompt]) -> 
             rows = list(_common_rows(policies[a].scores[name], policies[b].scores[name]))
             if rows:
                 scores_N, lengths_N = (
-                    (_column(policies[a], name, rows, of), _column(policies[b], name, rows, of))
+                    (column(policies[a], name, rows, of), column(policies[b], name, rows, of))
                     for of in ("score", "length")
                 )
                 of_rewards[name] = preference(scores_N, lengths_N, clusters[rows])
-        found[f"{a} vs {b}"] = of_rewards
+        found[pair_name(a, b)] = of_rewards
     return found
+
+
+def pair_name(a: str, b: str) -> str:
+    return f"{a} vs {b}"
+
+
+def clusters_of(prompts: Sequence[Prompt]) -> np.ndarray:
+    """A number for each prompt, the same for equal prompts."""
+    return np.unique([normalised_prompt(prompt.messages) for prompt in prompts], return_inverse=True)[1]
 
 
 def _common_rows(a: Sequence[float | None], b: Sequence[float | None]) -> Iterator[int]:
     return (row for row, pair in enumerate(zip(a, b, strict=True)) if None not in pair)
 
 
-def _column(sampled: Sampled, reward: str, rows: Sequence[int], of: str) -> np.ndarray:
+def column(sampled: Sampled, reward: str, rows: Sequence[int], of: str) -> np.ndarray:
     """Scores, or lengths in characters: tokens of two tokenizers cannot be compared."""
     if of == "score":
         return np.array([sampled.scores[reward][row] for row in rows], dtype=np.float64)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.evaluate.page import Example, Page, short
+from launch.evaluate.policy.judge import JUDGE
 from launch.evaluate.policy.metrics import Sampled
 from launch.evaluate.policy.plots import plots
 from launch.evaluate.policy.tables import tables
@@ -20,6 +21,8 @@ def page_of(report: Report, sampled: Mapping[str, Sampled], rows: Sequence[Promp
     settings = report["settings"]
     notes = [f"{name}: {found['model']}" for name, found in report["models"].items()]
     notes += [f"reward {name}: {reward}" for name, reward in report["rewards"].items()]
+    if settings["judge"]:
+        notes.append(f"judge: {settings['judge']}, both orders; where they disagree, it is a tie")
     notes.append(
         f"{report['prompts']} prompts, responses to each: {settings['samples']}, temperature {settings['temperature']:g}, "
         f"at most {settings['max_new_tokens']} tokens"
@@ -43,6 +46,17 @@ def warnings(report: Report) -> Iterator[str]:
         for reward, count in found["failed"].items():
             if count:
                 yield f"{name}: {count} of {found['responses']} responses have no score by {reward}"
+    yield from judge_warnings(report)
+
+
+def judge_warnings(report: Report) -> Iterator[str]:
+    for pair, found in report["pairs"].items():
+        judge = found.get(JUDGE) or {}
+        if judge.get("failed"):
+            yield f"{pair}: {judge['failed']} judgements left out, for instance {judge['reasons'][0]}"
+        bias = judge.get("first_shown")
+        if bias and not bias["low"] <= 0.5 <= bias["high"]:
+            yield f"{pair}: the judge prefers the response shown {'first' if bias['value'] > 0.5 else 'second'}"
 
 
 def ranked(sampled: Mapping[str, Sampled], count: int) -> tuple[list[int], str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch.evaluate.policy.tables import FIGURES
+from launch.evaluate.policy.tables import FIGURES, preferring
 from launch.evaluate.tables import at
 from launch.plots import (
     HELD_OUT,
@@ -32,7 +32,7 @@ Report = Mapping[str, Any]
 def plots(report: Report) -> dict[str, bytes]:
     """Title → SVG of every plot that this report can fill."""
     found = {"Policies": policies(report)}
-    if any(report["pairs"].values()):
+    if preferring(report):
         found["Win rates"] = win_rates(report)
     if any(model.get("best_of_n") for model in report["models"].values()):
         found["Best of n"] = best_of_n(report)
@@ -60,7 +60,7 @@ def policies(report: Report) -> Figure:
 @drawn_as_svg
 def win_rates(report: Report) -> Figure:
     """A panel per reward, a row per pair: raw, and at equal length."""
-    pairs, rewards = report["pairs"], list(report["rewards"])
+    pairs, rewards = report["pairs"], preferring(report)
     figure, panels = new_figure(len(rewards), 1)
     figure.set_figheight((1.2 + 0.4 * len(pairs)) * len(rewards) + 0.4)
     for axes, name in zip(panels, rewards, strict=True):
@@ -68,7 +68,7 @@ def win_rates(report: Report) -> Figure:
             ("win_rate", -0.12, HELD_OUT, "raw"),
             ("length_controlled", 0.12, "white", "at equal length"),
         ):
-            shown = [(n, found[name][key]) for n, found in enumerate(pairs.values()) if name in found]
+            shown = [(n, found[name][key]) for n, found in enumerate(pairs.values()) if key in found.get(name, ())]
             estimates = [estimate for _, estimate in shown]
             axes.errorbar(
                 [estimate["value"] for estimate in estimates],

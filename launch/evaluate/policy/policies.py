@@ -41,6 +41,8 @@ class Settings:
     """A model with the tokenizer of the policies, from which their KL is measured."""
     refusal: str = PATTERN
     """A pattern that the beginning of a refusal has, or `module:function` of the responses."""
+    judge: str | None = None
+    """MODEL@URL: an endpoint that compares the policies."""
     max_new_tokens: int = 512
     batch_size: int = 64
     """Responses sampled, and texts scored, at once."""

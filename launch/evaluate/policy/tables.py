@@ -26,6 +26,8 @@ PAIR = {
     "ties": "ties",
     "length_controlled": "win rate at equal length",
     "difference": "mean difference",
+    "orders_agree": "both orders agree",
+    "first_shown": "the response shown first is preferred",
 }
 
 
@@ -39,9 +41,15 @@ def tables(report: Report) -> Iterator[Table]:
     yield from _temperatures(figures, models)
     for name in rewards:
         yield from _best_of_n(name, models)
-    for name in rewards:
+    for name in preferring(report):
         if pairs := {pair: found[name] for pair, found in report["pairs"].items() if name in found}:
             yield _columns(f"Pairs by {name}", PAIR, pairs)
+
+
+def preferring(report: Report) -> list[str]:
+    """What prefers one policy to another: rewards, and the judge."""
+    of_pairs = report["pairs"].values()
+    return list(dict.fromkeys(name for found in of_pairs for name, own in found.items() if "win_rate" in own))
 
 
 def _columns(title: str, figures: Mapping[str, str], columns: Mapping[str, Any]) -> Table:
