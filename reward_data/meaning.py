@@ -34,6 +34,7 @@ ENDS = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>)\s*\Z")
 ALPACA = re.compile(r"\A\s*(?:Below is an instruction.*?)?(### Instruction:).*^### Response:", re.MULTILINE | re.DOTALL)
 VICUNA = re.compile(r"(?:\A|^|[.] )(USER:) .*\sASSISTANT:", re.MULTILINE | re.DOTALL)
 HH_TURN = re.compile(r"\A\s*(Human:).*\n\nAssistant:", re.DOTALL)  # from the start: a quoted one may stay
+ARRAY = re.compile(r"\[\{.*\}\]\Z", re.DOTALL)
 SPEAKER = re.compile(r"^(?:Human|User|USER|Assistant|ASSISTANT|### (?:Instruction|Response)):", re.MULTILINE)
 
 
@@ -54,15 +55,18 @@ def _opened(text: Any) -> Any:
 def turns_in(text: str) -> list[dict[str, Any]] | None:
     """The messages if the text is nothing but a list of messages, else None."""
     text = text.strip()
+    if text.startswith(('"[', '"{')) and isinstance(inner := _parsed(text), str):  # JSON inside JSON
+        text = inner.strip()
     if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
         return None
     value = _parsed(text)
-    turns = [value] if isinstance(value, dict) else value
-    return turns if isinstance(turns, list) and turns and all(map(_is_message, turns)) else None
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("messages", "conversations") if key in value), [value])
+    return value if isinstance(value, list) and value and all(map(_is_message, value)) else None
 
 
 def _parsed(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval, _parsed_array):
         try:
             return parse(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -70,11 +74,18 @@ def _parsed(text: str) -> Any:
     return None
 
 
+def _parsed_array(text: str) -> list[Any]:
+    """A list of dicts as NumPy prints it, without commas between them: pandas writes a column of a Parquet file so."""
+    if not ARRAY.match(text):
+        raise ValueError("not an array of dicts")
+    return [ast.literal_eval(part) for part in re.split(r"(?<=\})\s+(?=\{)", text[1:-1].strip())]
+
+
 def _is_message(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     role = value.get("role", value.get("from"))
-    return isinstance(role, str) and role in ROLES and ("content" in value or "value" in value)
+    return isinstance(role, str) and role.lower() in ROLES and ("content" in value or "value" in value)
 
 
 def refuse_outranked(row: Row) -> None:

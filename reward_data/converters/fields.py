@@ -11,7 +11,7 @@ from reward_data.errors import BadRow
 from reward_data.records import Message, Role
 
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*\Z", re.DOTALL)  # a prompt as Anthropic HH writes it
-ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {  # in small letters
     "system": "system",
     "user": "user",
     "human": "user",
@@ -19,6 +19,10 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "developer": "system",
 }
 
 
@@ -77,9 +81,20 @@ def message(value: Any, key: str, who: str = "role", what: str = "content") -> M
         if part not in value:
             raise BadRow(f"key '{key}.{part}' is missing")
     role = text_of(value[who], f"{key}.{who}")
-    if role not in ROLES:
+    if role.lower() not in ROLES:
         raise BadRow(f"key '{key}.{who}' is {shown(role)}, not one of {', '.join(ROLES)}")
-    return Message(ROLES[role], text_of(value[what], f"{key}.{what}"))
+    return Message(ROLES[role.lower()], text_of(_joined_parts(value[what]), f"{key}.{what}"))
+
+
+def _joined_parts(content: Any) -> Any:
+    """The text of a content that is a list of parts {type: text, text: …}; any other content as it is."""
+    if not isinstance(content, list) or not content or not all(map(_is_text_part, content)):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def messages(value: Any, key: str, last: Role) -> tuple[Message, ...]:

@@ -13,6 +13,8 @@ from reward_data.records import Demonstration, Prompt
 
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+IMAGE = {"type": "image", "image": "x.png"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -36,6 +38,9 @@ def turns(converter, value):
         (sharegpt, {"conversations": [HUMAN, GPT], "system": "s"}, [("system", "s"), ("user", "Hi"), ("assistant", "Hello!")]),
         (messages, [SYSTEM, USER, ASSISTANT], [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!")]),
         (messages, {"messages": [USER, ASSISTANT]}, [("user", "Hi"), ("assistant", "Hello!")]),
+        (messages, {"messages": [USER, ASSISTANT | {"role": "model"}]}, [("user", "Hi"), ("assistant", "Hello!")]),
+        (messages, {"messages": [USER | {"role": "User"}, ASSISTANT | {"role": "AI"}]}, [("user", "Hi"), ("assistant", "Hello!")]),
+        (messages, {"messages": [USER | {"content": PARTS}, ASSISTANT]}, [("user", "Hi there"), ("assistant", "Hello!")]),
         (messages, {"prompt": "Hi", "completion": "Hello!"}, [("user", "Hi"), ("assistant", "Hello!")]),
         (messages, {"prompt": [USER], "completion": [ASSISTANT]}, [("user", "Hi"), ("assistant", "Hello!")]),
         (native, {"messages": [USER, ASSISTANT], "tag": "safety"}, [("user", "Hi"), ("assistant", "Hello!")]),
@@ -76,6 +81,7 @@ def test_self_instruct_task_gives_one_demonstration_per_instance():
         (alpaca, {"instruction": "c", "output": "d", "history": [["a"]]}, r"key 'history\[0\]' must be a pair"),
         (messages, {"messages": [USER, USER]}, r"key 'messages\[1\]' is a turn of the user out of order"),
         (messages, {"messages": [ASSISTANT]}, r"key 'messages\[0\]' is a turn of the assistant out of order"),
+        (messages, {"messages": [USER | {"content": [IMAGE, *PARTS]}, ASSISTANT]}, r"\[0\].content' must be text, but is \["),
         (messages, {"messages": []}, "must end with a turn of the assistant"),
         (messages, {"messages": "Hi"}, "must be a list of messages"),
         (messages, {"prompt": "Hi", "completion": [ASSISTANT, USER]}, "must be one message of the assistant"),

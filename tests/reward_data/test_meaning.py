@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,7 +71,19 @@ def test_the_system_key_beside_messages_is_read(tmp_path):
     assert row.messages[0].role == "system"
 
 
-@pytest.mark.parametrize("write", [json.dumps, repr], ids=["json", "python"])
+def numpy_text(turns):
+    return str(np.array(turns, dtype=object))
+
+
+def json_in_json(turns):
+    return json.dumps(json.dumps(turns))
+
+
+def as_object(turns):
+    return json.dumps({"id": 1, "messages": turns})
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr, numpy_text, json_in_json, as_object])
 def test_a_text_that_is_wholly_a_dialogue_is_read_as_one(tmp_path, write):
     row = {"prompt": "Two plus two?", "chosen": write([USER, GOOD]), "rejected": write([USER, BAD])}
     (pair,) = read(tmp_path, [row]).rows
@@ -94,6 +107,7 @@ def test_a_dialogue_where_text_belongs_is_refused(tmp_path, key):
 )
 def test_what_json_or_python_writes_of_messages_is_read_back(turns):
     assert turns_in(json.dumps(turns)) == turns_in(repr(turns)) == turns
+    assert turns_in(numpy_text(turns)) in (turns, None)  # None: a text holds what stands between two messages
     assert turns_in(f"For example: {json.dumps(turns)}") is None
 
 
