@@ -25,13 +25,19 @@ BAD_WORDS = {"false", "bad", "no", "rejected", "undesirable", "thumbs_down", "th
 GOOD_WORDS = {"true", "good", "yes", "chosen", "desirable", "thumbs_up", "thumbs up", "thumbsup", "up", "like"} | {
     *("liked", "👍")
 }
-SPECIAL = re.compile(  # a turn of ChatML, Llama 3, Zephyr or Gemma
-    r"^[ \t]*(<\|im_start\|>[ \t]*(?:system|user|assistant)\b|<\|start_header_id\|>|<start_of_turn>(?:user|model)\b"
-    r"|<\|(?:system|user|assistant)\|>)",
+SPECIAL = re.compile(  # a turn as the chat templates of other models open it
+    r"^[ \t]*(<\|(?:im_start|im_user|start)\|>[ \t]*(?:system|user|assistant)\b|<\|start_header_id\|>"
+    r"|<start_of_turn>(?:user|model)\b|<\|(?:system|user|assistant|prompter)\|>|<\|START_OF_TURN_TOKEN\|>"
+    r"|<｜(?:User|Assistant)｜>|\[\|(?:Human|AI)\|\]|<(?:human|bot)>:|### (?:Human|Assistant):)",
     re.MULTILINE,
 )
-ENDS = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>)\s*\Z")
+LLAMA2 = re.compile(r"\A\s*(?:<s>)?\s*(\[INST\]).*\[/INST\]", re.DOTALL)
+ENDS = re.compile(
+    r"(<\|(?:im_end|eot_id|endoftext|end_of_text|end|eot|return|END_OF_TURN_TOKEN)\|>|<end_of_turn>|<｜end▁of▁sentence｜>)\s*\Z"
+)
+LAST_EOS = re.compile(r"\A(?!.+<s>).*(</s>)\s*\Z", re.DOTALL)  # after <s> it may be HTML
 ALPACA = re.compile(r"\A\s*(?:Below is an instruction.*?)?(### Instruction:).*^### Response:", re.MULTILINE | re.DOTALL)
+FOREIGN = (SPECIAL, ENDS, LAST_EOS, LLAMA2, ALPACA)
 VICUNA = re.compile(r"(?:\A|^|[.] )(USER:) .*\sASSISTANT:", re.MULTILINE | re.DOTALL)
 HH_TURN = re.compile(r"\A\s*(Human:).*\n\nAssistant:", re.DOTALL)  # from the start: a quoted one may stay
 ARRAY = re.compile(r"\[\{.*\}\]\Z", re.DOTALL)
@@ -155,9 +161,8 @@ def _texts_of(record: Record) -> list[tuple[str, str]]:
 def refuse_transcripts(record: Record) -> None:
     """BadRow if a text of the record is itself a dialogue, or a response continues with a turn of the human."""
     for role, text in _texts_of(record):
-        found = SPECIAL.search(text) or ENDS.search(text) or ALPACA.search(text)
-        if role == "assistant":
-            found = found or VICUNA.search(text) or HH_TURN.search(text)
+        forms = (*FOREIGN, VICUNA, HH_TURN) if role == "assistant" else FOREIGN
+        found = next(filter(None, (form.search(text) for form in forms)), None)
         if found or turns_in(text):
             what = repr(found[found.lastindex or 0]) if found else "a list of messages"
             raise BadRow(
