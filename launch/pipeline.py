@@ -146,7 +146,7 @@ def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
 
 def _run_local(config: RunConfig, stage: str, data: Data) -> None:
     """The stage in this process, for debugging and for machines without a cluster."""
-    _prepare(config, stage, data, local=True)
+    _prepare(config, stage, data)
     with StageBars(config.folder) as bars, bars.followed(stage):
         run_rank(config, stage, local=True)
 
@@ -191,37 +191,22 @@ def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -
     return seconds
 
 
-def _prepare(config: RunConfig, stage: str, data: Data, local: bool = False) -> None:
-    """Clears what an earlier attempt left behind; its checkpoints stay if it started from the same and can go on here."""
+def _prepare(config: RunConfig, stage: str, data: Data) -> None:
+    """Clears what an earlier attempt left behind; its checkpoints stay if it started from the same. Any
+    number of workers can go on from them."""
     folder = config.folder / stage
     made_by = folder / MADE_BY
     inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
     parents = _parents(stage, data, inputs)
-    attempt = {
-        "from": artifacts.digest_of([_digest(config, stage), parents]),
-        "layout": _layout(config, stage, local),
-    }
+    attempt = {"from": artifacts.digest_of([_digest(config, stage), parents])}
     known = json.loads(made_by.read_text()) if made_by.exists() else {}
     if known.get("from") != attempt["from"]:
         keep_earlier(config.folder, config.tracking, stage)
         shutil.rmtree(folder, ignore_errors=True)
-    elif known["layout"] != attempt["layout"] and any((folder / "checkpoints").glob("*")):
-        raise UserError(
-            f"{folder / 'checkpoints'} was written by {known['layout']} and cannot go on with {attempt['layout']}. "
-            f"Set that back, or remove the folder to start {stage} over."
-        )
     folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(made_by, attempt)
     for stale in (FAILURE, "progress.json"):
         (folder / stale).unlink(missing_ok=True)
-
-
-def _layout(config: RunConfig, stage: str, local: bool) -> str:
-    """Who writes a checkpoint: shards of one layout cannot be dealt out to another."""
-    if local:
-        return "one process alone"
-    workers = os.environ["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else stage_of(stage).workers(config)
-    return f"{workers} workers under ZeRO-{config.hardware.zero_stage}"
 
 
 def _finish(config: RunConfig, stage: str, one: worker_group.WorkerGroup, bars: StageBars) -> None:

@@ -31,7 +31,7 @@ from rlhf.models import add_lora, check_model, load_causal, load_tokenizer, save
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
-from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, silence, trainer_arguments
+from stages.trl_trainer import OwnTraining, Reporter, fit, in_training_order, silence, trainer_arguments
 
 IGNORED = -100  # transformers' label of tokens without a logprob
 
@@ -50,7 +50,7 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-class Trainer(OwnOptimizer, DPOTrainer):
+class Trainer(OwnTraining, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """The rows unchanged: TRL would render and tokenize texts, but these are tokens of our chat format."""
         return dataset

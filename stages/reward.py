@@ -32,7 +32,7 @@ from rlhf.models import ScalarModel, add_lora, check_model, last_value, load_sca
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
-from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, silence, trainer_arguments
+from stages.trl_trainer import OwnTraining, Reporter, fit, in_training_order, silence, trainer_arguments
 
 
 class PairScorer(nn.Module):
@@ -64,7 +64,7 @@ class Collator(DataCollatorForPreference):
         return super().torch_call(examples) | {"is_safe": torch.tensor(sides)}
 
 
-class Trainer(OwnOptimizer, RewardTrainer):
+class Trainer(OwnTraining, RewardTrainer):
     safety_loss_weight: float
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **unused: Any) -> Any:

@@ -38,12 +38,12 @@ from rlhf.models import (
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
-from stages.trl_trainer import OwnOptimizer, Reporter, fit, in_training_order, silence, trainer_arguments
+from stages.trl_trainer import OwnTraining, Reporter, fit, in_training_order, silence, trainer_arguments
 
 IGNORED = -100  # transformers' label of tokens without loss
 
 
-class Trainer(OwnOptimizer, SFTTrainer):
+class Trainer(OwnTraining, SFTTrainer):
     """TRL's trainer with our loss; its own is made for GPU kernels and spends most of a CPU's step on the LM head."""
 
     def compute_loss(

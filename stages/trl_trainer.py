@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
@@ -12,8 +13,10 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.config import OptimConfig, RunConfig, SupervisedConfig
+from rlhf.distributed import training_state
 from rlhf.distributed.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
 from rlhf.errors import UserError
 from rlhf.runs import checkpoint
@@ -85,8 +88,8 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: str) -> list[int]
     return rows
 
 
-class OwnOptimizer:
-    """Mixed into a Trainer: the project's AdamW and schedule, the same in all stages."""
+class OwnTraining:
+    """Mixed into a Trainer: the project's AdamW, schedule and checkpoints, the same in all stages."""
 
     optim: OptimConfig
 
@@ -99,6 +102,25 @@ class OwnOptimizer:
         if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = build_schedule(optimizer or self.optimizer, self.optim, num_training_steps)
         return self.lr_scheduler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Instead of the Trainer's own, which only as many ranks as have written it can read."""
+        folder = checkpoint.of_step(Path(self.args.output_dir), self.state.global_step)  # type: ignore[attr-defined]
+        training_state.save(folder, *self._trained())
+        if self.args.should_save:  # type: ignore[attr-defined]
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing yet: weights are loaded with the state of the optimizer, which is made later."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+        if resume_from_checkpoint is not None:
+            training_state.load(Path(resume_from_checkpoint), *self._trained())
+        return prepared
+
+    def _trained(self) -> tuple[Any, Any, Any]:
+        return self.model, self.optimizer, self.lr_scheduler  # type: ignore[attr-defined]
 
 
 class Reporter(TrainerCallback):
@@ -139,7 +161,7 @@ class CheckpointCommitter(TrainerCallback):
     """Commits a Trainer's checkpoint when it is complete; the Trainer itself would resume from the newest folder."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoint.commit(Path(args.output_dir) / f"checkpoint-{state.global_step}", {"step": state.global_step})
+        checkpoint.commit(checkpoint.of_step(Path(args.output_dir), state.global_step), {"step": state.global_step})
 
 
 def fit(trainer: Any, reporter: Reporter) -> None:
@@ -152,8 +174,18 @@ def fit(trainer: Any, reporter: Reporter) -> None:
     trainer.add_callback(reporter)
     trainer.add_callback(CheckpointCommitter())
     found = checkpoint.newest(context.checkpoint_folder)
+    if found:
+        _require_json(found / TRAINER_STATE_NAME)
     context.tracker.rewind(checkpoint.number(found) if found else NOTHING)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
+
+
+def _require_json(path: Path) -> None:
+    """UserError (4) instead of the error of the Trainer, which does not name the file."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{path} is not JSON. Remove {path.parent} and run again.", 4) from None
 
 
 def silence() -> None:

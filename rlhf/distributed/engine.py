@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import HardwareConfig, OptimConfig
+from rlhf.distributed import training_state
 
 BUCKET_BYTES = 256 << 20
 BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's default of half a billion uses 2 GB per worker
@@ -101,21 +102,10 @@ class LocalEngine:
         return self.optimizer.param_groups[0]["lr"]
 
     def save(self, folder: Path) -> None:
-        assert self.optimizer is not None and self.schedule is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-        torch.save(state, folder / "engine.pt")
+        training_state.save(folder, self.module, self.optimizer, self.schedule)
 
     def load(self, folder: Path) -> None:
-        assert self.optimizer is not None and self.schedule is not None
-        state = torch.load(folder / "engine.pt", map_location=self.device)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        training_state.load(folder, self.module, self.optimizer, self.schedule)
 
 
 class ZeroEngine:
@@ -165,12 +155,10 @@ class ZeroEngine:
         return self.engine.get_lr()[0]
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="engine")
+        training_state.save(folder, self.module, self.engine.optimizer, self.engine.lr_scheduler)
 
     def load(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag="engine")
-        if loaded is None:
-            raise RuntimeError(f"{folder}: no engine checkpoint was found")
+        training_state.load(folder, self.module, self.engine.optimizer, self.engine.lr_scheduler)
 
 
 Engine = LocalEngine | ZeroEngine
@@ -271,7 +259,6 @@ def zero_config(hardware: HardwareConfig, max_grad_norm: float) -> dict[str, Any
 def trainer_zero_config(hardware: HardwareConfig) -> dict[str, Any]:
     """DeepSpeed's settings for a transformers Trainer, which replaces `auto`."""
     config = zero_config(hardware, 0.0)
-    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     config |= {
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",

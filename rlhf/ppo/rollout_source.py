@@ -21,6 +21,7 @@ from rlhf.config import RunConfig
 from rlhf.data import next_prompts
 from rlhf.data.batches import PromptBatch, Rollout, select, to
 from rlhf.distributed import collectives
+from rlhf.distributed.tensor_files import load_tensors
 from rlhf.generation import Sampler
 from rlhf.ppo.step_profiler import PhaseTimer
 
@@ -108,17 +109,25 @@ class Prefetched:
     def save(self, folder: Path) -> None:
         if self.rollout is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"rollout": vars(self.rollout), "positions": self.positions}, self._file(folder))
+            state = {"rollout": vars(self.rollout), "positions": self.positions}
+            torch.save(state, folder / f"rank-{collectives.rank()}.pt")
 
     def load(self, folder: Path) -> None:
-        """Loads what was saved there; nothing was saved if no rank had a rollout. All ranks must call it."""
-        if collectives.broadcast_result(lambda: self._file(folder).exists()):
-            kept = torch.load(self._file(folder))
-            self.rollout, self.positions = Rollout(**kept["rollout"]), kept["positions"]
-
-    @staticmethod
-    def _file(folder: Path) -> Path:
-        return folder / f"rank-{collectives.rank()}.pt"
+        """Takes this rank's rows from those that all ranks saved, of whatever number; nothing where none were saved. All
+        ranks must call it."""
+        ranks = collectives.broadcast_result(lambda: len([*folder.glob("rank-*.pt")]))
+        if not ranks:
+            return
+        saved = [load_tensors(folder / f"rank-{rank}.pt") for rank in range(ranks)]
+        rows = {name: torch.cat([each["rollout"][name] for each in saved]) for name in saved[0]["rollout"]}
+        whole = Rollout(**rows)
+        rank, world = collectives.rank(), collectives.world_size()
+        self.rollout = select(whole, collectives.shard(len(whole.tokens_BT), rank, world))
+        if ranks == world:
+            self.positions = saved[rank]["positions"]
+        else:  # of all ranks, in equal parts
+            in_prompts, in_steps = (sum(each["positions"][i] for each in saved) // world for i in (0, 1))
+            self.positions = (in_prompts, in_steps)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +69,11 @@ def commit(target: Path, state: dict[str, Any]) -> None:
     collectives.rank_zero_only(finish, f"committing {target} and removing older checkpoints")
 
 
+def of_step(folder: Path, step: int) -> Path:
+    """Where a Trainer writes the checkpoint after `step`."""
+    return folder / f"checkpoint-{step}"
+
+
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (path.parent for path in folder.glob(f"*/{STATE}"))
@@ -82,7 +89,7 @@ def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint that the first rank sees and that is undamaged. All ranks must call it.
 
     Partial ones are removed; damaged ones are renamed to `damaged-…`, with a warning. UserError (5) on every rank if one
-    of them does not see the checkpoint, UserError (4) if all are damaged.
+    of them does not see the checkpoint, UserError (4) if all are damaged or a file of the newest is another user's.
     """
 
     def choose() -> list[Path]:
@@ -94,6 +101,7 @@ def newest(folder: Path) -> Path | None:
     candidates = collectives.rank_zero_only(choose, f"removing partial checkpoints from {folder}")
     for candidate in candidates:
         _require_on_all_ranks(candidate)
+        collectives.broadcast_result(functools.partial(_refuse_foreign_files, candidate))
         faults = [fault for fault in collectives.gather_objects(_damage(candidate)) if fault]
         if not faults:
             return candidate
@@ -140,6 +148,33 @@ def _require_on_all_ranks(checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} is not there for rank {seen.index(False)}: runs_dir must be a folder that all nodes share", 5
         )
+
+
+def _refuse_foreign_files(checkpoint: Path) -> None:
+    """UserError (4) unless all files belong to this user or to root."""
+    trusted = {0, os.geteuid()}
+    foreign = {path: owner for path in [checkpoint, *checkpoint.rglob("*")] if (owner := _owner(path)) not in trusted}
+    if not foreign.keys() or {*foreign.values()} == {_own_number_in(checkpoint)}:
+        return
+    path, owner = next(iter(foreign.items()))
+    raise UserError(
+        f"{path} belongs to another user ({owner}), so the checkpoint is not loaded. If you trust it, make it yours: "
+        f"chown -R {os.geteuid()} {checkpoint}",
+        4,
+    )
+
+
+def _owner(path: Path) -> int:
+    return path.lstat().st_uid
+
+
+def _own_number_in(folder: Path) -> int | None:
+    """The owner of what this process writes there: network storage may give users other numbers."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as stream:
+            return _owner(Path(stream.name))
+    except OSError:
+        return None
 
 
 def _shard(paths: Sequence[Any]) -> Sequence[Any]:

@@ -217,19 +217,9 @@ def test_checkpoints_go_when_settings_or_parents_are_others(
     assert not checkpointed.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "layout"),
-    [
-        (("--hardware.workers", "2"), "2 workers under ZeRO-3"),
-        (("--hardware.zero_stage", "2"), "1 workers under ZeRO-2"),
-    ],
-)
-def test_checkpoints_of_another_layout_are_refused(
-    checkpointed: Path, tmp_path: Path, change: tuple[str, ...], layout: str
-) -> None:
-    with pytest.raises(UserError, match=f"written by 1 workers under ZeRO-3 and cannot go on with {layout}") as caught:
-        prepare(settings(tmp_path, "--ppo.kl_coef", "0.02", *change))
-    assert caught.value.exit_code == 2
+@pytest.mark.parametrize("change", [("--hardware.workers", "2"), ("--hardware.zero_stage", "2")])
+def test_checkpoints_stay_for_another_layout(checkpointed: Path, tmp_path: Path, change: tuple[str, ...]) -> None:
+    prepare(settings(tmp_path, "--ppo.kl_coef", "0.02", *change))
     assert checkpointed.exists()
 
 

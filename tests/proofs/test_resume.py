@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 from transformers import Trainer
 
 from launch import pipeline
@@ -141,7 +142,7 @@ def half_a_file(content: Any, path: Path, *_: Any) -> None:
     ("stage", "place", "name", "nth", "before"),
     [
         ("sft", Trainer, "training_step", 31, nothing),  # 16 steps of 4 passes each, a checkpoint every 2 steps
-        ("sft", torch, "save", 7, half_a_file),  # the second checkpoint
+        ("sft", torch, "save", 2, half_a_file),  # the second checkpoint
         ("reward/helpfulness", checkpoint, "write_json", 2, nothing),  # all written, but not sealed
         ("reward/helpfulness", trl_trainer.Reporter, "on_step_end", 3, nothing),  # a step is made, and not recorded
         ("ppo", InProcessSampler, "sample", 7, nothing),  # checks, then an answer and an evaluation per iteration
@@ -170,15 +171,50 @@ def kill_and_compare(
     whole: RunConfig, folder: Path, stage: str, place: Any, name: str, nth: int, before: Callable[..., None]
 ) -> None:
     config = beside(whole, folder, stage)
+    die(config, stage, place, name, nth, before)
+    run(config, stage)
+    assert_same(config, whole, stage)
+
+
+def die(config: RunConfig, stage: str, place: Any, name: str, nth: int, before: Callable[..., None]) -> None:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=run_and_die, args=(config, stage, place, name, nth, before))
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=240)
     assert process.exitcode == -signal.SIGKILL
     assert checkpoint.complete(config.folder / stage / "checkpoints")
     assert not (config.folder / stage / "artifact/manifest.json").exists()
-    run(config, stage)
-    assert_same(config, whole, stage)
+
+
+# --- another number of ranks ---------------------------------------------------------------------------------------
+
+
+def assert_near(config: RunConfig, whole: RunConfig, stage: str) -> None:
+    """The same learning curve but for rounding, and the same weights."""
+    ours, theirs = metrics(config.folder / stage), metrics(whole.folder / stage)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for line, other in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-4), line["step"]
+    here, there = (load_file(each.folder / stage / "artifact/model.safetensors") for each in (config, whole))
+    for name, tensor in there.items():
+        torch.testing.assert_close(here[name], tensor, atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_sft_goes_on_with_two_ranks(whole: RunConfig, tmp_path: Path) -> None:
+    assert_two_ranks_go_on(whole, tmp_path, "sft", Trainer, "training_step", 31)
+
+
+def test_ppo_goes_on_with_two_ranks_and_with_what_was_sampled_ahead(whole_grpo: RunConfig, tmp_path: Path) -> None:
+    assert_two_ranks_go_on(whole_grpo, tmp_path, "ppo", LocalEngine, "step", 10)
+
+
+def assert_two_ranks_go_on(whole: RunConfig, folder: Path, stage: str, place: Any, name: str, nth: int) -> None:
+    """Killed as one process at a chosen call; two ranks under ZeRO-3 go on from its checkpoint."""
+    config = beside(whole, folder, stage)
+    die(config, stage, place, name, nth, nothing)
+    assert count_lines(config.folder / stage / "metrics.jsonl") > 1
+    assert start(config, stage, "grpo" if stage == "ppo" else "gae").wait(timeout=300) == 0
+    assert_near(config, whole, stage)
 
 
 # --- two ranks, killed at random moments ------------------------------------------------------------------------------

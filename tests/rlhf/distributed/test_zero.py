@@ -177,7 +177,10 @@ def shard_everything():
 
 def resume(engine, folder, given, hardware):
     """The weights after one more step, of an engine that goes on and of a new one that loads its checkpoint."""
+    from rlhf.distributed import collectives
+
     engine.save(folder)
+    collectives.barrier()
     other = open_engine(copy.deepcopy(given["policy"]), OPTIM, STEPS, hardware, local=False)
     other.load(folder)
     after = []

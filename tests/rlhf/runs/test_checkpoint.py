@@ -1,9 +1,13 @@
 """Checkpoints of PPO: whole or not there, newest first, and a resumed engine goes on as if nothing had happened."""
 
+import hashlib
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch import nn
 from rlhf.config import HardwareConfig, OptimConfig
 from rlhf.distributed.engine import LocalEngine
 from rlhf.errors import UserError
+from rlhf.ppo.rollout_source import Prefetched
 from rlhf.runs import checkpoint
 
 STATE = {"iteration": 2, "beta": 0.0125, "best": -0.5, "best_iteration": 1, "since_best": 1}
@@ -181,3 +186,81 @@ def test_where_all_are_damaged_the_stage_does_not_begin_anew_unasked(
         checkpoint.restore(tmp_path, engines)
     assert caught.value.exit_code == 4
     assert checkpoint.restore(tmp_path, engines) is None
+
+
+class Payload:
+    """Runs a command when it is unpickled in full."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def plain_pickle(file: Path, marker: Path) -> None:
+    file.write_bytes(pickle.dumps(Payload(marker)))
+
+
+def tensor_file(file: Path, marker: Path) -> None:
+    torch.save({"weight": Payload(marker)}, file)
+
+
+def seal_anew(checkpoint_folder: Path) -> None:
+    """The digests as someone would write them who knows how."""
+    state = json.loads((checkpoint_folder / "state.json").read_text())
+    state.pop("digest")
+    for name, entry in state["files"].items():
+        content = (checkpoint_folder / name).read_bytes()
+        entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    text = json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    (checkpoint_folder / "state.json").write_text(
+        json.dumps(state | {"digest": hashlib.sha256(text.encode()).hexdigest()})
+    )
+
+
+def test_the_payload_would_run(tmp_path: Path) -> None:
+    tensor_file(tmp_path / "file.pt", tmp_path / "ran")
+    torch.load(tmp_path / "file.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("plant", [plain_pickle, tensor_file])
+def test_nothing_in_a_checkpoint_is_run(
+    engines: dict[str, LocalEngine],
+    iteration: SimpleNamespace,
+    tmp_path: Path,
+    plant: Callable[[Path, Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prefetched = Prefetched()
+    prefetched.keep(iteration.rollout, (1, 2))
+    parts = {**engines, "prefetched": prefetched}
+    checkpoint.save(tmp_path / "whole", 1, parts, STATE)
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert len(names) == 4
+    for number, name in enumerate(names):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "whole", folder)
+        plant(folder / name, tmp_path / "ran")
+        if name.name != "state.json":
+            seal_anew(folder / "iteration-000001")
+        with pytest.raises(UserError) as caught:
+            checkpoint.restore(folder, parts)
+        assert caught.value.exit_code == 4
+        assert name.name in caught.value.message + capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_of_another_user_are_not_read(
+    engines: dict[str, LocalEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, 1, engines, STATE)
+    theirs, owner = tmp_path / "iteration-000001/b/rank-0.pt", os.geteuid() + 4711
+    monkeypatch.setattr(checkpoint, "_owner", lambda path: owner if path == theirs else path.lstat().st_uid)
+    with pytest.raises(UserError, match=rf"b/rank-0.pt belongs to another user \({owner}\)") as caught:
+        checkpoint.restore(tmp_path, engines)
+    assert caught.value.exit_code == 4
+
+    monkeypatch.setattr(checkpoint, "_owner", lambda path: owner)  # what we write has this owner too
+    assert checkpoint.restore(tmp_path, engines) is not None
