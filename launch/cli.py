@@ -12,15 +12,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from launch import signals
 from launch.commands import ALL
 
-INTERRUPTED = 130
 UNEXPECTED = 1
 BAD_DATA, MACHINE_TOO_SMALL = 3, 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code. Codes: rlhf.errors.UserError, 130 after Ctrl-C, 1 for a fault of this program."""
+    """Run one command; the exit code. Codes: rlhf.errors.UserError, 130 after Ctrl-C, 143 after SIGTERM, 1 for a fault of this program."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_settings:
@@ -48,7 +48,7 @@ def _guarded(command: Callable[[], int]) -> int:
         return code
     except KeyboardInterrupt:
         _complain("interrupted")
-        return INTERRUPTED
+        return 128 + signals.interrupted_by()
     except BrokenPipeError:  # `rlhf config … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import digest_of
 from rlhf.runs.claim import CLAIM
-from rlhf.tracking import NOTHING, Tracker, catch_up, keep_earlier, mark_ended, open_parent
+from rlhf.tracking import NOTHING, Tracker, catch_up, keep_earlier, mark_ended, open_parent, status_of
 from stages.base import STAGES, parts_of, stage_of
 
 KEPT = ("earlier", CLAIM)  # when a run starts over
@@ -52,11 +52,10 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 def fail(config: RunConfig, tracker: Tracker, error: BaseException) -> None:
     """Ends the run and those of its stages that are still open: their workers went with the cluster."""
-    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
     reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     for part in parts_of(config):
         mark_ended(config.folder / part, "KILLED", f"ended with the whole run: {reason}")
-    tracker.close(status, reason)
+    tracker.close(status_of(error), reason)
     catch_up(config.folder, config.tracking)
 
 

@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from launch import parent_run, report, worker_group
+from launch import parent_run, report, signals, worker_group
 from launch.terminal import StageBars, console
 from launch.worker import FAILURE, read_failure, run_rank, torchrun_group
 from rlhf.config import RunConfig
 from rlhf.data import Split, parsed
 from rlhf.errors import UserError
-from rlhf.runs import artifacts, claim, provenance
+from rlhf.runs import artifacts, claim, provenance, stopping
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.chat_format import notice
-from rlhf.tracking import Tracker, absolute_uri, close_abandoned, fill_in, keep_earlier, mark_ended, public_uri
+from rlhf.tracking import (
+    Tracker,
+    absolute_uri,
+    close_abandoned,
+    fill_in,
+    keep_earlier,
+    mark_ended,
+    public_uri,
+    status_of,
+)
 from stages.base import parts_of, stage_of
 
 POLL_S = 0.3
@@ -32,7 +42,8 @@ MADE_BY = "made_by.json"  # beside a stage's checkpoints: what they were made wi
 def run(config: RunConfig, fresh: bool) -> int:
     """Runs every stage that is not complete, and reports. Returns the exit code."""
     config = absolute(config)
-    with claim.hold(config.folder):
+    with signals.handled(), claim.hold(config.folder):
+        stopping.forget(config.folder)
         return _run(config, fresh)
 
 
@@ -69,16 +80,18 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _run_under_torchrun(config, chosen)
         return 0
-    with claim.hold(config.folder):
+    with signals.handled(), claim.hold(config.folder):
+        stopping.forget(config.folder)
         data = checked_data(config, chosen)
         close_abandoned(config.runs_dir, config.tracking)
         parsed.write(config, data)
-        for one in chosen:
-            if local:
-                _run_local(config, one, data)
-            else:
-                with worker_group.cluster(config), StageBars(config.folder) as bars:
-                    _drive(config, [one], data, bars)
+        try:
+            for one in chosen:
+                _run_one(config, one, data, local)
+        except KeyboardInterrupt:  # the workers had no time to say so
+            for one in chosen:
+                mark_ended(config.folder / one, "KILLED", "interrupted")
+            raise
     return 0
 
 
@@ -144,10 +157,18 @@ def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
         return _drive(config, waiting, data, bars)
 
 
+def _run_one(config: RunConfig, stage: str, data: Data, local: bool) -> None:
+    if local:
+        _run_local(config, stage, data)
+    else:
+        with worker_group.cluster(config), StageBars(config.folder) as bars:
+            _drive(config, [stage], data, bars)
+
+
 def _run_local(config: RunConfig, stage: str, data: Data) -> None:
     """The stage in this process, for debugging and for machines without a cluster."""
     _prepare(config, stage, data)
-    with StageBars(config.folder) as bars, bars.followed(stage):
+    with StageBars(config.folder) as bars, bars.followed(stage), signals.gentle(stopping.request):
         run_rank(config, stage, local=True)
 
 
@@ -161,7 +182,7 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
         data.update(checked_data(of_first, stages))
         parsed.write(of_first, data)
 
-    with torchrun_group(config):
+    with signals.handled(), signals.gentle(stopping.request), torchrun_group(config):
         of_first, stages = collectives.broadcast_result(lambda: (config, stages))
         with ExitStack() as held:
             key = collectives.broadcast_result(lambda: held.enter_context(claim.hold(of_first.folder)))
@@ -173,9 +194,16 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
 
 
 def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:
+    """Starts every stage when its inputs are there, until all are done or somebody stops the run. Seconds of each."""
+    with signals.gentle(lambda number: stopping.ask(config.folder, number)):
+        return _drive_until_stopped(config, waiting, data, bars)
+
+
+def _drive_until_stopped(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:
     running: dict[str, tuple[worker_group.WorkerGroup, float]] = {}
     seconds: dict[str, float] = {}
-    while waiting or running:
+    stopped: list[UserError] = []
+    while running or (waiting and not signals.pending()):
         claim.require()
         for stage in [s for s in waiting if not set(stage_of(s).inputs(config)) & {*waiting, *running}]:
             waiting.remove(stage)
@@ -185,9 +213,17 @@ def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -
         for stage, (one, started) in list(running.items()):
             if one.done(POLL_S / len(running)):
                 del running[stage]
-                _finish(config, stage, one, bars)
+                try:
+                    _finish(config, stage, one, bars)
+                except UserError as error:  # those beside it stop after their step too
+                    if not error.is_stop:
+                        raise
+                    stopped.append(error)
                 seconds[stage] = time.monotonic() - started
         bars.refresh()
+    if signals.pending():
+        name = signal.Signals(signals.pending()).name
+        raise stopped[0] if stopped else UserError(f"stopped by {name} between two stages", 128 + signals.pending())
     return seconds
 
 
@@ -214,9 +250,11 @@ def _finish(config: RunConfig, stage: str, one: worker_group.WorkerGroup, bars: 
     try:
         one.result()
     except Exception as error:  # noqa: BLE001  whatever Ray wraps around it, people get one message
-        bars.finish(stage, "failed")
         failure = read_failure(config.folder / stage) or _death(error, stage, config)
-        mark_ended(config.folder / stage, "FAILED", failure.message)
+        bars.finish(stage, "stopped" if failure.is_stop else "failed")
+        mark_ended(config.folder / stage, status_of(failure), failure.message)
+        if failure.is_stop:
+            raise UserError(f"{stage}: {failure.message}", failure.exit_code) from None
         logs = config.folder / stage / "logs"
         raise UserError(
             f"{stage} failed: {failure.message}\nThe logs of its workers are in {logs}", failure.exit_code

@@ -32,7 +32,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     from rlhf.kernels import enable_kernels
     from rlhf.runs import claim
     from rlhf.runs.guard import guarded
-    from rlhf.tracking import open_tracker
+    from rlhf.tracking import open_tracker, status_of
 
     prepare_environment()
     enable_kernels()
@@ -52,7 +52,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
         raise
     except BaseException as error:
         _note_failure(folder, error)
-        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", _reason(error))
+        tracker.close(status_of(error), _reason(error))
         raise
 
 

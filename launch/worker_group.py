@@ -6,16 +6,16 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launch import signals
 from launch.worker import FAILURE, UNEXPECTED, read_failure
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -55,13 +55,27 @@ def cluster(config: RunConfig) -> Iterator[None]:
         if folder is not None:
             arguments["_temp_dir"] = folder
         try:
-            start(lambda: ray.init(**arguments), ray.shutdown)
-            if threading.current_thread() is threading.main_thread():  # Ray's own handler would abort without a word
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with _own_session():
+                start(lambda: ray.init(**arguments), ray.shutdown)
+            signals.install()  # Ray has set handlers that abort the process
             _wait_for_room(config)
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_session() -> Iterator[None]:
+    """Lets Ray start its processes in a session of their own: a signal to the process group, such as Ctrl-C in a terminal,
+    is for the driver, which lets the workers finish their step."""
+    from ray._private import services
+
+    usual = services.ConsolePopen
+    services.ConsolePopen = partial(usual, start_new_session=True)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = usual
 
 
 def start(init: Callable[[], Any], shutdown: Callable[[], None]) -> None:

@@ -14,5 +14,10 @@ class UserError(Exception):
         self.message = message
         self.exit_code = exit_code
 
+    @property
+    def is_stop(self) -> bool:
+        """Whether somebody stopped the run (Ctrl-C: 130, SIGTERM: 143): nothing has failed."""
+        return self.exit_code in (130, 143)
+
     def __reduce__(self):  # crosses process borders with its exit code
         return UserError, (self.message, self.exit_code)

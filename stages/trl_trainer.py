@@ -19,7 +19,7 @@ from rlhf.config import OptimConfig, RunConfig, SupervisedConfig
 from rlhf.distributed import training_state
 from rlhf.distributed.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
 from rlhf.errors import UserError
-from rlhf.runs import checkpoint
+from rlhf.runs import checkpoint, stopping
 from rlhf.runs.context import StageContext
 from rlhf.tracking import NOTHING
 
@@ -164,20 +164,36 @@ class CheckpointCommitter(TrainerCallback):
         checkpoint.commit(checkpoint.of_step(Path(args.output_dir), state.global_step), {"step": state.global_step})
 
 
+class Stopper(TrainerCallback):
+    """Ends training after a step, with a checkpoint, when the run was asked to stop. The last step just ends the stage."""
+
+    signal, step = 0, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps and (signal := stopping.due()):
+            self.signal, self.step = signal, state.global_step
+            control.should_save = control.should_training_stop = True
+
+
 def fit(trainer: Any, reporter: Reporter) -> None:
     """Trains from the newest complete checkpoint on, with `reporter` instead of the Trainer's own logging.
 
-    What was recorded after that checkpoint is removed, because those steps are made again.
+    What was recorded after that checkpoint is removed, because those steps are made again. UserError (130, 143) when
+    the run was asked to stop.
     """
     context = reporter.context
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(reporter)
     trainer.add_callback(CheckpointCommitter())
+    stopper = Stopper()
+    trainer.add_callback(stopper)
     found = checkpoint.newest(context.checkpoint_folder)
     if found:
         _require_json(found / TRAINER_STATE_NAME)
     context.tracker.rewind(checkpoint.number(found) if found else NOTHING)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
+    if stopper.signal:
+        raise stopping.stopped(stopper.signal, f"after step {stopper.step}")
 
 
 def _require_json(path: Path) -> None:

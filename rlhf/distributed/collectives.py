@@ -35,6 +35,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def largest(number: int) -> int:
+    """The largest of the numbers of all ranks. All ranks must call it."""
+    if world_size() == 1:
+        return number
+    value = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
 def rank_zero_only(work: Callable[[], Value], doing: str) -> Value:
     """Runs `work` on the first rank only and returns its result, or raises its error, on every rank. All ranks must
     call it.

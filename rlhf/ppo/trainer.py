@@ -31,7 +31,7 @@ from rlhf.ppo.step_profiler import PhaseTimer
 from rlhf.ppo.tables import sampled
 from rlhf.ppo.update import update
 from rlhf.ppo.weight_sync import sync_weights
-from rlhf.runs import checkpoint
+from rlhf.runs import checkpoint, stopping
 from rlhf.tracking import NOTHING
 
 CPU = torch.device("cpu")
@@ -131,12 +131,15 @@ class PPOTrainer:
             with self.timer("logging"):
                 shown = {"reward": metrics["ppo/reward"], "kl": metrics["ppo/kl"]}
                 self.context.progress.update(state.iteration, ppo.iterations, **shown)
-            if state.iteration % ppo.checkpoint_every == 0:
+            stop = stopping.due() if state.iteration < ppo.iterations else 0
+            if stop or state.iteration % ppo.checkpoint_every == 0:
                 with self.timer("checkpoint"):
                     self._save_checkpoint()
             profile = step_profiler.close(self.timer, metrics, self.machine)
             self.context.tracker.metrics(profile, step=state.iteration)
             self.history.append(metrics | profile)
+            if stop:
+                raise stopping.stopped(stop, f"after iteration {state.iteration}")
         return self
 
     def step(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A thread beside the work of a rank: it ends the process when the run's driver is gone or is another one.
 
-A rank may be in the middle of a long step or wait in a collective, where nothing else could stop it.
+A rank may be in the middle of a long step or wait in a collective, where nothing else could stop it. The thread also hears
+when the driver asks the stage to stop after its step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rlhf.runs import stopping
 from rlhf.runs.claim import Follower
 
 POLL_S = 1.0
@@ -34,3 +36,4 @@ def _watch(follower: Follower, ended: threading.Event) -> None:
         if reason := follower.lost():
             print(f"error: stopped: {reason}", file=sys.stderr, flush=True)
             os._exit(LOST)
+        stopping.listen(follower.path.parent)

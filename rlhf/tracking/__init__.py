@@ -20,6 +20,7 @@ from rlhf.tracking.base import (
     open_tracker,
     read_lines_of,
     read_metrics,
+    status_of,
 )
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
 from rlhf.tracking.mlflow_runs import recorded_runs
@@ -45,4 +46,5 @@ __all__ = [
     "read_lines_of",
     "read_metrics",
     "recorded_runs",
+    "status_of",
 ]

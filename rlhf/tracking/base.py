@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rlhf.config import TrackingConfig, without_secrets
+from rlhf.errors import UserError
 from rlhf.runs.artifacts import code_diff, code_revision, plain, write_atomic
 from rlhf.tracking.jsonl import Lines, read_lines
 from rlhf.tracking.mlflow_client import locked
@@ -101,6 +102,12 @@ def read_lines_of(folder: Path, names: Sequence[str]) -> list[dict[str, float]]:
     """`step`, `time` and the metrics `names` of every step that has one of them; a step that was repeated, once."""
     lines = {line["step"]: line for line, _ in read_lines(folder / METRICS) if not line.keys().isdisjoint(names)}
     return [{key: line[key] for key in ("step", "time", *names) if key in line} for _, line in sorted(lines.items())]
+
+
+def status_of(error: BaseException) -> Status:
+    """How a run ended that `error` ended."""
+    is_stop = isinstance(error, KeyboardInterrupt) or (isinstance(error, UserError) and error.is_stop)
+    return "KILLED" if is_stop else "FAILED"
 
 
 class NullTracker:

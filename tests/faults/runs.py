@@ -39,7 +39,7 @@ def rlhf(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], Found], process: subprocess.Popen[str], seconds: float = 240) -> Found:
+def wait_for(condition: Callable[[], Found], process: subprocess.Popen[str], seconds: float = 600) -> Found:
     """What `condition` finds while `process` runs."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

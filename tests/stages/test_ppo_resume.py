@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from rlhf.data import load_prompts
+from rlhf.errors import UserError
 from rlhf.ppo import trainer
 from rlhf.ppo.evaluator import Evaluator
 from rlhf.ppo.setup import reward_set
-from rlhf.runs import checkpoint
+from rlhf.runs import checkpoint, stopping
 from tests.stages.ppo_runs import ALL_BUT_PPO, assert_same_weights, opened, series, weights
 
 pytestmark = pytest.mark.integration
@@ -41,6 +43,20 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run, beside, make_stage, interru
     assert series(config) == series(whole)
     assert_same_weights(artifact, whole.folder / "ppo/artifact")
     assert_same_weights(artifact / "critic", whole.folder / "ppo/artifact/critic")
+
+
+def test_a_stage_that_is_asked_to_stop_ends_its_iteration_and_goes_on_bit_for_bit(run, beside, make_stage, monkeypatch):
+    """Also where no checkpoint is due after that iteration."""
+    rarely = ("--ppo.checkpoint_every", "99")
+    whole, config = run("ppo"), beside(run(ALL_BUT_PPO), *rarely)
+    monkeypatch.setattr(stopping, "_signal", signal.SIGTERM)
+    with pytest.raises(UserError, match="stopped by SIGTERM after iteration 1, with a checkpoint") as caught:
+        make_stage(config, "ppo")
+    assert caught.value.exit_code == 143
+    monkeypatch.undo()
+    artifact = make_stage(config, "ppo")
+    assert series(config) == series(whole)
+    assert_same_weights(artifact, whole.folder / "ppo/artifact")
 
 
 def test_a_learning_rate_of_zero_stays_flat_and_stops_early(run, beside, make_stage, metrics):
