@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.config import RunConfig, public, without_secrets
 from rlhf.errors import UserError
-from rlhf.runs.artifacts import Artifact, load, write_atomic, write_json
+from rlhf.runs.artifacts import Artifact, write_atomic, write_json
 from stages.base import stage_of
 
 FAILURE = "failure.json"
@@ -73,9 +73,9 @@ def _run(config: RunConfig, stage: str, local: bool, tracker: Any) -> Artifact:
         world_size=collectives.world_size(),
         device=_device(torch),
         folder=folder,
-        inputs=collectives.broadcast_result(
-            lambda: {name: load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
-        ),
+        inputs={
+            name: provenance.verified(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)
+        },
         tracker=tracker,
         progress=Progress(folder, collectives.rank() == 0),
         local=local,

@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.config import RunConfig
 from rlhf.data import Split, hold_out_everywhere, load_demonstrations, load_preferences, load_prompts, parsed
 from rlhf.distributed import collectives
+from rlhf.errors import UserError
 from rlhf.runs import artifacts, claim
 from rlhf.runs.artifacts import Artifact, digest_of
 from rlhf.runs.chat_format import message_check
@@ -88,6 +89,23 @@ def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[s
 def inputs_of(parents: Mapping[str, str]) -> dict[str, str]:
     """The artifacts among `parents`; the others are data, `role: source`."""
     return {name: digest for name, digest in parents.items() if ": " not in name}
+
+
+def verified(folder: Path) -> Artifact:
+    """The artifact in `folder`, each of whose files one of the ranks has hashed. All ranks must call it.
+
+    UserError (4) on every rank if it is missing, or if a file is not as it was when the artifact was made.
+    """
+    artifact = collectives.broadcast_result(lambda: artifacts.load(folder))
+    fault = ""
+    try:
+        artifacts.load(folder, verify=True, part=(collectives.rank(), collectives.world_size()))
+    except UserError as error:
+        fault = error.message
+    for said in collectives.gather_objects(fault):
+        if said:
+            raise UserError(said, 4)
+    return artifact
 
 
 def commit(

@@ -223,6 +223,17 @@ def test_checkpoints_stay_for_another_layout(checkpointed: Path, tmp_path: Path,
     assert checkpointed.exists()
 
 
+def test_an_input_that_was_edited_since_is_refused(again: Callable[..., list[str]], tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    file = next(path for path in (config.folder / "sft/artifact").iterdir() if path.name != "manifest.json")
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    (config.folder / "reward/safety/artifact/manifest.json").unlink()
+    with pytest.raises(UserError, match=f"{file.name} has other content than when it was committed") as caught:
+        pipeline.run_stage(config, "reward", True, "safety")
+    assert caught.value.exit_code == 4
+
+
 def test_a_stage_alone_needs_those_before_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ppo starts from sft, which is not complete .* Run it first") as caught:
         pipeline.run_stage(settings(tmp_path), "ppo", True, None)

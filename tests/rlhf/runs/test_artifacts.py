@@ -105,6 +105,27 @@ def test_verify_sees_changed_bytes_of_the_same_length(tmp_path):
         artifacts.load(tmp_path / "a", verify=True)
 
 
+def test_ranks_share_the_files_to_hash(tmp_path):
+    folder = artifacts.begin(tmp_path / "a")
+    for name in ("a", "b", "c"):
+        (folder / name).write_text(name)
+    artifacts.complete(folder, "sft", PARENTS, "settings", {})
+    (folder / "b").write_text("B")
+    artifacts.load(folder, verify=True, part=(0, 2))
+    with pytest.raises(UserError, match="b has other content"):
+        artifacts.load(folder, verify=True, part=(1, 2))
+
+
+def test_verify_sees_digests_that_were_edited_with_the_file(tmp_path):
+    made(tmp_path / "a")
+    (tmp_path / "a/model.bin").write_bytes(b"WEIGHTS")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    manifest["files"]["model.bin"]["sha256"] = hashlib.sha256(b"WEIGHTS").hexdigest()
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="manifest.json has other content"):
+        artifacts.load(tmp_path / "a", verify=True)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", "not json"])
 def test_a_broken_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
