@@ -1,0 +1,57 @@
+"""From the arguments of `rlhf plan` to its output and exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from launch.plan import tables
+from launch.plan.machine import machine_for
+from launch.settings import load
+from rlhf.config import RunConfig
+from rlhf.errors import UserError
+from rlhf.planning import cost_of, machine_named, nearest_change, plan_run, shape_of
+
+CANNOT = 5
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = load(args.runfile, overrides)
+    if args.nodes is not None:
+        config = load(args.runfile, [*overrides, *_workers(config, args.nodes, args.gpu)])
+    shape = shape_of(config.model)
+    if shape is None:
+        raise UserError(
+            f"model.path: the sizes of {config.model.path} are unknown: give a folder with the config.json of a model of "
+            "Llama's kind, or Llama-2-7b, -13b or -70b",
+            4,
+        )
+    machine = machine_for(config.hardware, args.gpu)
+    plan = plan_run(config, shape, machine)
+    costs = [cost for stage in plan.stages if (cost := cost_of(config, shape, machine, stage))]
+    change = None if plan.fits else nearest_change(config, shape, machine)
+    if args.json:
+        print(json.dumps(tables.as_json(plan, costs, change), indent=1))
+        return 0 if plan.fits else CANNOT
+    nodes = f"{plan.nodes} × " if plan.nodes > 1 else ""
+    print(f"{config.name}: {shape.parameters / 1e9:.3g}B parameters on {nodes}{machine.name}\n")
+    for stage in plan.stages:
+        print(tables.memory(plan, stage), end="\n\n")
+    if costs:
+        print(tables.seconds(costs, args.price), end="\n\n")
+    print(tables.verdict(plan, change))
+    return 0 if plan.fits else CANNOT
+
+
+def _workers(config: RunConfig, nodes: int, gpu: str | None) -> list[str]:
+    """Settings for all GPUs of so many nodes; reward models keep their fraction of the workers."""
+    hardware = config.hardware
+    machine = machine_named(gpu) if gpu else machine_for(hardware, None)
+    if not machine.gpus or not hardware.gpus_per_worker:
+        raise UserError("--nodes: the run uses no GPU (hardware.gpus_per_worker); set hardware.workers instead")
+    workers = max(1, round(nodes * machine.gpus / hardware.gpus_per_worker))
+    settings = ["--hardware.workers", str(workers)]
+    if hardware.workers_per_reward_model is not None:
+        own = max(1, workers * hardware.workers_per_reward_model // hardware.workers)
+        settings += ["--hardware.workers_per_reward_model", str(own)]
+    return settings

@@ -1,0 +1,216 @@
+"""What a worker's device and its host hold in each phase of PPO, by role and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rlhf.config import RunConfig
+from rlhf.planning import activations
+from rlhf.planning.engines import FLOAT, GATHER_BYTES, MAX_LIVE, Layout, Model, Part, gathered, offloaded, resting
+from rlhf.planning.shapes import ModelShape
+
+CONTEXT_BYTES = 1.5e9  # CUDA, NCCL and loaded kernels on a GPU
+PROCESS_BYTES = {True: 0.6e9, False: 4e9}  # Python and its libraries in main memory, without and with CUDA
+FRAGMENTATION = 0.05  # of everything else, because free memory comes in pieces
+CACHE_FRACTION, CACHE_FRACTION_IN_BACKGROUND = 0.8, 0.4  # of free memory: rlhf.generation.in_process
+FILE_BYTES = 2e9  # one weights file in the making: rlhf.models.pretrained.SHARD
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`device`: of one worker. `host`: of all workers of a node, in its main memory."""
+
+    name: str
+    device: tuple[Part, ...]
+    host: tuple[Part, ...]
+
+    @property
+    def device_bytes(self) -> float:
+        return sum(part.bytes for part in self.device)
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(part.bytes for part in self.host)
+
+
+def with_allowance(device: Iterable[Part], layout: Layout) -> tuple[Part, ...]:
+    """The parts, what a GPU needs beside them, and what fragmentation takes."""
+    parts = [part for part in device if part.bytes]
+    if layout.cpu:
+        return tuple(parts)
+    parts.append(Part("worker", "context", CONTEXT_BYTES))
+    return (*parts, Part("worker", "fragmentation", FRAGMENTATION * sum(part.bytes for part in parts)))
+
+
+def host_of(layout: Layout, local: int, models: Sequence[Model], *more: Part) -> tuple[Part, ...]:
+    """`local`: workers of the node."""
+    shards = [Part(part.role, part.kind, local * part.bytes) for model in models for part in offloaded(model, layout)]
+    process = Part("worker", "process", local * PROCESS_BYTES[layout.cpu])
+    return (process, *shards, *(part for part in more if part.bytes))
+
+
+def save_parts(model: Model, layout: Layout) -> tuple[list[Part], list[Part]]:
+    """(device, host of the first worker): weights are gathered in buckets, and one whole model is written in float32.
+
+    An adapted model is whole as it is and once more with its adapter merged."""
+    bucket = min(GATHER_BYTES + model.shape.largest * FLOAT, model.weight_bytes(layout))
+    device = [Part(model.role, "bucket of gathered weights", bucket if layout.gathers else 0)]
+    merged = model.base * FLOAT if model.adapted else 0
+    written = min(FILE_BYTES, model.base * FLOAT)
+    host = [Part(model.role, "whole weights", model.weight_bytes(layout) + merged), Part(model.role, "file", written)]
+    return device, host
+
+
+def step_bytes(model: Model, layout: Layout) -> float:
+    """Beside the gradients that rest: in the backward pass two whole gradients of the largest weight, in the optimizer's
+    step a flat copy of up to `MAX_LIVE` of the worker's; without shards the gradients themselves."""
+    if layout.local:
+        return model.trained * FLOAT
+    copy = 0 if layout.offload else min(MAX_LIVE, model.trained / layout.workers) * FLOAT
+    largest = model.shape.largest if not model.adapted else 0
+    return max(2 * FLOAT * largest, copy)
+
+
+class PPOPhases:
+    """The phases of a PPO stage. `free`: bytes of the device, for as many rows of the sampler as fit."""
+
+    def __init__(self, config: RunConfig, shape: ModelShape, layout: Layout, local: int, free: float) -> None:
+        self.config, self.shape, self.layout, self.local, self.free = config, shape, layout, local, free
+        lora, ppo = config.model.lora, config.ppo
+        critic = [Model("critic", shape, scalar=True, learns=True, lora=lora)] if ppo.advantage == "gae" else []
+        rewards = [Model(f"reward/{name}", shape, scalar=True) for name in dict.fromkeys(ppo.reward_models.values())]
+        self.trained = [Model("policy", shape, learns=True, lora=lora), *critic]
+        self.frozen = [Model("reference", shape), *rewards]
+        self.models = [*self.trained, *self.frozen]
+        self.prompt, self.response = ppo.max_prompt_length, ppo.sampling.max_new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch: all rows at the limits of their lengths."""
+        ppo, row = self.config.ppo, self.prompt + self.response
+        return ppo.micro_batch_size * row if ppo.micro_batch_tokens is None else max(ppo.micro_batch_tokens, row)
+
+    @property
+    def predicted(self) -> int:
+        return round(self.tokens * self.response / (self.prompt + self.response))
+
+    def sampler(self) -> list[Part]:
+        """Whole weights, and the copies that a plain Llama's sampler makes while it samples."""
+        adapter = 0 if self.config.model.lora is None else self.shape.adapter(self.config.model.lora)
+        return [Part("sampler", "weights", (self.shape.parameters + adapter) * self.layout.number)]
+
+    def packed(self) -> float:
+        """Copies of weights while sampling: on a GPU query, key and value as one; on a CPU all in oneDNN's layout."""
+        if self.config.model.lora is not None:
+            return 0.0
+        shape, b = self.shape, self.layout.number
+        if self.layout.cpu:
+            return (shape.backbone_products + shape.table) * b
+        return shape.layers * shape.hidden * (shape.query + 2 * shape.kv) * b
+
+    def rest(self) -> list[Part]:
+        return [*(part for model in self.models for part in resting(model, self.layout)), *self.sampler()]
+
+    def rows(self) -> int:
+        """Rows that are sampled together; 0 if not even one fits."""
+        ppo = self.config.ppo
+        fraction = CACHE_FRACTION_IN_BACKGROUND if ppo.sampling.one_step_off_policy else CACHE_FRACTION
+        context = 0.0 if self.layout.cpu else CONTEXT_BYTES
+        free = self.free - context - self.packed() - sum(part.bytes for part in self.rest())
+        each = self.cache(1)
+        return max(0, min(int(fraction * free // each), ppo.sampling.batch_size, self.rows_of_worker))
+
+    @property
+    def rows_of_worker(self) -> int:
+        return -(-self.config.ppo.batch_size // self.layout.workers)
+
+    def cache(self, rows: int) -> float:
+        """Keys and values; one tensor more, because the cache moves tensor by tensor."""
+        numbers = self.shape.cached_numbers * (1 + 1 / (2 * self.shape.layers))
+        return rows * (self.prompt + self.response) * numbers * self.layout.number
+
+    def sampling(self) -> list[Part]:
+        rows = max(self.rows(), 1)
+        passing, drawn = activations.sampling(self.shape, self.layout, rows, self.prompt, self.prompt + self.response)
+        kinds = {"packed weights": self.packed(), "KV cache": self.cache(rows), "activations": passing, "logits": drawn}
+        return [*self.rest(), *(Part("sampler", kind, bytes) for kind, bytes in kinds.items())]
+
+    def scoring(self) -> list[Part]:
+        return [*self.rest(), *self._worst(self.models, self._reads)]
+
+    def _reads(self, model: Model) -> list[Part]:
+        head = 0.0 if model.scalar else activations.logits(self.shape, self.layout, self.predicted, backward=False)
+        cast = activations.casts(self.shape, self.layout, model.products, recompute=True) if model.learns else 0.0
+        return [
+            Part(model.role, "gathered weights", gathered(model, self.layout, backward=False)),
+            Part(model.role, "casts of weights", cast),
+            Part(model.role, "activations", activations.passing(self.shape, self.layout, self.tokens)),
+            Part(model.role, "logits", head),
+        ]
+
+    def update(self) -> list[Part]:
+        background = self.sampling()[len(self.rest()) :] if self.config.ppo.sampling.one_step_off_policy else []
+        return [*self.rest(), *background, *self._worst(self.trained, self._learns)]
+
+    def _learns(self, model: Model) -> list[Part]:
+        return training_parts(model, self.layout, self.tokens, self.predicted, self.config.model.gradient_checkpointing)
+
+    def opening(self) -> list[Part]:
+        """Trained models are sharded in float32 before their optimizer exists. The largest weight is whole while it is
+        read, and each optimizer begins with a buffer of zero gradients."""
+        first = (
+            0.0
+            if self.layout.local or self.layout.offload
+            else max(model.trained / self.layout.shards * FLOAT for model in self.trained)
+        )
+        reading = self.shape.largest * FLOAT if self.layout.gathers else 0
+        kept = [part for part in self.rest() if part.kind != "small weights, whole"]
+        return [*kept, Part("worker", "first gradients", first), Part("worker", "weight in reading", reading)]
+
+    def saving(self) -> tuple[list[Part], list[Part]]:
+        device, host = [], []
+        for model in self.trained:
+            parts = save_parts(model, self.layout)
+            device, host = (max(a, b, key=_total) for a, b in zip((device, host), parts, strict=True))
+        return [*self.rest(), *device], host
+
+    def _worst(self, models: Sequence[Model], parts: Callable[[Model], list[Part]]) -> list[Part]:
+        """Models take turns: the parts of the one that needs most."""
+        return max((parts(model) for model in models), key=_total)
+
+    def all(self) -> list[Phase]:
+        saved, written = self.saving()
+        reading = [Part("sampler", "weight in reading", self.shape.largest * FLOAT * self.local)]
+        defragmented = (
+            0.0
+            if self.layout.local or not self.layout.sharded
+            else max(model.trained / self.layout.workers * FLOAT for model in self.trained)
+        )
+        opened = [*reading, Part("worker", "shards in order", self.local * defragmented)]
+        layout, host = self.layout, lambda *more: host_of(self.layout, self.local, self.models, *more)
+        return [
+            Phase("opening", with_allowance(self.opening(), layout), host(*opened)),
+            Phase("sampling", with_allowance(self.sampling(), layout), host()),
+            Phase("scoring", with_allowance(self.scoring(), layout), host()),
+            Phase("update", with_allowance(self.update(), layout), host()),
+            Phase("saving", with_allowance(saved, layout), host(*written)),
+            Phase("finishing", with_allowance(self.sampling(), layout), host(*reading)),
+        ]
+
+
+def training_parts(model: Model, layout: Layout, tokens: int, predicted: int, recompute: bool) -> list[Part]:
+    """Beside what rests, in the backward pass and the step of one model."""
+    head = 0.0 if model.scalar else activations.logits(model.shape, layout, predicted, backward=True)
+    kinds = {
+        "gathered weights": gathered(model, layout, backward=True),
+        "casts of weights": activations.casts(model.shape, layout, model.products, recompute),
+        "gradients in passing": step_bytes(model, layout),
+        "activations": activations.training(model.shape, layout, tokens, recompute),
+        "logits": head,
+    }
+    return [Part(model.role, kind, bytes) for kind, bytes in kinds.items()]
+
+
+def _total(parts: Iterable[Part]) -> float:
+    return sum(part.bytes for part in parts)
