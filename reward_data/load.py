@@ -168,7 +168,7 @@ def _converted(kind: Kind, converter: ModuleType, row: Row, tag: Tag, verdicts: 
     made = converter.convert(row, tag)
     for member in members:
         for record in made:
-            meaning.refuse_lost_context(member, record, getattr(converter, "SPLIT_KEYS", ()))
+            meaning.refuse_lost_context(member, record, kind, getattr(converter, "SPLIT_KEYS", ()))
             if kind == "demonstrations" and isinstance(record, Demonstration):
                 verdicts.refuse_unwanted(member)
     for record in made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,14 @@ from reward_data.errors import BadRow
 from reward_data.files import Row
 from reward_data.records import Preference, Record, prompt_of
 
-CONTEXT = (
-    *("system", "system_prompt", "system_message", "history", "context", "instruction", "input", "prompt"),
+CONTEXT = (  # in small letters
+    *("system", "system_prompt", "system_message", "preamble", "context", "instruction", "input", "prompt"),
+    *("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history", "past_user_inputs"),
     *("messages", "conversations", "conversation", "dialog", "dialogue"),
 )
+MATERIAL = ("passage", "passages", "document", "documents", "article", "knowledge", "background", "persona")
+LOOKED_AT = 1000  # rows that tell which keys are not read
+TOOLS = ("tools", "functions")
 VERDICTS = ("label", "desirable", "is_desirable", "accepted", "liked", "is_good", "thumbs", "thumbs_up", "feedback")
 GRADES = ("score", "rating", "reward", "scores", "ratings", "rewards")
 BAD_WORDS = {"false", "bad", "no", "rejected", "undesirable", "thumbs_down", "thumbs down", "thumbsdown", "down"} | {
@@ -119,19 +124,34 @@ def _figure(value: Any) -> float | None:
         return None
 
 
-def refuse_lost_context(row: Row, record: Record, held_elsewhere: Sequence[str] = ()) -> None:
-    """BadRow if a key of context holds text that is not in the record."""
+def refuse_lost_context(row: Row, record: Record, kind: str, held_elsewhere: Sequence[str] = ()) -> None:
+    """BadRow if a key of context holds text that is not in the record. A prompt's columns may be for its rewards."""
     if not isinstance(row.value, Mapping):
         return
     read = [_squeezed(text) for _, text in _texts_of(record)]
-    for key in CONTEXT:
-        for text in _texts_in(row.value.get(key)):
+    for key, value in row.value.items():
+        name = str(key).lower()
+        if name in TOOLS and kind != "prompts":
+            texts = _names_in(value)
+        else:
+            texts = _texts_in(value) if name in CONTEXT or (name in MATERIAL and kind != "prompts") else ()
+        for text in texts:
             if key not in held_elsewhere and not any(_squeezed(text) in other for other in read):
                 raise BadRow(
                     f"key '{key}' holds context that the prompt does not: {shown(text)}; put it into the prompt "
-                    "(as system message or earlier turn), or take the key out",
+                    "(as system message or earlier turn), or leave the key out (columns names those that are read)",
                     "lost_context",
                 )
+
+
+def _names_in(tools: Any) -> Iterator[str]:
+    """The names of functions; a text of a system message that describes them holds these."""
+    if isinstance(tools, str) and tools.strip():
+        yield tools
+    for tool in tools if isinstance(tools, list) else []:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            yield function["name"]
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -214,7 +234,21 @@ def suspicions(records: Sequence[Record], rows: Sequence[Row], kind: str) -> lis
         found.append(f"{spoken} of {len(answers)} answers have lines that begin with a speaker, such as 'User:'")
     if kind == "demonstrations":
         found += _graded(rows)
+    if kind != "prompts" and (keys := _unread(records, rows)):  # a prompt keeps its columns
+        found.append(f"texts under {', '.join(keys)} are not read; if responses need them, put them into the prompt")
     return found
+
+
+def _unread(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
+    """Keys that hold sentences which no record has, in half of the first rows."""
+    read = {record.source: " ".join(_squeezed(text) for _, text in _texts_of(record)) for record in records[:LOOKED_AT]}
+    seen = [row for row in rows if row.place in read and isinstance(row.value, Mapping)]
+    lost = Counter(key for row in seen for key, text in row.value.items() if _is_lost(text, read[row.place]))
+    return [repr(key) for key, count in lost.items() if count * 2 >= len(seen)]
+
+
+def _is_lost(text: Any, read: str) -> bool:
+    return isinstance(text, str) and len(text.split()) > 3 and _squeezed(text) not in read
 
 
 def _answers_of(record: Record) -> list[tuple[str, str]]:

@@ -59,11 +59,47 @@ def test_context_beside_whole_dialogues_joins_the_prompt(tmp_path, row, expected
         ("preferences", {"input": "I am Ann.", **PAIR}, "input"),
         ("demonstrations", {"system_prompt": "Be kind.", "messages": [USER, GOOD]}, "system_prompt"),
         ("prompts", {"prompt": "Two plus two?", "context": [USER, {"role": "user", "content": "Ann"}]}, "context"),
+        ("demonstrations", {"System": "Be kind.", "messages": [USER, GOOD]}, "System"),
+        (
+            "demonstrations",
+            {"chat_history": [{"role": "user", "content": "Ann"}], "messages": [USER, GOOD]},
+            "chat_history",
+        ),
+        ("demonstrations", {"question": "Two plus two?", "answer": "Four.", "passage": "It is four."}, "passage"),
+        ("preferences", {"documents": ["Two and two make four."], **PAIR}, "documents"),
+        ("demonstrations", {"tools": [{"function": {"name": "add"}}], "messages": [USER, GOOD]}, "tools"),
+        ("demonstrations", {"tools": '[{"name": "add"}]', "messages": [USER, GOOD]}, "tools"),
     ],
 )
 def test_context_that_no_prompt_holds_is_refused_with_its_key(tmp_path, kind, row, key):
     with pytest.raises(DataError, match=f"key '{key}' holds context that the prompt does not"):
         read(tmp_path, [row], kind)
+
+
+def test_the_material_of_a_prompt_is_a_column_for_its_rewards(tmp_path):
+    (row,) = read(
+        tmp_path, [{"prompt": "Two plus two?", "documents": ["It is four."], "tools": ["add"]}], "prompts"
+    ).rows
+    assert row.columns["documents"] == ["It is four."]
+
+
+def test_tools_that_the_system_message_describes_are_read(tmp_path):
+    system = {"role": "system", "content": "You can call add(a, b)."}
+    row = {"tools": [{"function": {"name": "add"}}], "messages": [system, USER, GOOD]}
+    assert len(read(tmp_path, [row], "demonstrations").rows) == 1
+
+
+def test_sentences_under_other_keys_are_said_to_be_unread(tmp_path):
+    row = {
+        **PAIR,
+        "source": "web",
+        "reason": "Two plus two is four",
+        "again": "so: Two plus  two?",
+        "question": "Two plus two?",
+    }
+    (found,) = read(tmp_path, [row, row]).findings
+    assert "texts under 'reason', 'again' are not read" in found
+    assert read(tmp_path, [row, PAIR, PAIR]).findings == read(tmp_path, [row], "prompts").findings == []
 
 
 def test_the_system_key_beside_messages_is_read(tmp_path):
