@@ -47,6 +47,24 @@ def public_uri(uri: str) -> str:
     return without_secrets(absolute_uri(uri))
 
 
+OUTAGES = {  # MLflow's error codes
+    *("TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "SERVICE_UNDER_MAINTENANCE"),
+    *("REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"),
+}
+OUTAGE = re.compile(
+    r"failed with (exception|error code (401|403|408|429|5\d\d))|timed out|too many 5\d\d|max retries|"
+    r"database (table )?is locked|connection (refused|reset|aborted)|disk I/O error|unable to open database",
+    re.IGNORECASE,
+)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether MLflow may take the same content later: it was down, slow, locked, or did not know who we are."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)  # connections that fail are OSErrors too
+    return getattr(error, "error_code", "") in OUTAGES or OUTAGE.search(str(error)) is not None
+
+
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with training runs
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.runs.artifacts import write_json
 from rlhf.tracking.jsonl import read_lines
-from rlhf.tracking.mlflow_client import Client, locked, public_uri
+from rlhf.tracking.mlflow_client import Client, is_outage, locked, public_uri
 
 METRICS, EVENTS, STATE = "metrics.jsonl", "events.jsonl", "mlflow.json"
 POLL_S, LONGEST_PAUSE_S, CLOSE_LIMIT_S, RETRY_S = 2.0, 60.0, 20.0, 1.0
@@ -217,10 +217,13 @@ class MLflowUploader:
         }
 
     def _send(self, send: Callable[[str, Any], None], content: Any, what: str, **cursor: int) -> None:
-        """Sends and records the position. What MLflow refuses `MAX_TRIES` times is skipped, so it does not block the rest."""
+        """Sends and records the position. What MLflow refuses `MAX_TRIES` times is skipped, so it does not block the rest;
+        what it could not take just now never is."""
         try:
             send(self._state.run_id or "", content)
         except Exception as error:
+            if is_outage(error):
+                raise
             place = next(iter(cursor.items()))
             self._refusals[place] += 1
             if self._refusals[place] < MAX_TRIES:
