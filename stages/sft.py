@@ -5,6 +5,7 @@ Llama 2, §3.1.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -39,6 +40,8 @@ from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
 from stages.trl_trainer import OwnTraining, Reporter, fit, in_training_order, silence, trainer_arguments
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100  # transformers' label of tokens without loss
 
@@ -117,11 +120,19 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
 
 
 def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
-    """Sequences packed to `max_length` with their lengths, so that none sees another; unchanged without packing."""
+    """Sequences packed to `max_length` with their lengths, so that none sees another; unchanged without packing, and
+    where packing would leave less than one batch."""
     dataset = Dataset.from_list(list(rows))
     if not settings.packing:
         return dataset
-    return pack_dataset(dataset, settings.max_length, strategy="bfd")
+    packed = pack_dataset(dataset, settings.max_length, strategy="bfd")
+    if len(packed) < settings.batch_size <= len(dataset):
+        log.warning(
+            "sft: packing %d rows leaves %d, less than one batch (sft.batch_size %d): they are not packed",
+            *(len(dataset), len(packed), settings.batch_size),
+        )
+        return dataset
+    return packed
 
 
 def response_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:

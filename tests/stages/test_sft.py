@@ -147,6 +147,14 @@ def test_less_than_one_batch_of_packed_rows_is_not_told_as_rows_of_the_file(sett
         make_stage(config, "sft")
 
 
+def test_rows_of_which_packing_would_leave_less_than_one_batch_are_not_packed(settings, make_stage, metrics, caplog):
+    config = settings(
+        "--sft.packing", "true", "--sft.batch_size", "64", "--sft.micro_batch_size", "32", "--sft.epochs", "1"
+    )
+    assert metrics(make_stage(config, "sft"))["steps"] == 2  # of 128 rows
+    assert "less than one batch (sft.batch_size 64): they are not packed" in caplog.text
+
+
 def test_checkpoints_of_a_finished_stage_are_gone(run):
     assert not (run("sft").folder / "sft/checkpoints").exists()
 
