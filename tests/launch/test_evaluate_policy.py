@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from pathlib import Path
 
 import pytest
@@ -13,59 +12,15 @@ import torch
 from launch import cli
 from launch.evaluate.policy.evaluate import evaluate, load_prompts
 from launch.evaluate.policy.policies import Settings
-from rlhf.config import TinyConfig, TrackingConfig
-from rlhf.models import ScalarModel, load_tokenizer, save_causal
-from rlhf.models.tiny import train_tokenizer, untrained_llama
+from rlhf.config import TrackingConfig
+from rlhf.models import load_tokenizer
 from rlhf.tracking import fill_in
-from tests.launch.chat_server import Reply, Request, chat, chat_server
-
-TEXTS = ["what is 2 + 2? it is 4", "sort the words: pear, apple. apple, pear", "say hello. hello!"] * 20
-SIZE = TinyConfig(hidden_size=32, intermediate_size=64, layers=2, heads=2)
-REWARDS = """
-def words(prompts, responses):
-    return [len(response.split()) for response in responses]
-
-def ended(responses, finished):
-    return [float(done) for done in finished]
-
-def half(responses):
-    return [None if n % 2 else 1.0 for n in range(len(responses))]
-
-def asks(responses, answer):
-    return [0.0 for _ in responses]
-"""
-ROWS = [
-    {"messages": [{"role": "user", "content": f"question {n}"}], "tag": ("helpful", "safety")[n % 2]} for n in range(12)
-]
+from tests.launch.small_policies import ROWS, command, make_folders, read, write
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two policies and a reward model with random weights, and a file of functions."""
-    root, tokenizer = tmp_path_factory.mktemp("models"), train_tokenizer(TEXTS, 300)
-    found = {name: str(root / name) for name in ("one", "two", "reward")}
-    for seed, name in enumerate(("one", "two")):
-        save_causal(untrained_llama(SIZE, tokenizer, seed), found[name], tokenizer)
-    head_1H = torch.randn(1, 32, generator=torch.Generator().manual_seed(5))
-    ScalarModel(untrained_llama(SIZE, tokenizer, 5).base_model, head_1H).save(found["reward"], tokenizer)
-    (root / "mine.py").write_text(REWARDS)
-    write(root / "prompts.jsonl", ROWS)
-    return found | {"code": str(root / "mine.py"), "prompts": str(root / "prompts.jsonl")}
-
-
-def write(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def command(*arguments: object, uri: str = "null") -> int:
-    shown = ["evaluate", "policy", *map(str, arguments), "--max-new-tokens", "8", "--tracking-uri", uri]
-    return cli.main(shown)
-
-
-def read(out: Path) -> tuple[dict, list[dict]]:
-    lines = (out / "responses.jsonl").read_text().splitlines()
-    return json.loads((out / "report.json").read_text()), [json.loads(line) for line in lines]
+    return make_folders(tmp_path_factory.mktemp("models"))
 
 
 def test_the_report_counts_the_responses_that_are_written(folders: dict[str, str], tmp_path: Path) -> None:
@@ -251,127 +206,3 @@ def test_kl_to_itself_is_0_and_to_another_is_not(folders: dict[str, str], tmp_pa
     assert set(report["models"]["one"]["by_temperature"]) == {"0.5", "1"}
     assert [point["size"] for point in report["models"]["one"]["best_of_n"]["words"]["words"]] == [1, 2]
     assert set(report["models"]["one"]["refusals"]) == {"unsafe", "harmless"}
-
-
-def test_a_policy_behind_an_endpoint_stands_beside_ours(
-    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Failures are counted, left out and shown; the key is in no file."""
-    key = f"sk-{secrets.token_hex(8)}"  # not a literal: MLflow keeps the diff of this file
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-
-    def answer(request: Request) -> Reply:
-        number = int(request.body["messages"][-1]["content"].removeprefix("question "))
-        if number == 3:
-            return Reply(f"refused for {request.key}".encode(), 400)
-        return chat("one two three", None if number == 4 else 10 + number, "length" if number == 5 else "stop")
-
-    out, uri = tmp_path / "out", f"sqlite:///{tmp_path / 'mlflow.db'}"
-    words = f"words={folders['code']}:words"
-    with chat_server(answer) as server:
-        models = [folders["one"], f"openai:big/model@{server.url}"]
-        arguments = ["--prompts", folders["prompts"], "--reward", words, "--samples", 2, "--temperature", 0.5]
-        assert command(*models, *arguments, "--out", out, uri=uri) == 0
-    report, lines = read(out)
-    found = report["models"]["model"]
-    assert found["model"] == models[1] and found["responses"] == 22
-    assert (
-        found["left_out"]["responses"] == 2 and "status 400: refused for Bearer ***" in found["left_out"]["reasons"][0]
-    )
-    assert found["length"] == pytest.approx(
-        {**found["length"], "value": sum(10 + n for n in range(12) if n not in (3, 4)) / 10, "n": 20}
-    )
-    assert found["eos_rate"]["value"] == pytest.approx(10 / 11) and found["rewards"]["words"]["value"] == 3
-    assert report["pairs"]["one vs model"]["words"]["win_rate"]["n"] == 22
-    assert [point["size"] for point in found["best_of_n"]["words"]["words"]] == [1, 2]
-    assert sum(line["model"] == "model" for line in lines) == 22
-    (body,) = [request.body for request in server.requests if request.body["seed"] == 0]
-    assert body == {
-        "model": "big/model",
-        "messages": ROWS[0]["messages"],
-        "temperature": 0.5,
-        "max_tokens": 8,
-        "seed": 0,
-    }
-    assert len({request.body["seed"] for request in server.requests}) == 24
-    assert "2 responses left out" in capsys.readouterr().err
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert key.encode() not in written and b"big/model" in written
-
-
-def test_an_endpoint_tells_no_tokens_so_there_is_no_kl(
-    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--prompts", folders["prompts"], "--out", tmp_path / "out", "--reference", folders["one"]]
-    assert command("openai:m@http://127.0.0.1:1/v1", *arguments) == 2
-    assert "tells no tokens, so it has no KL" in capsys.readouterr().err
-    assert command("openai:m@127.0.0.1", *arguments) == 2
-    assert "give MODEL@URL" in capsys.readouterr().err
-
-
-def judgement(request: Request) -> Reply:
-    """Prefers what comes later in the alphabet; question 2 by position, to question 4 there is no verdict, and 6 fails."""
-    asked = request.body["messages"][-1]["content"]
-    number = int(re.findall(r"user: question (\d+)", asked)[0])
-    a, b = re.findall(r"<response [AB]>\n(.*?)\n</response [AB]>", asked, re.DOTALL)
-    if number == 6:
-        return Reply(b"overloaded prompt", 400)
-    choice = {2: "A", 4: "?"}.get(number) or ("C" if a == b else "AB"[b > a])
-    return chat(f"By the alphabet: [[{choice}]]")
-
-
-def test_a_judge_compares_in_both_orders(
-    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RLHF_JUDGE_API_KEY", "of the judge")
-    out, uri = tmp_path / "out", f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with chat_server(judgement) as server:
-        models = [folders["one"], folders["two"]]
-        arguments = ["--prompts", folders["prompts"], "--reward", f"words={folders['code']}:words", "--out", out]
-        assert command(*models, *arguments, "--judge", f"big/judge@{server.url}", uri=uri) == 0
-    assert {request.key for request in server.requests} == {"Bearer of the judge"}
-    assert {request.body["temperature"] for request in server.requests} == {0}
-    report, lines = read(out)
-    texts = {name: [line["response"] for line in lines if line["model"] == name] for name in ("one", "two")}
-    wins = [(a > b) + (a == b) / 2 for a, b in zip(texts["one"], texts["two"], strict=True)]
-    wins[2] = 0.5  # the orders disagree
-    known = [n for n in range(12) if n not in (4, 6)]
-    found = report["pairs"]["one vs two"]["judge"]
-    assert found["failed"] == 2 and "no verdict" in found["reasons"][0] and "status 400" in found["reasons"][1]
-    assert found["win_rate"]["value"] == pytest.approx(sum(wins[n] for n in known) / 10)
-    assert found["orders_agree"]["value"] == pytest.approx(9 / 10)
-    judgements = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
-    assert [one["prompt"] for one in judgements] == [n for n in range(12) if n != 6]
-    assert judgements[2]["verdicts"] == ["A", "A"] and judgements[4]["verdicts"] is None
-    fill_in(out / "tracking", TrackingConfig(uri=uri))
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(uri)
-    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments(filter_string="name = 'rlhf'")])
-    assert run.data.metrics["one_vs_two/judge.win_rate"] == pytest.approx(found["win_rate"]["value"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for text in ((out / "report.html").read_text(), (out / "report.md").read_text(), shown):
-        assert (
-            "Pairs by judge" in text and "both orders agree" in text and "the response shown first is preferred" in text
-        )
-
-
-@pytest.mark.parametrize(
-    ("models", "arguments", "text"),
-    [
-        (["one"], ["--judge", "m@http://h/v1"], "compares two policies or more"),
-        (["one", "two"], ["--judge", "m"], "--judge: give MODEL@URL"),
-        (["one", "two"], ["--judge", "m@http://h/v1", "--reward", "judge=CODE:words"], "--reward judge: "),
-    ],
-)
-def test_a_judge_that_cannot_compare_is_told(
-    models: list[str],
-    arguments: list[str],
-    text: str,
-    folders: dict[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    given = [word.replace("CODE", folders["code"]) for word in arguments]
-    assert command(*(folders[m] for m in models), "--prompts", folders["prompts"], "--out", tmp_path / "o", *given) == 2
-    assert text in capsys.readouterr().err
