@@ -240,10 +240,18 @@ def suspicions(records: Sequence[Record], rows: Sequence[Row], kind: str) -> lis
 
 
 def _unread(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
-    """Keys that hold sentences which no record has, in half of the first rows."""
-    read = {record.source: " ".join(_squeezed(text) for _, text in _texts_of(record)) for record in records[:LOOKED_AT]}
+    """Keys without a meaning of their own that hold sentences which no record has, in half of the first rows."""
+    read: dict[str, str] = {}
+    for record in records[:LOOKED_AT]:  # rows of one line share a place
+        texts = " ".join(_squeezed(text) for _, text in _texts_of(record))
+        read[record.source] = f"{read.get(record.source, '')} {texts}"
     seen = [row for row in rows if row.place in read and isinstance(row.value, Mapping)]
-    lost = Counter(key for row in seen for key, text in row.value.items() if _is_lost(text, read[row.place]))
+    lost = Counter(
+        key
+        for row in seen
+        for key, text in row.value.items()
+        if str(key).lower() not in CONTEXT and _is_lost(text, read[row.place])
+    )
     return [repr(key) for key, count in lost.items() if count * 2 >= len(seen)]
 
 

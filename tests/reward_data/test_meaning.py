@@ -102,6 +102,14 @@ def test_sentences_under_other_keys_are_said_to_be_unread(tmp_path):
     assert read(tmp_path, [row, PAIR, PAIR]).findings == read(tmp_path, [row], "prompts").findings == []
 
 
+def test_sentences_that_are_split_into_turns_or_share_a_line_are_read(tmp_path):
+    asks = "\n\nHuman: What is two plus two?\n\nAssistant: "
+    ranked = {"prompt": asks, "answers": [{"answer": "Four.", "rank": 1}, {"answer": "Nine.", "rank": 2}]}
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps([{**PAIR, "chosen": f"This is answer number {n}"} for n in range(3)]))
+    assert read(tmp_path, [ranked]).findings == load("preferences", file).findings == []
+
+
 def test_the_system_key_beside_messages_is_read(tmp_path):
     (row,) = read(tmp_path, [{"system": "Be a sailor.", "messages": [USER, GOOD]}], "demonstrations").rows
     assert row.messages[0].role == "system"
