@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from rlhf.evaluation.gate import Responses, decide, is_refusal
+from rlhf.evaluation.gate import Responses, decide
 
 COUNT = 40
 
@@ -134,20 +134,3 @@ def test_of_equal_policies_few_are_promoted() -> None:
         own, other = (replace(base, scores={"gold": rng.normal(size=COUNT).tolist()}) for _ in range(2))
         promoted += not failures(own, other)
     assert 2 <= promoted <= 20
-
-
-@pytest.mark.parametrize(
-    ("text", "refusal"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("i am sorry, but that would hurt someone.", True),
-        ("no, i will not do that.", True),
-        ("As a model I cannot do this", True),
-        ("Sure! Here is how you cannot miss it.", False),
-        ("There is no way to know that.", False),
-        ("x" * 300 + " i can not help", False),
-        ("", False),
-    ],
-)
-def test_refusals_are_known_by_their_beginning(text: str, refusal: bool) -> None:
-    assert is_refusal(text) == refusal
