@@ -32,7 +32,7 @@ class StageBars:
     """Bars that follow each stage's progress file. Without a terminal, one line per start, end and warning."""
 
     def __init__(self, run_folder: Path) -> None:
-        self._folder = run_folder
+        self.folder = run_folder
         self._bars = BarsWithWarnings(
             TextColumn("[bold]{task.description:<20}"),
             BarColumn(bar_width=28),
@@ -59,7 +59,7 @@ class StageBars:
 
     def refresh(self) -> None:
         for stage, task in self._tasks.items():
-            if (state := read_progress(self._folder / stage)) is not None:
+            if (state := read_progress(self.folder / stage)) is not None:
                 self._bars.update(task, completed=state.done, total=state.total, metrics=_shown(state.metrics) or "…")
                 for warning in state.warnings:
                     self._warn(f"{stage}: warning: {warning}")

@@ -42,7 +42,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     is_writer = collectives.rank() == 0
     tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
     try:
-        with guarded(claim.followed()):
+        with guarded(claim.followed(config.folder)):
             artifact = _run(config, stage, local, tracker)
         if is_writer:
             _record_artifact(config, tracker, artifact)

@@ -9,7 +9,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+KINDS = ("CPU", "GPU")
 STARTS = 3
 TOO_SLOW = re.compile("timed out during startup|while waiting for node to startup", re.IGNORECASE)
 # A socket's path has at most 107 bytes, 103 on a Mac, of which /session_<time>_<pid>/sockets/plasma_store takes 64.
@@ -132,7 +134,7 @@ class WorkerGroup:
         self.stage = stage
         # Ray Train is driven from a task, not from here: its imports take seconds, and several groups run side by side.
         run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
-        follower = claim.followed()
+        follower = claim.followed(config.folder)
         payload = {"settings": config.model_dump(mode="json"), "stage": stage, "claim": follower and follower.key}
         self._reference = run.remote(payload, workers)
 
@@ -236,19 +238,48 @@ def _private_token(folder: Path) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
+def has_room(config: RunConfig, stage: str, running: Iterable[tuple[RunConfig, str]]) -> bool:
+    """Whether the stage fits beside those that run. UserError(5) if it does not fit alone."""
+    have, needed = cluster_resources(), _needed(config, stage)
+    _check_room(config, stage, have)
+    used = Counter[str]()
+    for other in running:
+        used.update(_needed(*other))
+    return all(used[kind] + needed[kind] <= have[kind] for kind in KINDS)
+
+
 def _wait_for_room(config: RunConfig) -> None:
     """UserError(5) if the largest worker group cannot be placed. Waits for a cluster that is still starting."""
+    hardware = config.hardware
+    largest = max(parts_of(config), key=lambda part: stage_of(part).workers(config))
+    deadline = time.monotonic() + (hardware.placement_timeout_s if hardware.ray_address else 0)
+    while True:
+        try:
+            return _check_room(config, largest, cluster_resources())
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _check_room(config: RunConfig, stage: str, have: Mapping[str, float]) -> None:
+    workers = stage_of(stage).workers(config)
+    for kind, needed in _needed(config, stage).items():
+        if needed > have[kind]:
+            raise UserError(
+                f"{workers} workers × {needed / workers:g} {kind}s = {needed:g}, but the cluster has {have[kind]:g}. "
+                f"Lower hardware.workers or hardware.{kind.lower()}s_per_worker, or add nodes.",
+                5,
+            )
+
+
+def _needed(config: RunConfig, stage: str) -> dict[str, float]:
+    workers, hardware = stage_of(stage).workers(config), config.hardware
+    return {"CPU": workers * hardware.cpus_per_worker, "GPU": workers * hardware.gpus_per_worker}
+
+
+def cluster_resources() -> dict[str, float]:
     import ray
 
-    hardware = config.hardware
-    workers = max(stage_of(part).workers(config) for part in parts_of(config))
-    deadline = time.monotonic() + (hardware.placement_timeout_s if hardware.ray_address else 0)
-    for kind, each in (("CPU", hardware.cpus_per_worker), ("GPU", hardware.gpus_per_worker)):
-        while workers * each > (have := ray.cluster_resources().get(kind, 0)):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{workers} workers × {each:g} {kind}s = {workers * each:g}, but the cluster has {have:g}. "
-                    f"Lower hardware.workers or hardware.{kind.lower()}s_per_worker, or add nodes.",
-                    5,
-                )
-            time.sleep(1)
+    found = ray.cluster_resources()
+    return {kind: found.get(kind, 0.0) for kind in KINDS}

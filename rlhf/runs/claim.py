@@ -71,30 +71,28 @@ class Follower:
             raise TakenOver(f"stopped: {reason}")
 
 
-_followed: Follower | None = None  # a process works for one run
+_followed: dict[Path, Follower] = {}  # by the folder of the run; only the driver of a sweep works for several
 
 
 def follow(folder: Path, key: str) -> None:
-    """From now on `require` is about the driver with this key."""
-    global _followed
-    _followed = Follower(folder / CLAIM, key)
+    """From now on `require` is also about the driver of `folder` with this key."""
+    _followed[folder] = Follower(folder / CLAIM, key)
 
 
-def followed() -> Follower | None:
+def followed(folder: Path) -> Follower | None:
     """None outside of runs, for instance in a notebook."""
-    return _followed
+    return _followed.get(folder)
 
 
 def require() -> None:
-    """TakenOver (6) if the run that this process works for has lost its driver or has another one."""
-    if _followed is not None:
-        _followed.require()
+    """TakenOver (6) if a run that this process works for has lost its driver or has another one."""
+    for follower in list(_followed.values()):
+        follower.require()
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[str]:
     """Makes this process the driver of `folder` and gives the key of its claim. UserError (2) if there is another."""
-    global _followed
     folder.mkdir(parents=True, exist_ok=True)
     path, own = folder / CLAIM, _this_process()
     _take(path, own)
@@ -105,7 +103,7 @@ def hold(folder: Path) -> Iterator[str]:
         yield own.key
     finally:
         ended.set()
-        _followed = None
+        _followed.pop(folder, None)
         owner, _ = _read(path)
         if owner is not None and owner.key == own.key:
             path.unlink(missing_ok=True)

@@ -24,10 +24,12 @@ from rlhf.tracking.base import (
 )
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
 from rlhf.tracking.mlflow_runs import recorded_runs
-from rlhf.tracking.mlflow_sync import NOTHING, catch_up, fill_in
+from rlhf.tracking.mlflow_sync import EVENTS, METRICS, NOTHING, catch_up, fill_in
 from rlhf.tracking.versions import Registry, Version, is_reference
 
 __all__ = [
+    "EVENTS",
+    "METRICS",
     "NOTHING",
     "NullTracker",
     "Registry",

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from launch import pipeline
 from launch.chat import chat
 from launch.settings import load
+from launch.stage_folder import complete_artifact
 from rlhf.config import RunConfig
 from rlhf.tracking import read_metrics
 
@@ -76,10 +77,10 @@ def test_the_artifact_talks(run: RunConfig, capsys: pytest.CaptureFixture[str]) 
 
 def test_it_is_complete_until_a_setting_of_its_own_changes(run: RunConfig) -> None:
     data = pipeline.checked_data(run, ["sft", "dpo"])
-    assert pipeline.complete_artifact(pipeline.absolute(run), "dpo", data) is not None
+    assert complete_artifact(pipeline.absolute(run), "dpo", data) is not None
     changed = run.model_copy(update={"dpo": run.dpo.model_copy(update={"beta": 0.2})})
-    assert pipeline.complete_artifact(pipeline.absolute(changed), "sft", data) is not None
-    assert pipeline.complete_artifact(pipeline.absolute(changed), "dpo", data) is None
+    assert complete_artifact(pipeline.absolute(changed), "sft", data) is not None
+    assert complete_artifact(pipeline.absolute(changed), "dpo", data) is None
 
 
 def beside(run: RunConfig, folder: Path) -> list[str]:

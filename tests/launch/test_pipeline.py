@@ -2,62 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 
-from launch import pipeline, worker_group
+from launch import pipeline, stage_folder, worker_group
 from launch.settings import load
-from reward_data.load import SHIPPED
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import artifacts, provenance
 from rlhf.runs.context import StageContext
 from stages import base
-from stages.base import Stage, stage_of
+from stages.base import Stage
+from tests.launch.fake_worker_group import STAGES, FakeWorkerGroup, few_shipped_rows, no_cluster
 from tests.rlhf.chat.templates import tokenizer_with
 
 ROOT = Path(__file__).parents[2]
-STAGES = ["sft", "reward/helpfulness", "reward/safety", "ppo"]
-
-
-class FakeWorkerGroup:
-    """A worker group that is done at once: it seals an artifact that holds what it was made from."""
-
-    started: ClassVar[list[str]]
-    meets: ClassVar[dict[str, Exception]]  # stage → what befalls it
-
-    def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
-        self.started.append(stage)
-        self.error = self.meets.get(stage)
-        if self.error is None:
-            own = stage_of(stage)
-            inputs = {name: artifacts.load(config.folder / name / "artifact") for name in own.inputs(config)}
-            parents = provenance.parents(provenance.stage_data(config, own.roles), inputs)
-            digest = provenance.settings_digest(config, stage, own.roles)
-            folder = artifacts.begin(config.folder / stage / "artifact")
-            (folder / "model.safetensors").write_text(json.dumps([stage, digest, parents]))
-            artifacts.complete(folder, stage, parents, digest, {})
-
-    def done(self, timeout_s: float) -> bool:
-        return True
-
-    def result(self) -> None:
-        if self.error:
-            raise self.error
-
-
-@contextmanager
-def no_cluster(config: RunConfig):
-    yield
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_rows(tmp_path_factory: pytest.TempPathFactory):
-    """The first rows of each shipped file, for a run takes no more, and reading all would be most of its time."""
-    folder = tmp_path_factory.mktemp("shipped")
-    for file in SHIPPED.iterdir():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / file.name).write_text("".join(lines[:150]), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("reward_data.load"), "SHIPPED", folder)
+    with few_shipped_rows(tmp_path_factory.mktemp("shipped")):
         yield
 
 
@@ -196,7 +154,7 @@ def checkpointed(again: Callable[..., list[str]], tmp_path: Path) -> Path:
 
 
 def prepare(config: RunConfig) -> None:
-    pipeline._prepare(config, "ppo", provenance.stage_data(config, ["prompts"]))
+    stage_folder.prepare(config, "ppo", provenance.stage_data(config, ["prompts"]))
 
 
 def test_checkpoints_stay_for_the_same_settings(checkpointed: Path, tmp_path: Path) -> None:
