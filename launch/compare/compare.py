@@ -16,6 +16,7 @@ from launch.compare.tables import tables
 from launch.evaluate.output import check_folder
 from launch.evaluate.page import Page, html
 from launch.report import rich_table
+from launch.report.section import Table
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import write_atomic, write_json
 
@@ -38,10 +39,12 @@ def compare_runs(names: Sequence[str], tracking: str | None, experiment: str, ou
     return report
 
 
-def write(report: Mapping[str, Any], out: Path) -> None:
+def write(report: Mapping[str, Any], out: Path, before: Sequence[Table] = ()) -> list[Path]:
+    """`before`: tables that come first on the page. Returns what was written."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", report)
-    write_atomic(out / "compare.html", html(page(report)))
+    write_atomic(out / "compare.html", html(page(report, before)))
+    return [out / "report.json", out / "compare.html"]
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
@@ -55,12 +58,12 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"warning: {line}", style="yellow"))
 
 
-def page(report: Mapping[str, Any]) -> Page:
+def page(report: Mapping[str, Any], before: Sequence[Table] = ()) -> Page:
     return Page(
         title=f"Comparison of {', '.join(run['name'] for run in report['runs'])}",
         notes=[*(f"{run['name']}: {run['place']}" for run in report["runs"]), *notes(report), STAR],
         warnings=list(warnings(report)),
-        tables=list(tables(report)),
+        tables=[*before, *tables(report)],
         plots=plots(report),
         examples=[],
         examples_title="",

@@ -41,7 +41,7 @@ class Page:
 
 
 def markdown(page: Page) -> str:
-    lines = [f"# {page.title}", "", "Brackets: 95 % intervals, clustered by prompt. Plots: report.html.", ""]
+    lines = [f"# {page.title}", "", f"{page.intervals} Plots: on the HTML page.", ""]
     lines += [f"- {note}" for note in page.notes]
     for warning in page.warnings:
         lines += ["", f"> **Warning.** {warning}"]

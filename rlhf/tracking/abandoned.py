@@ -16,7 +16,7 @@ from rlhf.tracking.mlflow_sync import EVENTS, fill_in_behind
 
 REASON = "the process ended without a word: kill -9, no memory, or the machine went down"
 TAIL_BYTES = 1 << 16
-DEEPEST = 3  # runs/<run>/reward/<name>/events.jsonl
+DEEPEST = 4  # runs/<sweep>/<cell>/reward/<name>/events.jsonl
 
 
 def close_abandoned(runs_dir: Path, settings: TrackingConfig) -> None:

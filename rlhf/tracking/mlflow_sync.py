@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -88,14 +88,14 @@ def fill_in(folder: Path, settings: TrackingConfig) -> bool:
 
     Only for runs that no process writes to any more.
     """
-    folders = [path.parent for path in folder.rglob(STATE)]
-    return _fill_in(sorted(folders, key=_place_in_time), settings)
+    folders = {path.parent for path in folder.rglob(STATE)}
+    return _fill_in(sorted(folders, key=lambda one: _place(one, folders)), settings)
 
 
-def _place_in_time(folder: Path) -> tuple[bool, float]:
+def _place(folder: Path, folders: Collection[Path]) -> tuple[int, float]:
     """Parents first, then in the order in which they started, so that what a stage started from is registered already."""
     first = next((event["time"] for event, _ in read_lines(folder / EVENTS)), math.inf)
-    return SyncState.load(folder).parent_run_id is not None, first
+    return sum(parent in folders for parent in folder.parents), first
 
 
 def _fill_in(folders: Iterable[Path], settings: TrackingConfig) -> bool:
