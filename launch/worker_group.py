@@ -1,4 +1,4 @@
-"""A stage as a group of workers on Ray. The only file that uses Ray."""
+"""A stage as a group of workers on Ray, whose use is here and in `loopback.py`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ LONGEST_FOLDER = 103 - 64
 @contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
     """A private Ray on this machine, or the cluster at `hardware.ray_address`; disconnected at the end."""
-    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    own = QUIET | (_on_loopback() if config.hardware.ray_address is None else {})
+    os.environ.update({key: os.environ.get(key, value) for key, value in own.items()})
     if config.hardware.ray_address is None:
         _private_token(config.folder)
     import ray
@@ -64,6 +65,20 @@ def cluster(config: RunConfig) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _on_loopback() -> dict[str, str]:
+    """Lets a private Ray and its workers listen on the loopback interface only. Ray reads it when it is imported."""
+    import psutil
+
+    addresses = {name: [each.address for each in own] for name, own in psutil.net_if_addrs().items()}
+    interface = next((name for name, own in addresses.items() if "127.0.0.1" in own), "lo")
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address is 127.0.0.1
+        "RAY_enable_metrics_collection": "0",  # its exporter listens on all interfaces
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
+    }
 
 
 @contextmanager
@@ -179,9 +194,12 @@ def _trainer(config: RunConfig, payload: dict[str, Any], workers: int, attempt: 
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from launch.loopback import LoopbackConfig
+
     hardware = config.hardware
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(hardware.placement_timeout_s)
     resources = {"CPU": float(hardware.cpus_per_worker), "GPU": float(hardware.gpus_per_worker)}
+    group = LoopbackConfig if hardware.ray_address is None else TorchConfig
     return TorchTrainer(
         _worker,
         train_loop_config=payload,
@@ -190,7 +208,7 @@ def _trainer(config: RunConfig, payload: dict[str, Any], workers: int, attempt: 
             use_gpu=hardware.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
-        torch_config=TorchConfig(timeout_s=int(hardware.collective_timeout_s)),
+        torch_config=group(timeout_s=int(hardware.collective_timeout_s)),
         run_config=TrainRunConfig(
             name=f"{payload['stage'].replace('/', '-')}-{time.time_ns()}-{attempt}",
             storage_path=str(config.folder / "ray"),

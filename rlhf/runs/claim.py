@@ -93,7 +93,7 @@ def require() -> None:
 @contextmanager
 def hold(folder: Path) -> Iterator[str]:
     """Makes this process the driver of `folder` and gives the key of its claim. UserError (2) if there is another."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what models were trained on may be private
     path, own = folder / CLAIM, _this_process()
     _take(path, own)
     follow(folder, own.key)
