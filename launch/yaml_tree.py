@@ -11,6 +11,8 @@ import yaml
 
 Keys = tuple[str | int, ...]
 
+MOST_VALUES = 100_000
+
 
 @dataclass(frozen=True)
 class Node:
@@ -83,15 +85,44 @@ def parse(text: str, shown: str, *, lines: bool = True) -> tuple[Node, list[Conf
 
     try:
         root = loader.get_single_node()
+        if root and (fault := _too_much(root)):
+            return Node({}, shown), [ConfigError(shown, "", fault)]
         tree = convert(root, place(root), "") if root else Node(None, f"{shown}:1" if lines else shown)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{shown}:{mark.line + 1}" if mark and lines else shown
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         return Node({}, where), [*mistakes, ConfigError(where, "", f"is not valid YAML: {problem}")]
+    except RecursionError:
+        return Node({}, shown), [ConfigError(shown, "", "is nested too deeply")]
     finally:
         loader.dispose()
     return tree, mistakes
+
+
+def _too_much(root: yaml.Node) -> str:
+    """Why the document has no tree of a reasonable size, "" if it has: a few aliases of aliases make billions of values."""
+    sizes: dict[int, int] = {}  # 0: still being counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            children = [child for part in parts for child in (part if isinstance(part, tuple) else [part])]
+            sizes[id(node)] = 1 + sum(map(size, children))
+        elif sizes[id(node)] == 0:
+            raise _Cycle
+        return sizes[id(node)]
+
+    try:
+        count = size(root)
+    except _Cycle:
+        return "has an alias that holds itself"
+    return f"has {count:,} values with its aliases; {MOST_VALUES:,} are the most" if count > MOST_VALUES else ""
+
+
+class _Cycle(Exception):
+    """An alias inside of what it stands for."""
 
 
 def constant(value: Any) -> Node:

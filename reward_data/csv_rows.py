@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_data.errors import DataError
-from reward_data.rows import Row
+from reward_data.rows import MOST_CHARACTERS, Row
 
 DELIMITERS = (",", "\t", ";", "|")
 # Columns of the known forms that hold numbers, and those that hold lists. Any other cell is text, even "42".
@@ -49,7 +49,7 @@ SIDES = frozenset(("prompt", "chosen", "rejected", "output"))  # text, or a dial
 
 
 def csv_rows(file: Path, text: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # answers may be longer than the module's 128 KiB
+    csv.field_size_limit(MOST_CHARACTERS)  # answers may be longer than the module's 128 KiB
     lines = io.StringIO(text, newline="")
     delimiter = _delimiter(lines.readline())
     if text.lower().startswith("sep="):  # a line for spreadsheets

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import re
@@ -19,13 +20,19 @@ from typing import Any
 from reward_data.csv_rows import csv_rows
 from reward_data.errors import DataError
 from reward_data.json_rows import json_rows
-from reward_data.rows import Row
+from reward_data.rows import Row, too_long
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (*KINDS, *(kind + packed for kind in KINDS[:5] for packed in PACKED))
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 SAVED = ("state.json", "dataset_info.json")  # what `save_to_disk` of the datasets library leaves beside the rows
+
+
+PIECE = 1 << 20
+MOST_TIMES = 100  # text is seldom compressed to less than a twentieth
+NEVER_TOO_MUCH = 256 << 20  # bytes
+MOST_ROWS = 100_000_000  # that a parquet file may announce
 
 
 def is_data(name: str) -> bool:
@@ -98,7 +105,7 @@ def _bytes_of(file: Path) -> bytes:
     if unpack := UNPACK.get(file.suffix.lower()):
         kind = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower(), file.suffix.lower()[1:])
         try:
-            data = unpack(data)
+            data = _unpacked(file, data, unpack)
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"{file}: not a whole {kind} file: {error}") from None
     if not data.strip():
@@ -106,17 +113,32 @@ def _bytes_of(file: Path) -> bytes:
     return data
 
 
-def _unpack_zst(data: bytes) -> bytes:
+def _unpacked(file: Path, data: bytes, open_stream: Callable[[bytes], Any]) -> bytes:
+    """The content of a compressed file. DataError where it is so much more that memory may not hold it."""
+    most = max(MOST_TIMES * len(data), NEVER_TOO_MUCH)
+    pieces, total, stream = [], 0, open_stream(data)
+    while piece := stream.read(PIECE):
+        pieces.append(piece)
+        total += len(piece)
+        if total > most:
+            raise DataError(
+                f"{file}: unpacks to over {total / 1e6:,.0f} MB, more than {MOST_TIMES} times its size. If that is right, "
+                "unpack it yourself and name the unpacked file"
+            )
+    return b"".join(pieces)
+
+
+def _open_zst(data: bytes) -> Any:
     import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
+    return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd")
 
 
-UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-    ".zst": _unpack_zst,
+UNPACK: dict[str, Callable[[bytes], Any]] = {
+    ".gz": lambda data: gzip.GzipFile(fileobj=io.BytesIO(data)),
+    ".bz2": lambda data: bz2.BZ2File(io.BytesIO(data)),
+    ".xz": lambda data: lzma.LZMAFile(io.BytesIO(data)),  # noqa: SIM115  read to its end, and no file
+    ".zst": _open_zst,
 }
 
 
@@ -143,6 +165,9 @@ def _parquet_rows(file: Path, data: bytes) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
+        rows = pyarrow.parquet.read_metadata(pyarrow.BufferReader(data)).num_rows
+        if rows > MOST_ROWS:
+            raise DataError(f"{file}: announces {rows:,} rows, and {MOST_ROWS:,} are the most; split the file")
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from None
@@ -174,4 +199,17 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
 def _table_rows(file: Path, rows: list[Any]) -> Iterator[Row]:
     if not rows:
         raise DataError(f"{file}: the file holds no rows")
-    return (Row(row, f"{file}:{number}") for number, row in enumerate(rows, 1))
+    return (_table_row(row, f"{file}:{number}") for number, row in enumerate(rows, 1))
+
+
+def _table_row(value: Any, place: str) -> Row:
+    fault = too_long(_characters(value))
+    return Row(None if fault else value, place, fault)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str | bytes) else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_data.errors import DataError
-from reward_data.rows import Row
+from reward_data.rows import Row, too_long
 
 BLANK = " \t\r\n"
 SPEAKERS = ("role", "from")  # keys of a message: a list of messages is one row, not a list of rows
@@ -89,6 +89,8 @@ def _line_rows(file: Path, text: str) -> Iterator[Row]:
 def line_row(line: str, place: str) -> Row:
     """The row of one line. A trailing comma is allowed, as in a list without its brackets."""
     line = line.strip()
+    if fault := too_long(len(line)):
+        return Row(None, place, fault)
     try:
         return Row(STRICT.decode(line[:-1] if line.endswith(("},", "],")) else line), place)
     except _Twice as error:
@@ -147,7 +149,8 @@ def _value(text: str, position: int, place: str) -> tuple[Row, int]:
     """The value at `position` as a row, and where it ends."""
     try:
         value, after = STRICT.raw_decode(text, position)
-        return Row(value, place), after
+        fault = too_long(after - position)
+        return Row(None if fault else value, place, fault), after
     except _Twice as error:
         return Row(None, place, str(error)), PLAIN.raw_decode(text, position)[1]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from reward_data import files, folders
 from reward_data.converters import converter_for, form_of
@@ -12,10 +14,11 @@ from reward_data.errors import BadRow, DataError
 from reward_data.json_rows import line_row
 from reward_data.load import SHIPPED, Table, records_of_table
 from reward_data.records import Kind, Record
-from reward_data.rows import Row
+from reward_data.rows import MOST_CHARACTERS, Row
 
 CHUNK = 1000
 LINES = (".jsonl", ".ndjson")
+TOO_MANY_BYTES = 4 * MOST_CHARACTERS + 4  # in UTF-8 a character has at most 4
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -52,16 +55,24 @@ def _has_lines(file: Path) -> bool:
     if file.is_dir() or file.suffix.lower() not in LINES:
         return False
     with file.open("rb") as stream:
-        first = next((line for line in stream if line.strip()), b"")
+        first = next((line for line in iter(partial(_line, stream), b"") if line.strip()), b"")
     try:
         return first.lstrip().startswith(b"{") and not line_row(first.decode(), "").fault
     except UnicodeDecodeError:
         return False
 
 
+def _line(stream: BinaryIO) -> bytes:
+    """The next line; of one that is too long as much as tells so, because all of it may not fit into memory."""
+    line = more = stream.readline(TOO_MANY_BYTES)
+    while len(more) == TOO_MANY_BYTES and not more.endswith(b"\n"):
+        more = stream.readline(TOO_MANY_BYTES)
+    return line if line is more else line.decode(errors="ignore").encode()
+
+
 def _lines(file: Path) -> Iterator[Row]:
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(partial(_line, stream), b""), 1):
             try:
                 text = line.decode()
             except UnicodeDecodeError:

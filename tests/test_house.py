@@ -153,6 +153,16 @@ def asserts_nothing(name: str, text: str) -> list[str]:
     ]
 
 
+def trusts_code(name: str, text: str) -> list[str]:
+    """The code that a model brings is never run."""
+    return [
+        f"{name}:{node.value.lineno}: trust_remote_code must be False"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+        if not (isinstance(node.value, ast.Constant) and node.value.value is False)
+    ]
+
+
 def tracked_files() -> list[str]:
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -185,6 +195,7 @@ RULES = {
     "arguments": (too_many_arguments, LIBRARY),
     "foreign text": (foreign_text, TEXTS),
     "tests assert": (asserts_nothing, TESTS),
+    "no code of models": (trusts_code, LIBRARY | TESTS),
 }
 
 
@@ -221,6 +232,7 @@ LONG_FUNCTION = "def f():\n" + "    pass\n" * LONGEST_FUNCTION
         (foreign_text, "README.md", "see " + "/ho" + "me/me/models"),
         (foreign_text, "Makefile", "pip install --index-url " + "https:" + "//example.org"),
         (asserts_nothing, "tests/test_x.py", "def test_x():\n    f()"),
+        (trusts_code, "rlhf/models/tiny.py", "AutoModel.from_pretrained(folder, trust_remote_code=trusted)"),
     ],
 )
 def test_a_planted_fault_is_found(check, name: str, text: str) -> None:
@@ -236,6 +248,7 @@ def test_a_planted_fault_is_found(check, name: str, text: str) -> None:
         (too_long, "rlhf/chat/llama2.py", LONG_FUNCTION.replace("    pass\n", "", 1)),
         (too_many_arguments, "rlhf/chat/llama2.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g): pass"),
         (foreign_text, "docs/a.md", "~/work/x and /usr/bin and runs/home/x and $HOME/work/x"),
+        (trusts_code, "rlhf/models/tiny.py", "AutoModel.from_pretrained(folder, trust_remote_code=False)"),
         (asserts_nothing, "tests/test_x.py", "def test_x():\n    with pytest.raises(ValueError):\n        f()"),
     ],
 )

@@ -14,6 +14,13 @@ HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["*.safetensors"]
 
 
+def why(error: BaseException) -> str:
+    """What to say about a model that transformers could not load."""
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own, which is never run; use a model of a family that transformers has"
+    return str(error)
+
+
 def find_model(name: str | Path, weights: bool = True) -> Path:
     """The folder of a model, given as a folder or a hub name. UserError (4) if there is none.
 

@@ -22,7 +22,7 @@ from rlhf.errors import UserError
 from rlhf.kernels.attention import has_windows
 from rlhf.kernels.norm import tune_norms
 from rlhf.models import lora
-from rlhf.models.folders import LOAD_ERRORS, adapter_base, find_model, has_tokenizer, is_adapter
+from rlhf.models.folders import LOAD_ERRORS, adapter_base, find_model, has_tokenizer, is_adapter, why
 from rlhf.models.packing import pack
 from rlhf.models.tokenizer import load_tokenizer
 
@@ -38,9 +38,9 @@ def load_config(folder: Path) -> PretrainedConfig:
     The embedding of the pad token gets no gradient; with pad = EOS the model would never learn EOS.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot read {folder / 'config.json'}: {error}", 4) from error
+        raise UserError(f"cannot read {folder / 'config.json'}: {why(error)}", 4) from error
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             if isinstance(value, float) and "drop" in key:
@@ -98,10 +98,16 @@ def load_complete(
     try:
         with quiet():
             model, report = auto_class.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True, **settings
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **settings,
             )
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot load a model from {folder}: {error}", 4) from error
+        raise UserError(f"cannot load a model from {folder}: {why(error)}", 4) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"the checkpoint in {folder} lacks weights: {missing[0]} ({len(missing)} in all)", 4)

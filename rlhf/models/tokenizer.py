@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from rlhf.chat import FORMATS, format_of
 from rlhf.errors import UserError
-from rlhf.models.folders import LOAD_ERRORS, adapter_base, find_model, has_tokenizer, is_adapter
+from rlhf.models.folders import LOAD_ERRORS, adapter_base, find_model, has_tokenizer, is_adapter, why
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,9 @@ def load_tokenizer(path: str | Path, chat_format: str = "auto") -> Any:
     if source != folder:
         return load_tokenizer(source, chat_format)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot read a tokenizer from {folder}: {error}", 4) from error
+        raise UserError(f"cannot read a tokenizer from {folder}: {why(error)}", 4) from error
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token  # BERT's names
     if tokenizer.eos_token_id is None:

@@ -127,3 +127,21 @@ def test_drop_and_find() -> None:
     assert drop(node, ("no", "such")) == node
     assert find(node, ("a", 0, "b")) == Node(1, "a.yaml:1")
     assert find(node, ("c", "d")) is None
+
+
+LAUGHS = "a0: &a0 [ha, ha]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (LAUGHS, "values with its aliases; 100,000 are the most"),
+        (MERGES, "values with its aliases; 100,000 are the most"),
+        ("a: &a [1, *a]", "has an alias that holds itself"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_bomb_is_one_mistake(text: str, reason: str) -> None:
+    _, mistakes = parse(text, "run.yaml")
+    assert [(one.where, reason in one.text) for one in mistakes] == [("run.yaml", True)]

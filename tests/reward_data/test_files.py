@@ -9,12 +9,14 @@ import hashlib
 import io
 import json
 import lzma
+import tracemalloc
 
 import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reward_data import files, rows, stream
 from reward_data.errors import DataError
 from reward_data.files import digest_of, read_rows
 from reward_data.folders import find
@@ -215,3 +217,65 @@ def test_a_quotation_mark_that_nothing_closes_is_named(tmp_path):
 def test_two_columns_of_one_name_are_refused(tmp_path):
     with pytest.raises(DataError, match="x.csv:1: two columns are called 'a'"):
         list(read_rows(write(tmp_path, "x.csv", "a,a\n1,2\n")))
+
+
+ROW = b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
+
+
+def zstd(data: bytes) -> bytes:
+    return pyarrow.compress(data, "zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "packed"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
+)
+def test_a_bomb_ends_in_a_message(tmp_path, monkeypatch, suffix, packed):
+    monkeypatch.setattr(files, "NEVER_TOO_MUCH", 3 << 20)
+    file = tmp_path / f"rows.jsonl.{suffix}"
+    file.write_bytes(packed(ROW * 300_000))
+    with pytest.raises(DataError, match="unpacks to over .* more than 100 times its size.*unpack it yourself"):
+        list(read_rows(file))
+    file.write_bytes(packed(ROW * 60_000))
+    assert len(list(read_rows(file))) == 60_000
+
+
+def test_a_bomb_is_never_whole_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "NEVER_TOO_MUCH", 1 << 20)
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(bytes(200 << 20), 9))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="unpacks to over"):
+        list(read_rows(file))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 60 << 20  # 100 times 0.2 MB, and the pieces
+
+
+def test_a_huge_row_is_a_fault_of_that_row_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_CHARACTERS", 1000)
+    short, huge = ({"prompt": "p", "chosen": text, "rejected": "b"} for text in ("a", "a" * 2000))
+    table = pyarrow.Table.from_pylist([short, huge, short])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (short, huge, short)))
+    (tmp_path / "rows.json").write_text(json.dumps([short, huge, short]))
+    for name in ("rows.parquet", "rows.jsonl", "rows.json"):
+        found = list(read_rows(tmp_path / name))
+        assert [bool(row.fault) for row in found] == [False, True, False], name
+        assert "characters, and 1,000 are the most" in found[1].fault
+        assert found[1].place == f"{tmp_path / name}:{2 if name != 'rows.json' else 1}"
+
+
+def test_a_parquet_file_that_announces_too_many_rows_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_ROWS", 2)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}] * 3), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="announces 3 rows, and 2 are the most"):
+        list(read_rows(tmp_path / "rows.parquet"))
+
+
+def test_a_line_without_an_end_is_not_kept_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(stream, "TOO_MANY_BYTES", 4004)
+    (tmp_path / "rows.jsonl").write_bytes(ROW + b'{"prompt": "' + b"a" * 9000 + b'"}\n' + ROW)
+    found = [row for chunk in stream.row_chunks(tmp_path / "rows.jsonl") for row in chunk]
+    assert [bool(row.fault) for row in found] == [False, True, False]
+    assert [row.place[-2:] for row in found] == [":1", ":2", ":3"]

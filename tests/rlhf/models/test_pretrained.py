@@ -281,3 +281,29 @@ def test_an_adapter_whose_base_is_gone_names_its_file(causal_folder, tmp_path):
 def test_router_logits_are_not_asked_for(tmp_path):
     MixtralConfig(output_router_logits=True).save_pretrained(tmp_path)
     assert load_config(tmp_path).output_router_logits is False
+
+
+CODE = """
+from pathlib import Path
+Path(MARKER).touch()
+from transformers import PretrainedConfig
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+"""
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_causal])
+def test_code_that_a_model_brings_is_never_run(tmp_path, load):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    own = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "code.OwnConfig", "AutoTokenizer": ["code.OwnTokenizer", None]},
+    }
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(own))
+    (folder / "code.py").write_text(CODE.replace("MARKER", repr(str(tmp_path / "ran"))))
+    with pytest.raises(UserError, match="brings Python code of its own, which is never run") as caught:
+        load(folder)
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "ran").exists()
