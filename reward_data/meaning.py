@@ -20,10 +20,17 @@ CONTEXT = (  # in small letters
     *("messages", "conversations", "conversation", "dialog", "dialogue"),
 )
 MATERIAL = ("passage", "passages", "document", "documents", "article", "knowledge", "background", "persona")
+ASSISTANTS = [name for name, role in ROLES.items() if role == "assistant"]
 LOOKED_AT = 1000  # rows that tell which keys are not read
 TOOLS = ("tools", "functions")
-VERDICTS = ("label", "desirable", "is_desirable", "accepted", "liked", "is_good", "thumbs", "thumbs_up", "feedback")
+VERDICTS = (
+    *("label", "desirable", "is_desirable", "accepted", "liked", "is_good", "thumbs", "thumbs_up", "feedback"),
+    *("is_safe", "safe", "is_correct", "correct"),
+)
 GRADES = ("score", "rating", "reward", "scores", "ratings", "rewards")
+GRADE = re.compile(
+    "chosen.*(score|rating)|(score|rating).*chosen"
+)  # a reward is what a model says, and people may differ
 BAD_WORDS = {"false", "bad", "no", "rejected", "undesirable", "thumbs_down", "thumbs down", "thumbsdown", "down"} | {
     *("dislike", "disliked", "👎")
 }
@@ -104,15 +111,15 @@ def refuse_outranked(row: Row) -> None:
     value = row.value
     if not isinstance(value, Mapping):
         return
-    for grade in ("score", "scores", "rating", "ratings"):  # a reward is what a model says, and people may differ
-        for chosen, rejected in ((f"{grade}_chosen", f"{grade}_rejected"), (f"chosen_{grade}", f"rejected_{grade}")):
-            good, bad = _figure(value.get(chosen)), _figure(value.get(rejected))
-            if good is not None and bad is not None and bad > good:
-                raise BadRow(
-                    f"rejected scores higher than chosen: key '{rejected}' is {shown(value[rejected])}, '{chosen}' is "
-                    f"{shown(value[chosen])} ({value[rejected]} > {value[chosen]}); swap the responses or leave the row out",
-                    "rejected_scores_higher",
-                )
+    for chosen in filter(GRADE.search, map(str, value)):
+        rejected = chosen.replace("chosen", "rejected")
+        good, bad = _figure(value.get(chosen)), _figure(value.get(rejected))
+        if good is not None and bad is not None and bad > good:
+            raise BadRow(
+                f"rejected scores higher than chosen: key '{rejected}' is {shown(value[rejected])}, '{chosen}' is "
+                f"{shown(value[chosen])} ({value[rejected]} > {value[chosen]}); swap the responses or leave the row out",
+                "rejected_scores_higher",
+            )
 
 
 def _figure(value: Any) -> float | None:
@@ -209,6 +216,20 @@ class Verdicts:
             if below or (key in self.binary and _word(value) in {*BAD_WORDS, "0", "0.0", "-1", "-1.0"}):
                 raise BadRow(
                     f"key '{key}' is {shown(value)}: a response that should not be trained on; leave the row out",
+                    "unwanted_answer",
+                )
+        for dialogue in ("messages", "conversations"):
+            _refuse_weightless(row.value.get(dialogue), dialogue)
+
+
+def _refuse_weightless(turns: Any, key: str) -> None:
+    """BadRow for a response that is not to be learned, as OpenAI and Axolotl write it: SFT learns all of a dialogue."""
+    for n, turn in enumerate(turns if isinstance(turns, list) else []):
+        for part in ("weight", "train", "training") if isinstance(turn, Mapping) else ():
+            if (turn.get("role") or turn.get("from")) in ASSISTANTS and turn.get(part) in (0, False):
+                raise BadRow(
+                    f"key '{key}[{n}].{part}' is {shown(turn[part])}: a response that should not be trained on, but SFT "
+                    "trains on every response of a dialogue; leave the row out, or cut it off before this turn",
                     "unwanted_answer",
                 )
 

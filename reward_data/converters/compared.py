@@ -17,6 +17,7 @@ from reward_data.errors import BadRow
 from reward_data.files import Row
 from reward_data.records import Preference, Rating, Record, Safety, Tag
 
+NO_RECORD = "no row says that one response is better"
 # keys of the prompt, of the first and of the second answer, and the key that says which one is better
 PKU = ("prompt", "response_0", "response_1", "better_response_id")
 FORMS = (

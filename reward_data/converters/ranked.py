@@ -17,6 +17,7 @@ from reward_data.errors import BadRow
 from reward_data.files import Row
 from reward_data.records import Message, Record, Tag
 
+NO_RECORD = "no row has two responses of different rank or score"
 # key of the list, of an answer's text, of its rank or score, and whether more is better
 FORMS = (
     ("answers", "answer", "rank", False),

@@ -248,6 +248,8 @@ def test_answers_that_mostly_begin_with_their_prompt_are_warned_of(tmp_path):
     [
         *(({"label": g}, {"label": b}) for g, b in ((True, False), (1, 0), ("1", "-1"), ("good", "bad"))),
         ({"thumbs": "up"}, {"thumbs": "down"}),
+        ({"is_safe": True}, {"is_safe": False}),
+        ({"is_correct": "True"}, {"is_correct": "False"}),
         ({"score": 1.5}, {"score": -0.5}),
     ],
 )
@@ -259,6 +261,17 @@ def test_answers_with_a_bad_verdict_are_not_learnt_but_can_be_scored(tmp_path, g
         read(tmp_path, rows, "demonstrations")
     assert read(tmp_path, rows, "demonstrations", bad_rows="skip").refused_kinds == {"unwanted_answer": 1}
     assert len(read(tmp_path, rows, "answers").rows) == 2
+
+
+@pytest.mark.parametrize(("part", "value"), [("weight", 0), ("train", False)])
+def test_a_response_without_weight_is_not_learnt(tmp_path, part, value):
+    row = {"messages": [USER, BAD | {part: value}, USER, GOOD | {part: 1}]}
+    with pytest.raises(
+        DataError, match=rf"key 'messages\[1\].{part}' is {json.dumps(value)}: a response that should not"
+    ):
+        read(tmp_path, [row], "demonstrations")
+    assert len(read(tmp_path, [row], "prompts").rows) == 1
+    assert len(read(tmp_path, [{"messages": [USER | {part: value}, GOOD]}], "demonstrations").rows) == 1
 
 
 def test_a_label_that_is_a_class_is_no_verdict(tmp_path):
@@ -273,7 +286,13 @@ def test_graded_demonstrations_are_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected"), [("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating")]
+    ("chosen", "rejected"),
+    [
+        ("score_chosen", "score_rejected"),
+        ("chosen_rating", "rejected_rating"),
+        ("chosen_avg_rating", "rejected_avg_rating"),
+        ("chosen-score", "rejected-score"),
+    ],
 )
 def test_a_rejected_answer_with_the_higher_score_is_refused_in_the_numbers_of_the_file(tmp_path, chosen, rejected):
     with pytest.raises(DataError, match=r"rejected scores higher than chosen: .* \(4.5 > 3.0\)"):
@@ -294,3 +313,21 @@ def test_graded_answers_need_not_be_neighbours(tmp_path):
 def test_no_usable_row_gives_the_reason(tmp_path):
     with pytest.raises(DataError, match="no usable row: 2 rows were read, but no two answers to one prompt differ"):
         read(tmp_path, [graded("a", "good", 4), graded("b", "bad", 1)])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 0},
+            "no row says that one response",
+        ),
+        (
+            {"prompt": "a", "answers": [{"answer": "b", "rank": 1}, {"answer": "c", "rank": 1}]},
+            "no row has two responses of different rank or score",
+        ),
+    ],
+)
+def test_nothing_but_ties_gives_the_reason(tmp_path, row, reason):
+    with pytest.raises(DataError, match=f"no usable row: 2 rows were read, but {reason}"):
+        read(tmp_path, [row, row])
