@@ -39,8 +39,10 @@ def preflight(config: RunConfig, workers: bool = True) -> None:
 
 
 def preflight_errors(config: RunConfig, workers: bool = True) -> list[PreflightError]:
-    """All that is missing, in this order: data, model, sampling engine, resources of this machine."""
+    """All that is missing, in this order: data, model, sampling engine, resources of this machine, or of a cluster whose
+    machines are like this one."""
     found = [*_data(config), *_model(config), *_sampling(config), *_disk(config)]
+    found += _memory(config) if workers else []
     if config.hardware.ray_address is not None:
         return found
     return [*found, *_precision(config), *(_processors(config) if workers else ())]
@@ -222,6 +224,23 @@ def _processors(config: RunConfig) -> Iterator[PreflightError]:
             text = f"needs {hardware.workers} workers × {each:g} {kind}s = {wanted:g}, this machine has {there}"
             remedy = f"lower hardware.workers or hardware.{key}, or set hardware.ray_address to a cluster"
             yield PreflightError(f"hardware: {text}: {remedy}", MACHINE_TOO_SMALL)
+
+
+def _memory(config: RunConfig) -> list[PreflightError]:
+    """What the plan of the run says, where the sizes of the model and of the machine are known."""
+    from launch.plan import tables
+    from launch.plan.machine import this_machine
+    from rlhf.planning import nearest_change, plan_run, shape_of
+
+    shape, machine = shape_of(config.model), this_machine(config.hardware)
+    if shape is None or machine is None or (machine.gpus == 0 and config.hardware.ray_address is not None):
+        return []
+    plan = plan_run(config, shape, machine)
+    if plan.fits:
+        return []
+    change = nearest_change(config, shape, machine)
+    remedy = f"{change.line} fits" if change else "no smaller micro-batch, shard or adapter fits"
+    return [PreflightError(f"memory: {tables.worst(plan)}: {remedy}; `rlhf plan` shows all of it", MACHINE_TOO_SMALL)]
 
 
 def _disk(config: RunConfig) -> Iterator[PreflightError]:

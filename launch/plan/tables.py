@@ -80,6 +80,11 @@ def headroom(plan: RunPlan) -> str:
     return ", ".join(parts)
 
 
+def worst(plan: RunPlan) -> str:
+    """The excess that is the largest fraction of what there is."""
+    return line(max(plan.excesses, key=lambda excess: excess.needed / excess.there))
+
+
 def line(excess: Excess) -> str:
     what = "a GPU" if excess.where == "device" else "a host"
     return (

@@ -18,6 +18,7 @@ TABLE = {  # Touvron et al. 2023 (arXiv 2307.09288) and the config.json of the p
 }
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 """Families whose layers are those of Llama: four matrices of attention, three of a gated MLP."""
+NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -103,7 +104,7 @@ def shape_of(model: ModelConfig) -> ModelShape | None:
 
 def from_config(config: Mapping[str, Any]) -> ModelShape | None:
     """The shape that a config.json describes; None for other layers than Llama's."""
-    if config.get("model_type") not in GATED:
+    if config.get("model_type") not in GATED or not config.keys() >= NEEDED:
         return None
     heads = config["num_attention_heads"]
     return ModelShape(

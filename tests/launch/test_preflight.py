@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -34,6 +35,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("launch.plan.machine.host_memory", lambda: 1e13)
     return tmp_path
 
 
@@ -306,3 +308,30 @@ def test_everything_is_said_at_once() -> None:
         "model.path",
         "hardware",
     ]
+
+
+# --- memory
+
+
+LARGE = ["--model.tiny", "{hidden_size: 2048, intermediate_size: 5632, layers: 24, heads: 16}"]
+
+
+def test_a_model_for_which_there_is_no_memory_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.plan.machine.host_memory", lambda: 60e9)
+    error = obstacle(settings(*LARGE))
+    assert error.exit_code == 5
+    assert re.search(r"memory: ppo, \w+: a host needs \d+\.\d GB and has 60\.0; most of it: ", error.message)
+    change = re.search(r": (--\S.*) fits; `rlhf plan`", error.message)
+    assert change
+    assert preflight_errors(settings(*LARGE, *change[1].split())) == []
+
+
+def test_memory_of_a_cluster_is_that_of_this_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cluster = settings(*LARGE, "--hardware", "{workers: 8, gpus_per_worker: 1, ray_address: auto}")
+    monkeypatch.setattr("launch.plan.machine.gpu_memories", list)
+    assert preflight_errors(on_cluster) == []  # nobody knows how large theirs are
+    monkeypatch.setattr("launch.plan.machine.gpu_memories", lambda: [8e9] * 8)
+    monkeypatch.setattr("launch.plan.machine.host_memory", lambda: 1e12)
+    assert "a GPU needs" in obstacle(on_cluster).message
+    monkeypatch.setattr("launch.plan.machine.gpu_memories", lambda: [80e9] * 8)
+    assert preflight_errors(on_cluster) == []
