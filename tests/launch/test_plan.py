@@ -66,3 +66,24 @@ def test_a_machine_that_the_file_does_not_have_is_refused(capsys):
 def test_a_model_of_unknown_sizes_is_refused(capsys):
     assert main(["plan", "llama2-chat", "--gpu", "h100-80g", "--model.path", "somebody/other"]) == 4
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "",
+        "--model llama-2-7b",
+        "--hardware gpu-8-offload",
+        "--model llama-2-7b --hardware gpu-8",
+        "--model llama-2-7b --model.lora.rank 16 --hardware gpu-1-offload",
+    ],
+)
+@pytest.mark.parametrize("gpu", ["a100-80g", "h100-80g"])
+def test_the_shipped_recipes_fit(capsys, recipe, gpu):
+    code, shown = plan(capsys, "--gpu", gpu, *recipe.split())
+    assert (code, "fits: a GPU has at least" in shown) == (0, True), shown
+
+
+def test_a_sampler_larger_than_a_gpu_fits_with_no_change(capsys):
+    code, shown = plan(capsys, "--gpu", "h100-80g", "--model", "llama-2-70b")
+    assert (code, shown.rstrip().endswith("no change of these settings fits")) == (5, True)
