@@ -8,6 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --output=rlhf-%j.log
 set -euo pipefail
 

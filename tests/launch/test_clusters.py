@@ -86,6 +86,11 @@ def test_everyone_in_a_slurm_job_has_its_token_which_then_goes(project: Path) ->
     assert not list((project / "runs").glob("*.token"))
 
 
+def test_a_slurm_job_has_the_whole_memory_of_its_nodes() -> None:
+    """Without it Slurm gives memory by the number of CPUs where that is its default."""
+    assert "#SBATCH --mem=0\n" in (CLUSTERS / "slurm.sh").read_text()
+
+
 def test_a_slurm_job_has_the_room_of_its_workers() -> None:
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", (CLUSTERS / "slurm.sh").read_text(), re.MULTILINE))
     assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == CLUSTER["workers"] * CLUSTER["gpus_per_worker"]
@@ -119,6 +124,51 @@ def test_every_machine_of_the_cluster_file_is_started(ray_cluster: dict[str, Any
     others = len(ray_cluster["provider"]["worker_ips"])
     assert ray_cluster["min_workers"] == ray_cluster["max_workers"] == others
     assert (others + 1) * 8 == CLUSTER["workers"]
+
+
+def nodes_to_launch(cluster: dict[str, Any], second: bool) -> int:
+    """What the first or the second autoscaler of Ray starts beside the head."""
+    from ray.autoscaler._private.resource_demand_scheduler import _add_min_workers_nodes
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.schema import AutoscalerInstance
+    from ray.core.generated.autoscaler_pb2 import NodeState, NodeStatus
+    from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
+
+    prepared = prepare_config(cluster)
+    kind = prepared["head_node_type"]
+    if not second:
+        types, most = prepared["available_node_types"], prepared["max_workers"]
+        return _add_min_workers_nodes([{}], {kind: 1}, types, most, kind, [], lambda *_: None)[2][kind]
+    config = AutoscalingConfig(cluster, skip_content_hash=True)
+    node = NodeState(ray_node_type_name=kind, status=NodeStatus.RUNNING, instance_id="head", node_id=b"head")
+    instance = Instance(
+        instance_id="0",
+        status=Instance.RAY_RUNNING,
+        instance_type=kind,
+        cloud_instance_id="head",
+        node_kind=NodeKind.HEAD,
+        launch_config_hash=(config.get_node_type_configs() or {})[kind].launch_config_hash,
+    )
+    head = AutoscalerInstance(cloud_instance_id="head", ray_node=node, im_instance=instance)
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs() or {},
+        max_num_nodes=config.get_max_num_nodes(),
+        current_instances=[head],
+    )
+    reply = ResourceDemandScheduler(None).schedule(request)  # type: ignore[arg-type]
+    return sum(one.count for one in reply.to_launch)
+
+
+def test_the_autoscaler_that_starts_all_machines_is_chosen(ray_cluster: dict[str, Any]) -> None:
+    """The second one counts the head. Once it does not, the variable can go."""
+    (start,) = [command for command in ray_cluster["head_start_ray_commands"] if "ray start" in command]
+    assert "RAY_enable_autoscaler_v2=0 " in start
+    others = len(ray_cluster["provider"]["worker_ips"])
+    assert nodes_to_launch(ray_cluster, second=False) == others
+    assert nodes_to_launch(ray_cluster, second=True) == others - 1
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])
