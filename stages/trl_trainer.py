@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.config import OptimConfig, RunConfig, SupervisedConfig
 from rlhf.distributed import training_state
+from rlhf.distributed.collectives import share_time_limit, world_size
 from rlhf.distributed.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
 from rlhf.errors import UserError
 from rlhf.runs import checkpoint, stopping
@@ -164,6 +165,13 @@ class CheckpointCommitter(TrainerCallback):
         checkpoint.commit(checkpoint.of_step(Path(args.output_dir), state.global_step), {"step": state.global_step})
 
 
+class TimeLimit(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """By now DeepSpeed has made its groups."""
+        if world_size() > 1:
+            share_time_limit()
+
+
 class Stopper(TrainerCallback):
     """Ends training after a step, with a checkpoint, when the run was asked to stop. The last step just ends the stage."""
 
@@ -185,6 +193,7 @@ def fit(trainer: Any, reporter: Reporter) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(reporter)
     trainer.add_callback(CheckpointCommitter())
+    trainer.add_callback(TimeLimit())
     stopper = Stopper()
     trainer.add_callback(stopper)
     found = checkpoint.newest(context.checkpoint_folder)

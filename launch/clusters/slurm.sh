@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Ray over the nodes of one Slurm job, and one `rlhf` command on it. From the project's folder, which all nodes share:
 #   sbatch launch/clusters/slurm.sh run llama2-chat --data.root FOLDER
+# MLflow is the server that MLFLOW_TRACKING_URI or --tracking.uri names; without one only files are written.
 # The job ends with the exit code of `rlhf`. Submitted again, the run goes on from its last checkpoint.
 #SBATCH --job-name=rlhf
 #SBATCH --nodes=8
@@ -55,4 +56,7 @@ while (count := joined()) < wanted:
     time.sleep(2)
 PYTHON
 
-"$bin/rlhf" "$@" --hardware.ray_address "$head:$port"
+# SQLite, the default, is not reliable on storage that machines share.
+tracking=(--tracking.uri "${MLFLOW_TRACKING_URI:-null}")
+[[ " $*" != *" --tracking.uri"* ]] || tracking=()
+"$bin/rlhf" "$@" "${tracking[@]}" --hardware.ray_address "$head:$port"

@@ -51,7 +51,8 @@ class HardwareConfig(Settings):
     workers_per_reward_model: Count | None = None
     """None: as many as `workers`. With fewer, reward models can run side by side."""
     cpus_per_worker: Count = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """A worker is one process, which computes on one GPU or on CPUs."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     offload_to_cpu: bool = False
     precision: Literal["float32", "bf16"] = "float32"

@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from rlhf.errors import UserError
 
@@ -31,8 +33,17 @@ def rank() -> int:
 
 
 def barrier() -> None:
+    """NCCL is told the device: it would take the one with the rank's number, which on a node may be another one's."""
     if initialised():
-        dist.barrier()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+
+
+def share_time_limit() -> None:
+    """Gives every group the time limit of the default group: those that DeepSpeed makes have PyTorch's own."""
+    limit = timedelta(seconds=_time_limit_s())
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            distributed_c10d._set_pg_timeout(limit, group)
 
 
 def largest(number: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import HardwareConfig, OptimConfig
-from rlhf.distributed import training_state
+from rlhf.distributed import collectives, training_state
 
 BUCKET_BYTES = 256 << 20
 BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's default of half a billion uses 2 GB per worker
@@ -124,6 +124,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
         )
+        collectives.share_time_limit()
         self.module = module
         self.device = self.engine.device
         self.precision = hardware.precision

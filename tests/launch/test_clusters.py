@@ -63,7 +63,21 @@ def test_a_slurm_job_ends_with_the_exit_code_of_rlhf(project: Path, code: int) -
 def test_a_slurm_job_hands_its_arguments_and_its_cluster_to_rlhf(project: Path) -> None:
     _, calls = submit(project, 8, 0, "run", "llama2-chat", "--data.root", "FOLDER")
     driver = next(words for words in calls if words[0] == "rlhf")
-    assert driver[3:] == ["run", "llama2-chat", "--data.root", "FOLDER", "--hardware.ray_address", "n1:24711"]
+    assert driver[3:7] == ["run", "llama2-chat", "--data.root", "FOLDER"]
+    assert driver[-2:] == ["--hardware.ray_address", "n1:24711"]
+
+
+@pytest.mark.parametrize(
+    ("server", "given", "uri"),
+    [("", "", "null"), ("http://m:5000", "", "http://m:5000"), ("http://m:5000", "http://n:1", "http://n:1")],
+)
+def test_a_slurm_job_keeps_no_database_on_shared_storage(
+    project: Path, monkeypatch: pytest.MonkeyPatch, server: str, given: str, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    _, calls = submit(project, 1, 0, "run", "quickstart", *(["--tracking.uri", given] if given else []))
+    driver = next(words for words in calls if words[0] == "rlhf")
+    assert driver.count("--tracking.uri") == 1 and driver[driver.index("--tracking.uri") + 1] == uri
 
 
 def test_a_slurm_job_starts_one_head_and_the_other_nodes(project: Path) -> None:

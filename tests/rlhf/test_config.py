@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf.config import PPOConfig, RewardSource, RunConfig
+from rlhf.config import HardwareConfig, PPOConfig, RewardSource, RunConfig
 
 
 def run_config(**ppo: Any) -> RunConfig:
@@ -102,3 +102,13 @@ def test_what_cannot_be_trained_is_told(settings, message):
 @pytest.mark.parametrize("name", ["gae", "reinforce++"])
 def test_estimators_that_compare_nothing_take_one_response_to_a_prompt(name):
     assert run_config(advantage=name).ppo.group_size == 1
+
+
+# --- machines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2, -1])
+def test_a_worker_has_one_gpu_or_none(gpus):
+    with pytest.raises(ValidationError, match="gpus_per_worker|valid integer|less than|greater than"):
+        HardwareConfig(gpus_per_worker=gpus)
+    assert [HardwareConfig(gpus_per_worker=number).gpus_per_worker for number in (0, 1)] == [0, 1]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 import torch
@@ -59,6 +60,29 @@ def test_one_process_needs_no_group():
     assert collectives.gather_objects("x") == ["x"]
     assert collectives.join_shards([4, 5], 2) == [4, 5]
     collectives.barrier()
+
+
+def test_a_barrier_names_its_device_to_nccl(monkeypatch):
+    said = []
+    monkeypatch.setattr(collectives, "initialised", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "barrier", lambda **arguments: said.append(arguments))
+    collectives.barrier()
+    assert said == [{"device_ids": [3]}]
+
+
+def test_all_groups_have_the_time_limit_of_the_first(tmp_path):
+    limit = timedelta(seconds=77)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, timeout=limit)
+    try:
+        group = dist.new_group([0])
+        options = group._get_backend(torch.device("cpu")).options
+        assert options._timeout != limit
+        collectives.share_time_limit()
+        assert options._timeout == limit
+    finally:
+        dist.destroy_process_group()
 
 
 # --- two ranks ------------------------------------------------------------------------------------------------------
