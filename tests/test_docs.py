@@ -18,6 +18,7 @@ from pydantic import BaseModel
 import reward_data
 from launch.cli import _parser
 from launch.settings import find_runfile, load
+from launch.sweep.grid import plan
 from reward_data.converters import converter_for
 from reward_data.files import read_rows
 from reward_data.gold import gold_score
@@ -127,7 +128,7 @@ def wrong_command(words: list[str]) -> str | None:
     if not args.takes_settings:
         return f"unknown arguments {rest}" if rest else None
     try:
-        load(args.runfile, rest)
+        plan(args.runfile, rest, args.seeds) if words[0] == "sweep" else load(args.runfile, rest)
     except Exception as error:  # noqa: BLE001  whatever it is, the page shows a command that fails
         return str(error)
     return None
