@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import signals
+from launch.environment import carried
 from launch.worker import FAILURE, UNEXPECTED, read_failure
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -48,11 +49,7 @@ def cluster(config: RunConfig) -> Iterator[None]:
         _private_token(config.folder)
     import ray
 
-    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if config.hardware.ray_address is None:
-        arguments |= {"num_cpus": os.cpu_count(), "include_dashboard": False, "address": "local"}
-    else:
-        arguments["address"] = config.hardware.ray_address
+    arguments = ray_arguments(config)
     _keep_messages(config.folder / "ray" / "messages.log")
     with short_folder() if config.hardware.ray_address is None else nullcontext() as folder:
         if folder is not None:
@@ -79,6 +76,15 @@ def _on_loopback() -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": interface,
         "NCCL_SOCKET_IFNAME": interface,
     }
+
+
+def ray_arguments(config: RunConfig) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if config.hardware.ray_address is None:
+        return arguments | {"num_cpus": os.cpu_count(), "include_dashboard": False, "address": "local"}
+    if variables := carried(secret=False):
+        arguments["runtime_env"] = {"env_vars": variables}
+    return arguments | {"address": config.hardware.ray_address}
 
 
 @contextmanager
@@ -150,7 +156,12 @@ class WorkerGroup:
         # Ray Train is driven from a task, not from here: its imports take seconds, and several groups run side by side.
         run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
         follower = claim.followed(config.folder)
-        payload = {"settings": config.model_dump(mode="json"), "stage": stage, "claim": follower and follower.key}
+        payload = {
+            "settings": config.model_dump(mode="json"),
+            "stage": stage,
+            "claim": follower and follower.key,
+            "secrets": carried(secret=True),
+        }
         self._reference = run.remote(payload, workers)
 
     def done(self, timeout_s: float) -> bool:
@@ -183,6 +194,7 @@ def _fit(payload: dict[str, Any], workers: int) -> None:
 
 def _unpack(payload: dict[str, Any]) -> tuple[RunConfig, str]:
     """Settings and stage of a process of Ray, which from now on follows the driver's claim."""
+    os.environ.update(payload["secrets"])
     config = RunConfig.model_validate(payload["settings"])
     if payload["claim"] is not None:
         claim.follow(config.folder, payload["claim"])
