@@ -144,20 +144,35 @@ UNPACK: dict[str, Callable[[bytes], Any]] = {
 
 def _text_of(file: Path, data: bytes) -> str:
     encoding = json.detect_encoding(data)  # UTF-8, or by its mark or its zero bytes UTF-16 or UTF-32
-    try:
-        text = data.decode(encoding).removeprefix("\ufeff")
+    lines = re.search(r"\.(jsonl|ndjson)(\.\w+)?$", file.name.lower()) and not _is_binary(data)
+    try:  # a row of JSON lines may hold other bytes, and is a bad row then
+        text = data.decode(encoding, "surrogateescape" if lines else "strict").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{file}:{line}: not UTF-8 text (byte {error.start}); is this a binary file? Text of another encoding: "
             "convert it (iconv -f WINDOWS-1252 -t UTF-8)"
         ) from None
-    if "\0" in text:
+    if "\0" in text and not lines:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{file}:{line}: holds a zero byte; is this a binary file?")
     if not text.strip():
         raise DataError(f"{file}: the file is empty")
     return text
+
+
+def _is_binary(data: bytes) -> bool:
+    """Whether half of the lines or more are no UTF-8 text: then the file is not what its name says, or in another encoding."""
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    return 2 * sum(not _is_text(line) for line in lines) >= len(lines)
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in line
 
 
 def _parquet_rows(file: Path, data: bytes) -> Iterator[Row]:

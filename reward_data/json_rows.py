@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from reward_data.errors import DataError
 from reward_data.rows import Row, too_long
 
 BLANK = " \t\r\n"
+OTHER_BYTE = re.compile("[\udc80-\udcff]|\\0")  # as decoding with surrogateescape leaves it
 SPEAKERS = ("role", "from")  # keys of a message: a list of messages is one row, not a list of rows
 
 
@@ -91,6 +93,8 @@ def line_row(line: str, place: str) -> Row:
     line = line.strip()
     if fault := too_long(len(line)):
         return Row(None, place, fault)
+    if other := OTHER_BYTE.search(line):
+        return Row(None, place, f"not UTF-8 text: byte 0x{ord(other[0]) & 0xFF:02x}")
     try:
         return Row(STRICT.decode(line[:-1] if line.endswith(("},", "],")) else line), place)
     except _Twice as error:

@@ -213,7 +213,10 @@ def _with_columns(record: Record, value: Any) -> Record:
     if not isinstance(record, Prompt) or not isinstance(value, dict):
         return record
     others = {str(key): _as_json(entry) for key, entry in value.items() if key not in ("prompt", "messages", "tag")}
-    return replace(record, columns={key: entry for key, entry in others.items() if entry is not None})
+    columns = {key: entry for key, entry in others.items() if entry is not None}
+    for key, entry in columns.items():
+        _refuse_half(json.dumps({key: entry}, ensure_ascii=False), f"column {key!a} ", record.source)
+    return replace(record, columns=columns)
 
 
 def _as_json(entry: Any) -> Any:
@@ -233,14 +236,16 @@ def _whole(record: Record) -> Record:
     texts += [record.chosen, record.rejected] if isinstance(record, Preference) else []
     texts += [record.messages[-1].content] if isinstance(record, Demonstration) else []
     for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = ascii(text[error.start])[1:-1]
-            raise BadRow(
-                f"holds a lone surrogate ({half}), half of a character", "lone_surrogate", record.source
-            ) from None
+        _refuse_half(text, "", record.source)
     return record
+
+
+def _refuse_half(text: str, where: str, source: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise BadRow(f"{where}holds a lone surrogate ({half}), half of a character", "lone_surrogate", source) from None
 
 
 def _shipped(kind: Kind, split: str) -> Path:

@@ -73,9 +73,6 @@ def _line(stream: BinaryIO) -> bytes:
 def _lines(file: Path) -> Iterator[Row]:
     with file.open("rb") as stream:
         for number, line in enumerate(iter(partial(_line, stream), b""), 1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError:
-                raise DataError(f"{file}:{number}: not UTF-8 text; is this a binary file?") from None
+            text = line.decode(errors="surrogateescape")
             if text.strip():
                 yield line_row(text, f"{file}:{number}")

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from reward_data import Message, Prompt, Source, load
+from reward_data import DataError, Message, Prompt, Source, load
 
 
 def jsonl(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -112,3 +112,12 @@ def test_prompts_that_differ_in_their_columns_alone_are_two_prompts(tmp_path):
     one, other = load("prompts", jsonl(tmp_path, [{"prompt": "a", "n": 1}, {"prompt": "a", "n": 2}])).rows
     assert one.messages == other.messages and one != other
     assert len({one, other}) == 2  # and can stand in a set
+
+
+@pytest.mark.parametrize("columns", [{"answer": "4\ud83d"}, {"tests": [{"in": "\ud83d"}]}, {"a\ud83d": 4}])
+def test_a_column_that_holds_half_a_character_makes_a_bad_row(tmp_path, columns):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "2 + 2?", **more}) + "\n" for more in ({}, columns)))
+    with pytest.raises(DataError, match=r"prompts.jsonl:2: column '.*' holds a lone surrogate \(\\ud83d\)"):
+        load("prompts", file)
+    assert load("prompts", file, bad_rows="skip").refused_kinds == {"lone_surrogate": 1}

@@ -117,6 +117,17 @@ def test_unreadable_file(tmp_path, name, data, message):
             list(read_rows(file))
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize(("other", "byte"), [(b'{"a": "caf\xe9"}', "e9"), (b'{"a": "\x00"}', "00"), (b"\x89PNG", "89")])
+def test_other_bytes_are_a_fault_of_that_row_alone(tmp_path, name, other, byte):
+    content = b'{"a": "caf\xc3\xa9"}\n' + other + b'\n{"a": 3}\n'
+    rows = list(read_rows(write(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content)))
+    assert [row.fault for row in rows] == ["", f"not UTF-8 text: byte 0x{byte}", ""]
+    assert (rows[0].value, rows[1].place) == ({"a": "café"}, f"{tmp_path / name}:2")
+    if not name.endswith("gz"):
+        assert [rows] == list(stream.row_chunks(tmp_path / name))
+
+
 def test_broken_line_is_a_fault_of_that_row_alone(tmp_path):
     rows = list(read_rows(write(tmp_path, "x.jsonl", '{"a": 1}\n{"a": \n{"a": 3}\n')))
     assert [bool(row.fault) for row in rows] == [False, True, False]
