@@ -56,6 +56,8 @@ def converter_for(format: str, first: Row) -> ModuleType:
         if format not in FORMATS:
             raise DataError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
         return FORMATS[format]
+    if first.fault and not isinstance(first.value, dict):
+        raise DataError(f"{first.place}: no row of the file can be read; this one: {first.fault}")
     name = _name_of(first)
     if name is None:
         raise DataError(
@@ -84,4 +86,4 @@ def _name_of(row: Row) -> str | None:
 def _look(row: Row) -> str:
     if isinstance(row.value, dict):
         return f"a row with the keys {', '.join(map(str, row.value))}"
-    return f"a row that is {row.fault or shown(row.value)}"
+    return f"a row that is {shown(row.value)}"

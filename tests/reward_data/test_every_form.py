@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reward_data
 from reward_data.converters import FORMATS, converter_for
 from reward_data.errors import BadRow, DataError
 from reward_data.files import Row
@@ -67,6 +68,13 @@ def test_every_form_has_a_sample():
 @pytest.mark.parametrize("name", ROWS)
 def test_form_is_told_by_the_keys(name):
     assert converter_for("auto", Row(ROWS[name], "f:1")) is FORMATS[name]
+
+
+def test_a_file_without_a_row_that_can_be_read_is_refused_for_its_rows_and_not_for_its_columns(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{'prompt': 'Hi'}\n{'prompt': 'Ho'}\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: no row of the file can be read; this one: not JSON: [^;]*\Z"):
+        reward_data.load("prompts", file)
 
 
 def test_unknown_form_is_named_with_its_keys():
