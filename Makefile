@@ -15,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint docs proofs mutants install vllm clean
+.PHONY: help quickstart test check lint docs nodes proofs mutants install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,11 +25,11 @@ quickstart: $(STAMP)  ## train on the shipped data, from base model to closing r
 
 # Tests that start processes wait for them much of their time; none of the quick ones is timed beside them.
 test: lint docs  ## lint, type-check, build the API reference, run the tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof"
-	$(BIN)/pytest -n 2 --dist loadfile -m "integration and not proof"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes"
+	$(BIN)/pytest -n 2 --dist loadfile -m "integration and not proof and not nodes"
 
 check: lint  ## lint, type-check, run the quick tests: for daily work
-	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof" tests/rlhf tests/reward_data tests/launch tests/test_*.py
+	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes" tests/rlhf tests/reward_data tests/launch tests/test_*.py
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -38,6 +38,9 @@ lint: $(STAMP)  ## ruff and pyright
 
 docs: $(STAMP)  ## the API reference, as build/api/index.html; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/api/mkdocs.yml
+
+nodes: $(STAMP)  ## the tests on clusters of pseudo-nodes: Linux, as root
+	$(BIN)/pytest -m "nodes and not proof" tests/nodes
 
 proofs: $(STAMP)  ## the long forms of the proofs that `make test` runs in short
 	$(BIN)/pytest -m proof

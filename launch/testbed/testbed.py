@@ -24,6 +24,7 @@ from rlhf.runs.artifacts import write_json
 
 PROJECT = Path(__file__).parents[2]
 PORT = 6379
+STARTS = 3
 RAY = ("--disable-usage-stats", "--object-store-memory=200000000", "--include-log-monitor=false")
 
 
@@ -120,9 +121,12 @@ class Testbed:
         )
         ray = [str(Path(sys.executable).with_name("ray")), "start", *role, f"--node-ip-address={ip_of(node)}"]
         command = [*ray, f"--num-cpus={self._state()['cpus']}", *(RAY if node == 1 else RAY[:2])]
-        done = self.run(node, command, environment)
-        if done.returncode:
-            raise UserError(f"Ray did not start on {name_of(node)}: {done.stdout.strip()}", 5)
+        for _ in range(STARTS):  # Ray gives up after 30 s, which a busy machine may need
+            done = self.run(node, command, environment)
+            if done.returncode == 0:
+                return
+            self.run(node, [ray[0], "stop", "--force"])
+        raise UserError(f"Ray did not start on {name_of(node)}: {done.stdout.strip().splitlines()[-1]}", 5)
 
     def run(self, node: int, command: Sequence[str], environment: dict[str, str] | None = None) -> Any:
         """What `command` did on a node: exit code, and all that it wrote."""
