@@ -41,11 +41,16 @@ def preflight(config: RunConfig, workers: bool = True) -> None:
 def preflight_errors(config: RunConfig, workers: bool = True) -> list[PreflightError]:
     """All that is missing, in this order: data, model, sampling engine, resources of this machine, or of a cluster whose
     machines are like this one."""
-    found = [*_data(config), *_model(config), *_sampling(config), *_disk(config)]
-    found += _memory(config) if workers else []
-    if config.hardware.ray_address is not None:
-        return found
-    return [*found, *_precision(config), *(_processors(config) if workers else ())]
+    return [error for errors in preflight_errors_by_check(config, workers).values() for error in errors]
+
+
+def preflight_errors_by_check(config: RunConfig, workers: bool) -> dict[str, list[PreflightError]]:
+    """What is looked at → what is missing there."""
+    checks = {"data": _data, "model": _model, "sampling engine": _sampling, "disk": _disk}
+    checks |= {"memory": _memory} if workers else {}
+    if config.hardware.ray_address is None:
+        checks |= {"precision": _precision} | ({"processors": _processors} if workers else {})
+    return {name: list(check(config)) for name, check in checks.items()}
 
 
 def machine_cpus() -> int:

@@ -1,4 +1,4 @@
-"""A stage as a group of workers on Ray, whose use is here and in `loopback.py`."""
+"""A stage as a group of workers on Ray, whose use is here, in `loopback.py` and in `doctor/`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ LONGEST_FOLDER = 103 - 64
 
 @contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
+    """A connection with a cluster that has room for the run, and whose nodes agree."""
+    with connection(config):
+        _wait_for_room(config)
+        if config.hardware.ray_address is not None:
+            _compare_nodes(config)
+        yield
+
+
+@contextmanager
+def connection(config: RunConfig) -> Iterator[None]:
     """A private Ray on this machine, or the cluster at `hardware.ray_address`; disconnected at the end."""
     own = QUIET | (_on_loopback() if config.hardware.ray_address is None else {})
     os.environ.update({key: os.environ.get(key, value) for key, value in own.items()})
@@ -58,7 +68,6 @@ def cluster(config: RunConfig) -> Iterator[None]:
             with _own_session():
                 start(lambda: ray.init(**arguments), ray.shutdown)
             signals.install()  # Ray has set handlers that abort the process
-            _wait_for_room(config)
             yield
         finally:
             ray.shutdown()
@@ -276,6 +285,19 @@ def has_room(config: RunConfig, stage: str, running: Iterable[tuple[RunConfig, s
     for other in running:
         used.update(_needed(*other))
     return all(used[kind] + needed[kind] <= have[kind] for kind in KINDS)
+
+
+def _compare_nodes(config: RunConfig) -> None:
+    """The quick half of `rlhf doctor`. UserError where a run could not work."""
+    from launch.doctor.examine import examine_nodes
+    from launch.doctor.result import in_a_line, raise_failed
+    from launch.terminal import console
+
+    results = list(examine_nodes(config, thorough=False))
+    for one in results:
+        if one.verdict == "warning":
+            console.print(f"warning: {in_a_line(one)}", style="yellow", markup=False, highlight=False)
+    raise_failed(results)
 
 
 def _wait_for_room(config: RunConfig) -> None:

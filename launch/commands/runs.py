@@ -1,4 +1,4 @@
-"""`rlhf run`, `stage`, `config` and `report`: runs and their settings."""
+"""`rlhf run`, `stage`, `doctor`, `config` and `report`: runs and their settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from launch.commands.arguments import command
+from launch.commands.arguments import command, silence_deepspeed
 from stages.base import STAGES, parts_of
 
 STAGE_HELP = f"{', '.join(STAGES)}; reward/NAME is one reward model"
@@ -26,6 +26,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     stage.add_argument("stage", metavar="STAGE", type=_stage_name, help=STAGE_HELP)
     takes_settings(stage, "stage STAGE RUNFILE")
     stage.add_argument("--local", action="store_true", help="in this process, or one rank of torchrun, without Ray")
+
+    text = "check nodes, network, storage, data and services before a run"
+    takes_settings(command(commands, "doctor", _doctor, text), "doctor RUNFILE")
 
     config = command(commands, "config", _config, "print the settings that a run would have, as YAML")
     takes_settings(config, "config RUNFILE")
@@ -75,6 +78,14 @@ def _stage(args: argparse.Namespace, overrides: list[str]) -> int:
     from launch import pipeline
 
     return pipeline.run_stage(config, stage, args.local, name)
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    from launch.doctor.command import doctor
+    from launch.settings import load
+
+    silence_deepspeed()
+    return doctor(load(args.runfile, overrides))
 
 
 def _config(args: argparse.Namespace, overrides: list[str]) -> int:

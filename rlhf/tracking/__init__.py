@@ -8,6 +8,7 @@ registry.py       registers artifacts as model versions; versions.py finds them,
 mlflow_client.py  the calls of MLflow that record a run
 mlflow_runs.py    reads runs back from MLflow
 recorded.py       reads runs back from their files
+reach.py          whether the store can be reached
 """
 
 from rlhf.tracking.abandoned import close_abandoned
@@ -25,6 +26,7 @@ from rlhf.tracking.base import (
 from rlhf.tracking.mlflow_client import absolute_uri, public_uri
 from rlhf.tracking.mlflow_runs import recorded_runs
 from rlhf.tracking.mlflow_sync import EVENTS, METRICS, NOTHING, catch_up, fill_in
+from rlhf.tracking.reach import why_unreachable
 from rlhf.tracking.versions import Registry, Version, is_reference
 
 __all__ = [
@@ -49,4 +51,5 @@ __all__ = [
     "read_metrics",
     "recorded_runs",
     "status_of",
+    "why_unreachable",
 ]

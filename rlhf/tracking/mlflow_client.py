@@ -38,7 +38,7 @@ ENVIRONMENT = {  # give up early on a server that is down; print nothing
 
 def absolute_uri(uri: str) -> str:
     """`uri`, with a relative SQLite path made absolute: workers have other working folders."""
-    database = _database(uri)
+    database = database_of(uri)
     return uri if database is None else f"sqlite:///{database.absolute()}"
 
 
@@ -82,8 +82,8 @@ class Client:
     def __init__(self, settings: TrackingConfig) -> None:
         assert settings.uri is not None
         self._uri, self._experiment = absolute_uri(settings.uri), settings.experiment
-        _import_quietly()
-        if (database := _database(self._uri)) and not database.exists():
+        import_quietly()
+        if (database := database_of(self._uri)) and not database.exists():
             _make_database(database)
         from mlflow import MlflowClient
 
@@ -97,7 +97,7 @@ class Client:
             if VIEW not in found.tags:
                 self._mlflow.set_experiment_tag(found.experiment_id, VIEW, _view())
             return found.experiment_id
-        database = _database(self._uri)
+        database = database_of(self._uri)
         files = None if database is None else (database.parent / "mlruns").as_uri()  # not in the working folder
         try:
             return self._mlflow.create_experiment(
@@ -196,9 +196,9 @@ class Client:
 
 def open_store(uri: str, option: str) -> Any:
     """MLflow's own client of a store that exists. `option`: what named it. UserError (4) for a file that does not."""
-    if (database := _database(absolute_uri(uri))) and not database.exists():
+    if (database := database_of(absolute_uri(uri))) and not database.exists():
         raise UserError(f"{option}: there is no file {database}", 4)
-    _import_quietly()
+    import_quietly()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=absolute_uri(uri))
@@ -228,7 +228,7 @@ def _dataset_input(event: Mapping[str, str]) -> Any:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", event["role"]), InputTag("sha256", event["digest"])])
 
 
-def _import_quietly() -> None:
+def import_quietly() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)\b")
@@ -270,7 +270,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _database(uri: str) -> Path | None:
+def database_of(uri: str) -> Path | None:
     path = uri.removeprefix("sqlite:///")
     return None if path == uri or not path or path.startswith(":") else Path(path)
 
