@@ -17,8 +17,8 @@ from rlhf.config.run import (
     TinyConfig,
     TrackingConfig,
     public,
-    without_secrets,
 )
+from rlhf.config.secrets import without_secrets
 from rlhf.config.supervised import RewardConfig, RewardModelConfig, SFTConfig, SupervisedConfig
 
 __all__ = [

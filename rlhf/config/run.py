@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +11,8 @@ from pydantic import Field, ValidationInfo, model_validator
 from rlhf.config.base import Count, Folder, Name, Positive, Settings
 from rlhf.config.data import DataConfig
 from rlhf.config.ppo import GROUPED, PPOConfig
+from rlhf.config.secrets import without_secrets
 from rlhf.config.supervised import DPOConfig, RewardConfig, SFTConfig, SupervisedConfig
-
-CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]*@")
-SECRET_KEY = re.compile(r"([?&][\w.-]*(?:password|passwd|pwd|token|secret|key)=)[^&#\s'\"]*", re.IGNORECASE)
 
 
 class LoraConfig(Settings):
@@ -178,15 +175,6 @@ class RunConfig(Settings):
 
         rows_of = {stage: total // workers for stage, (total, workers) in self._batches().items()}
         return self.model_copy(update={stage: fit(getattr(self, stage), rows) for stage, rows in rows_of.items()})
-
-
-def without_secrets(value: Any) -> Any:
-    """`value` without secrets: user name and password in addresses, and values of keys such as `token` after a `?`."""
-    if isinstance(value, str):
-        return SECRET_KEY.sub(r"\1***", CREDENTIALS.sub("", value))
-    if isinstance(value, Mapping):
-        return {without_secrets(key): without_secrets(item) for key, item in value.items()}
-    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def public(config: RunConfig) -> dict[str, Any]:

@@ -189,5 +189,5 @@ class FileTracker:
         revision = code_revision()
         self.tags({"git.revision": revision, "mlflow.source.git.commit": revision.removesuffix("+changes")})
         if diff := code_diff():
-            write_atomic(self._folder / "git.diff", diff)
+            write_atomic(self._folder / "git.diff", without_secrets(diff))
             self.artifact(self._folder / "git.diff")
