@@ -25,7 +25,18 @@ def describe(config: RunConfig, artifact: Artifact) -> dict[str, Any]:
         "step": artifact.metrics.get("best_iteration", artifact.metrics.get("steps", 0)),
         "dataset": {"name": f"{stage.roles[0]}, held out", "digest": sha256_of(file)},
         "registered": _registered(config, artifact),
+        "measured": _measured(artifact),
     }
+
+
+def _measured(artifact: Artifact) -> list[dict[str, Any]]:
+    """The metrics of artifacts that this one started from, which were measured on the same prompts."""
+    found = artifact.metrics.get("held_out", {})
+    return [
+        {"digest": digest, "metrics": dict(held_out(found[name]))}
+        for name, digest in provenance.inputs_of(artifact.parents).items()
+        if name in found
+    ]
 
 
 def _registered(config: RunConfig, artifact: Artifact) -> dict[str, Any]:

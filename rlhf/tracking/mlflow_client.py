@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.errors import UserError
-from rlhf.tracking.logged_models import MAX_DIGEST, send_model
+from rlhf.tracking.logged_models import MAX_DIGEST, send_measured, send_model
 from rlhf.tracking.registry import send_version
 
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # MLflow's limits for one call
@@ -156,6 +156,7 @@ class Client:
                 model_id = send_model(self._mlflow, run_id, event)
                 if "registered" in event:  # not in what an older version wrote
                     send_version(self._mlflow, run_id, model_id, event)
+                send_measured(self._mlflow, run_id, event)
             case {"event": "artifact", "path": path} if Path(path).exists():
                 self._mlflow.log_artifact(run_id, path)
             case {"event": "status"}:

@@ -33,6 +33,22 @@ def test_estimates_are_taken_with_their_groups_and_counts_are_not() -> None:
     }
 
 
+def described(tmp_path: Path, artifact: Artifact) -> dict:
+    config = load(SMOKE, ["--runs_dir", str(tmp_path), "--tracking.experiment", "mine"])
+    (config.folder / "data").mkdir(parents=True)
+    for role in ("demonstrations", "preferences", "prompts"):
+        (config.folder / f"data/{role}.held_out.jsonl").touch()
+    return describe(config, artifact)
+
+
+def test_what_ppo_measured_on_the_sft_model_is_for_that_model(tmp_path: Path) -> None:
+    held_out_of = {policy: {"gold": estimate(value)} for policy, value in (("base", 0.1), ("sft", 0.4), ("ppo", 0.6))}
+    parents = {"sft": "d-sft", "reward/safety": "d-reward", "prompts: base": "d-prompts"}
+    found = described(tmp_path, Artifact("ppo", tmp_path, "d", parents, "", "", {"held_out": held_out_of}))
+    assert found["metrics"] == {"held_out/gold": 0.6}
+    assert found["measured"] == [{"digest": "d-sft", "metrics": {"held_out/gold": 0.4}}]
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -43,12 +59,8 @@ def test_estimates_are_taken_with_their_groups_and_counts_are_not() -> None:
     ],
 )
 def test_versions_that_can_take_each_others_place_have_one_name(tmp_path: Path, kind: str, name: str) -> None:
-    config = load(SMOKE, ["--runs_dir", str(tmp_path), "--tracking.experiment", "mine"])
-    (config.folder / "data").mkdir(parents=True)
-    for role in ("demonstrations", "preferences", "prompts"):
-        (config.folder / f"data/{role}.held_out.jsonl").touch()
     parents = {"sft": "d-sft", "prompts: shipped:train": "d-prompts"}
-    registered = describe(config, Artifact(kind, tmp_path, "d", parents, "settings", "revision", {}))["registered"]
+    registered = described(tmp_path, Artifact(kind, tmp_path, "d", parents, "settings", "revision", {}))["registered"]
     assert registered["name"] == name
     assert registered["inputs"] == {"sft": "d-sft"}
     assert registered["tags"] == {

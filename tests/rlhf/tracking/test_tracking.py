@@ -158,6 +158,25 @@ def test_models_are_ranked_by_their_metrics_on_a_dataset(tmp_path, store, store_
     assert (ranked[0].status, ranked[0].tags["artifact.path"]) == ("READY", "/runs/first/artifact")
 
 
+def test_a_model_ranks_by_what_a_later_stage_measured_on_it(tmp_path, store, store_client):
+    """Also after the event was sent twice, and beside a model that this store does not have."""
+    sft = a_model("start", "digest start", 0.5) | {"metrics": {"held_out/loss": 2.0}}
+    sft_run = finished(tmp_path / "sft", store, model=(sft,))
+    measured = [{"digest": "digest start", "metrics": {"held_out/gold": 0.4}}, {"digest": "of nobody", "metrics": {}}]
+    ppo = a_model("end", "digest end", 0.5) | {"metrics": {"held_out/gold": 0.6}, "measured": measured}
+    for _ in range(2):
+        finished(tmp_path / "ppo", store, model=(ppo,))
+    experiment = store_client.get_experiment_by_name("tests").experiment_id
+    order = [{"field_name": "metrics.held_out/gold", "ascending": False}]
+    ranked = store_client.search_logged_models(
+        [experiment], filter_string="metrics.`held_out/gold` > 0", order_by=order
+    )
+    assert [model.name for model in ranked] == ["end", "start"]
+    found = {metric.key: (metric.value, metric.step) for metric in ranked[1].metrics}
+    assert found == {"held_out/loss": (2.0, 3), "held_out/gold": (0.4, 0)}
+    assert ranked[1].source_run_id == sft_run
+
+
 def test_a_model_that_is_sent_again_is_there_once(tmp_path, store, store_client):
     model = a_model("twice", "digest twice", 0.5)
     run_id = finished(tmp_path, store, model=(model,))
