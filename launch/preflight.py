@@ -223,10 +223,11 @@ def _processors(config: RunConfig) -> Iterator[PreflightError]:
         ("CPU", hardware.cpus_per_worker, machine_cpus()),
         ("GPU", hardware.gpus_per_worker, machine_gpus() if hardware.gpus_per_worker else 0),
     ):
-        wanted = hardware.workers * each
+        workers = hardware.min_workers or hardware.workers
+        wanted = workers * each
         if there is not None and wanted > there:
             key = f"{kind.lower()}s_per_worker"
-            text = f"needs {hardware.workers} workers × {each:g} {kind}s = {wanted:g}, this machine has {there}"
+            text = f"needs {workers} workers × {each:g} {kind}s = {wanted:g}, this machine has {there}"
             remedy = f"lower hardware.workers or hardware.{key}, or set hardware.ray_address to a cluster"
             yield PreflightError(f"hardware: {text}: {remedy}", MACHINE_TOO_SMALL)
 

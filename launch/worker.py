@@ -23,8 +23,11 @@ FAILURE = "failure.json"
 UNEXPECTED = 1  # exit code of an unexpected error
 
 
-def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
-    """Runs `stage` as the rank that the environment names. Records what the stage raises, and raises it."""
+def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Artifact:
+    """Runs `stage` as the rank that the environment names. Records what the stage raises, and raises it.
+
+    `note`: a line to show under the stage's bar.
+    """
     import torch
 
     from rlhf.distributed import collectives
@@ -43,7 +46,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
     tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
     try:
         with guarded(claim.followed(config.folder)):
-            artifact = _run(config, stage, local, tracker)
+            artifact = _run(config, stage, local, tracker, note)
         if is_writer:
             _record_artifact(config, tracker, artifact)
         tracker.close("FINISHED")
@@ -56,7 +59,7 @@ def run_rank(config: RunConfig, stage: str, local: bool) -> Artifact:
         raise
 
 
-def _run(config: RunConfig, stage: str, local: bool, tracker: Any) -> Artifact:
+def _run(config: RunConfig, stage: str, local: bool, tracker: Any, note: str) -> Artifact:
     """Builds the context of this rank, checks what the stage starts from, and runs it."""
     import torch
 
@@ -81,6 +84,8 @@ def _run(config: RunConfig, stage: str, local: bool, tracker: Any) -> Artifact:
         local=local,
         roles=stage_of(stage).roles,
     )
+    if note:
+        context.progress.warn(note)
     provenance.ensure_data(config)
     collectives.rank_zero_only(lambda: _record(config, context), "recording the settings")
     resolve(config)  # the first rank makes the tiny model

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import signals
+from launch.elastic import fits, needed, sized
 from launch.environment import carried
 from launch.worker import FAILURE, UNEXPECTED, read_failure
 from rlhf.config import RunConfig
@@ -192,13 +193,30 @@ def _fit(payload: dict[str, Any], workers: int) -> None:
         claim.require()
         (folder / FAILURE).unlink(missing_ok=True)
         try:
-            _trainer(config, payload, workers, attempt).fit()
+            _trainer(*_with_room(config, payload, workers), attempt).fit()
             return
         except Exception:
             failure = read_failure(folder)
             mistake = failure is not None and failure.exit_code != UNEXPECTED
             if mistake or attempt == config.hardware.max_restarts:
                 raise
+
+
+def _with_room(config: RunConfig, payload: dict[str, Any], workers: int) -> tuple[RunConfig, dict[str, Any], int]:
+    """Settings, payload and workers as they are, or smaller ones where a node stays away for `placement_timeout_s`."""
+    stage, hardware = payload["stage"], config.hardware
+    if hardware.min_workers is None:
+        return config, payload, workers
+    deadline = time.monotonic() + hardware.placement_timeout_s
+    while not fits(config, stage, have := cluster_resources()) and time.monotonic() < deadline:
+        claim.require()
+        time.sleep(1)
+    smaller = sized(config, stage, have)
+    if smaller is config:
+        return config, payload, workers
+    left = stage_of(stage).workers(smaller)
+    note = f"goes on with {left} of {workers} workers: the cluster has no room for more"
+    return smaller, payload | {"settings": smaller.model_dump(mode="json"), "note": note}, left
 
 
 def _unpack(payload: dict[str, Any]) -> tuple[RunConfig, str]:
@@ -251,7 +269,7 @@ def _worker(payload: dict[str, Any]) -> None:
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = stream, stream
-    run_rank(config, stage, local=False)
+    run_rank(config, stage, local=False, note=payload.get("note", ""))
 
 
 def _keep_messages(path: Path) -> None:
@@ -279,12 +297,12 @@ def _private_token(folder: Path) -> None:
 
 def has_room(config: RunConfig, stage: str, running: Iterable[tuple[RunConfig, str]]) -> bool:
     """Whether the stage fits beside those that run. UserError(5) if it does not fit alone."""
-    have, needed = cluster_resources(), _needed(config, stage)
+    have = cluster_resources()
     _check_room(config, stage, have)
     used = Counter[str]()
-    for other in running:
-        used.update(_needed(*other))
-    return all(used[kind] + needed[kind] <= have[kind] for kind in KINDS)
+    for other in [*running, (config, stage)]:
+        used.update(needed(sized(*other, have), other[1]))
+    return all(used[kind] <= have[kind] for kind in KINDS)
 
 
 def _compare_nodes(config: RunConfig) -> None:
@@ -305,29 +323,22 @@ def _wait_for_room(config: RunConfig) -> None:
     hardware = config.hardware
     largest = max(parts_of(config), key=lambda part: stage_of(part).workers(config))
     deadline = time.monotonic() + (hardware.placement_timeout_s if hardware.ray_address else 0)
-    while True:
-        try:
-            return _check_room(config, largest, cluster_resources())
-        except UserError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
+    while not fits(config, largest, have := cluster_resources()):
+        if time.monotonic() > deadline:
+            return _check_room(config, largest, have)
+        time.sleep(1)
 
 
 def _check_room(config: RunConfig, stage: str, have: Mapping[str, float]) -> None:
+    config = sized(config, stage, have)
     workers = stage_of(stage).workers(config)
-    for kind, needed in _needed(config, stage).items():
-        if needed > have[kind]:
+    for kind, all_need in needed(config, stage).items():
+        if all_need > have[kind]:
             raise UserError(
-                f"{workers} workers × {needed / workers:g} {kind}s = {needed:g}, but the cluster has {have[kind]:g}. "
+                f"{workers} workers × {all_need / workers:g} {kind}s = {all_need:g}, but the cluster has {have[kind]:g}. "
                 f"Lower hardware.workers or hardware.{kind.lower()}s_per_worker, or add nodes.",
                 5,
             )
-
-
-def _needed(config: RunConfig, stage: str) -> dict[str, float]:
-    workers, hardware = stage_of(stage).workers(config), config.hardware
-    return {"CPU": workers * hardware.cpus_per_worker, "GPU": workers * hardware.gpus_per_worker}
 
 
 def cluster_resources() -> dict[str, float]:

@@ -45,6 +45,9 @@ class ModelConfig(Settings):
 
 class HardwareConfig(Settings):
     workers: Count = 1
+    min_workers: Count | None = None
+    """Where a cluster loses nodes for longer than `placement_timeout_s`, stages go on with as few workers as this. None:
+    with no fewer than `workers`."""
     workers_per_reward_model: Count | None = None
     """None: as many as `workers`. With fewer, reward models can run side by side."""
     cpus_per_worker: Count = 1
@@ -96,7 +99,11 @@ class RunConfig(Settings):
 
         The caller may add those of the pipeline, whose stages are not known here (`context["misfits"]`).
         """
-        misfits = [*self._uneven_batches(), *(info.context["misfits"](self) if info.context else ())]
+        misfits = [
+            *self._too_many_at_least(),
+            *self._uneven_batches(),
+            *(info.context["misfits"](self) if info.context else ()),
+        ]
         if "ppo" in self.pipeline:
             misfits += [*self._unknown_reward_models(), *self._uneven_minibatches()]
             misfits += [*self._unshared_prompts(), *self._adapters_for_vllm(), *self._late_rewards()]
@@ -123,6 +130,11 @@ class RunConfig(Settings):
     def _adapters_for_vllm(self) -> Iterator[str]:
         if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:
             yield "ppo.sampling.engine is vllm, which samples from full weights only, but model.lora is set; use inprocess"
+
+    def _too_many_at_least(self) -> Iterator[str]:
+        least, workers = self.hardware.min_workers, self.hardware.workers
+        if least is not None and least > workers:
+            yield f"hardware.min_workers is {least}, which is more than hardware.workers ({workers})"
 
     def _uneven_batches(self) -> Iterator[str]:
         """Under ZeRO-3 every rank must make the same number of forward passes, or all wait for ever."""

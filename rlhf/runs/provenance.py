@@ -77,7 +77,10 @@ def _code_of(config: RunConfig) -> dict[str, str]:
 
 
 def settings_digest(config: RunConfig, stage: str, roles: Sequence[str]) -> str:
-    return digest_of(stage_settings(config, stage, roles))
+    """Without micro-batches, which follow from the number of workers and change no result."""
+    settings, kind = stage_settings(config, stage, roles), stage.partition("/")[0]
+    own = {key: value for key, value in settings[kind].items() if key not in ("micro_batch_size", "micro_batch_tokens")}
+    return digest_of(settings | {kind: own})
 
 
 def parents(data: Mapping[str, Split], inputs: Mapping[str, Artifact]) -> dict[str, str]:

@@ -1,0 +1,46 @@
+"""How many workers a stage gets where the cluster has lost nodes: the most that have room, not under hardware.min_workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from rlhf.config import RunConfig
+from stages.base import stage_of
+
+
+def needed(config: RunConfig, stage: str) -> dict[str, float]:
+    """What the stage's workers take of the cluster."""
+    workers, hardware = stage_of(stage).workers(config), config.hardware
+    return {"CPU": workers * hardware.cpus_per_worker, "GPU": workers * hardware.gpus_per_worker}
+
+
+def fits(config: RunConfig, stage: str, have: Mapping[str, float]) -> bool:
+    return all(amount <= have[kind] for kind, amount in needed(config, stage).items())
+
+
+def sized(config: RunConfig, stage: str, have: Mapping[str, float]) -> RunConfig:
+    """The settings with as many workers as have room and divide the batches. Unchanged where all have room, or where not
+    even hardware.min_workers have."""
+    least = config.hardware.min_workers or config.hardware.workers
+    for workers in range(config.hardware.workers, least - 1, -1):
+        smaller = with_workers(config, workers)
+        if smaller is not None and fits(smaller, stage, have):
+            return smaller
+    return config
+
+
+def with_workers(config: RunConfig, workers: int) -> RunConfig | None:
+    """The settings for another number of workers; None if it does not divide the batches, which stay as they are."""
+    if workers == config.hardware.workers:
+        return config
+    settings = config.model_dump(mode="json")
+    hardware = settings["hardware"] | {"workers": workers}
+    if hardware["workers_per_reward_model"]:
+        hardware["workers_per_reward_model"] = min(hardware["workers_per_reward_model"], workers)
+    try:
+        smaller = RunConfig.model_validate(settings | {"hardware": hardware | {"min_workers": None}})
+    except ValidationError:
+        return None
+    return smaller.with_fitting_micro_batches()
