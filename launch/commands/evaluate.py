@@ -64,6 +64,9 @@ def _add_policy(kinds: argparse._SubParsersAction) -> None:
         help="a reward model's folder, module:function or file.py:function; may be repeated",
     )
     policy.add_argument("--judge", metavar="MODEL@URL", help="an endpoint that compares the policies, in both orders")
+    policy.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME", help="tasks of lm-eval, or YAML files of your own"
+    )
     policy.add_argument("--samples", type=positive, default=1, metavar="N", help="responses per prompt (default 1)")
     policy.add_argument(
         "--temperature", type=above_0, nargs="+", default=[1.0], metavar="T", help="pairs use the first (default 1)"
@@ -114,6 +117,7 @@ def _evaluate_policy(args: argparse.Namespace, _: list[str]) -> int:
         more_temperatures=tuple(args.temperature[1:]),
         reference=args.reference,
         judge=args.judge,
+        tasks=tuple(args.tasks),
         refusal=PATTERN if args.refusal is None else args.refusal,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,

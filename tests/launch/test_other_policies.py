@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import secrets
@@ -181,3 +182,33 @@ def test_a_hub_model_reads_its_own_template(folders: dict[str, str], tmp_path: P
         assert line["response"].strip() == own.decode(said, skip_special_tokens=True).strip()
         assert line["length"] == len(said)
     assert len({line["response"] for line in of_hub}) > 1
+
+
+def test_tasks_of_lm_eval_stand_in_the_report(folders: dict[str, str], tmp_path: Path) -> None:
+    """Both choices are the same text, of which the first is taken: right in three of four questions."""
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"question {n}", "choices": ["it is 4", "it is 4"], "label": n // 3} for n in range(4)]
+    data = write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "toy.yaml").write_text(
+        "task: toy\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: label\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["--prompts", folders["prompts"], "--tasks", tmp_path / "toy.yaml", "--out", out]
+    assert command(folders["one"], *arguments) == 0
+    found = read(out)[0]["models"]["one"]["tasks"]["toy"]["acc"]
+    half = 1.96 * (0.75 * 0.25 / 3) ** 0.5  # of the unbiased variance over four rows
+    assert found == pytest.approx({"value": 0.75, "low": 0.75 - half, "high": 0.75 + half, "n": 4})
+    assert "Tasks of lm-eval" in (out / "report.html").read_text()
+    assert command(folders["one"], "--prompts", folders["prompts"], "--tasks", "no_such_task", "--out", out) == 2
+
+
+def test_tasks_without_lm_eval_are_told(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else usual(name))
+    assert command(folders["one"], "--prompts", folders["prompts"], "--tasks", "hellaswag", "--out", tmp_path) == 2
+    assert "pip install 'rlhf-pipeline[eval]'" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from launch.evaluate.policy.policies import DEFAULT, Settings, check_policy, end
 from launch.evaluate.policy.reference import Reference
 from launch.evaluate.policy.rewards import RefusalScorer, Scorer, check_rewards, open_scorer
 from launch.evaluate.policy.tables import tables
+from launch.evaluate.policy.tasks import check_tasks, run_tasks
 from launch.score import bar_columns
 from reward_data import Prompt
 from rlhf.runs.artifacts import write_atomic
@@ -53,6 +54,7 @@ def evaluate(
     """
     check_rewards(rewards)
     check_judge(settings, policies, rewards)
+    check_tasks(settings, list(policies.values()))
     for model in policies.values():
         check_policy(model, settings)
     rows = [prompt for prompt in prompts for _ in range(settings.samples)]
@@ -68,6 +70,8 @@ def evaluate(
         "prompts": len(prompts),
         "settings": asdict(settings),
     }
+    for name, model in policies.items() if settings.tasks else ():
+        report["models"][name]["tasks"] = run_tasks(model, settings)
     report = as_json(report)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,8 @@ class Settings:
     """A pattern that the beginning of a refusal has, or `module:function` of the responses."""
     judge: str | None = None
     """MODEL@URL: an endpoint that compares the policies."""
+    tasks: tuple[str, ...] = ()
+    """Of lm-eval: names, or YAML files."""
     max_new_tokens: int = 512
     batch_size: int = 64
     """Responses sampled, and texts scored, at once."""

@@ -35,6 +35,13 @@ def tables(report: Report) -> Iterator[Table]:
     rewards, models = list(report["rewards"]), report["models"]
     figures = {**{f"rewards.{name}": name for name in rewards}, **FIGURES}
     yield _columns("Policies", figures, models)
+    tasks = [
+        (f"tasks.{task}.{metric}", f"{task}, {metric}")
+        for task, found in next(iter(models.values())).get("tasks", {}).items()
+        for metric in found
+    ]
+    if tasks:
+        yield _columns("Tasks of lm-eval", dict(tasks), models)
     for tag in dict.fromkeys(tag for found in models.values() for tag in found.get("by_tag", ())):
         of_tag = {name: found.get("by_tag", {}).get(tag, {}) for name, found in models.items()}
         yield _columns(f"Prompts tagged {tag}", figures, of_tag)
