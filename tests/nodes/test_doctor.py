@@ -19,6 +19,7 @@ NODES = 3
 PROJECT = Path(__file__).parents[2]
 SETTINGS = ["--tracking.uri", "null"]
 LIMIT_S = 60
+SPEED = {"disk", "network"}  # a busy machine is slow
 
 pytestmark = [pytest.mark.nodes, pytest.mark.timeout(600)]
 
@@ -61,7 +62,7 @@ def shell(cluster: Testbed, node: int, text: str) -> None:
 
 def test_a_healthy_cluster_has_nothing_to_say_against_it(cluster: Testbed) -> None:
     code, problems, shown = doctor(cluster)
-    assert (code, problems) == (0, {}), shown
+    assert code == 0 and {check for _, check, _ in problems} <= SPEED, shown
     assert "3 pairs of nodes" in shown and "is the same on all nodes, also after a rename" in shown
     assert not list(cluster.shared.rglob(".doctor-*"))
 
@@ -125,19 +126,19 @@ def test_what_is_broken_is_found_where_it_is(cluster: Testbed, broken, problem: 
     with broken(cluster):
         code, problems, shown = doctor(cluster)
     assert code == 5 and re.search(why, problems[problem]), shown
-    others = {where for _, _, where in problems} - {problem[2]}
+    others = {where for verdict, _, where in problems if verdict == "failed"} - {problem[2]}
     assert not others or broken is storage_of_its_own, shown  # there the others miss what that node writes
 
 
 def test_mistakes_of_the_settings_are_found_together(cluster: Testbed) -> None:
-    """No such model on other nodes, wrong credentials, a group that does not fit."""
+    """A model without a tokenizer, and on one node only; wrong credentials; a group that does not fit."""
     shell(cluster, 1, f"mkdir /tmp/model && echo '{json.dumps(LLAMA)}' >/tmp/model/config.json")
     server = cluster.popen(1, [sys.executable, "-c", REFUSING], stdout=-1)
     assert server.stdout and server.stdout.readline() == "ready\n"
     uri = ["--tracking.uri", "http://me:hunter2@node1:5000"]
     code, problems, shown = doctor(cluster, *uri, "--hardware.workers", "4", "--model.path", "/tmp/model")
     server.kill()
-    assert code == 5 and "hunter2" not in shown
+    assert code == 4 and "hunter2" not in shown
     assert "4 workers with 1 CPU each are wanted, and there is room for 3" in problems["failed", "room", ""]
     assert (
         problems["failed", "model files", "node2"]
