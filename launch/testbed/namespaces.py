@@ -39,6 +39,15 @@ def check_machine() -> None:
         raise UserError("the testbed makes network namespaces, which only root may do: run it as root or by sudo", 5)
     if missing := [f"{tool} (package {package})" for tool, package in TOOLS.items() if shutil.which(tool) is None]:
         raise UserError(f"the testbed needs {', '.join(missing)}: install it and run again", 5)
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], check=False, capture_output=True, text=True
+    )
+    if tried.returncode:
+        raise UserError(
+            f"the testbed makes namespaces, which this machine refuses ({tried.stderr.strip()}): a container needs "
+            "--privileged",
+            5,
+        )
 
 
 def start_switch(log: Path) -> int:

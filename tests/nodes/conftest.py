@@ -1,4 +1,4 @@
-"""Clusters of pseudo-nodes. `make nodes` runs these tests; they need Linux and root."""
+"""Clusters of pseudo-nodes. `make nodes` runs these tests; they need Linux and root, and are skipped elsewhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from launch.testbed import Testbed
+from launch.testbed.namespaces import check_machine
+from rlhf.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Testbed]:
     """Nodes with one CPU each, as many as `NODES` of the file says."""
+    try:
+        check_machine()
+    except UserError as error:
+        pytest.skip(error.message)
     with Testbed(tmp_path_factory.mktemp("testbed")).up(request.module.NODES) as testbed:
         yield testbed
