@@ -15,9 +15,20 @@ import pytest
 
 from launch.testbed import Testbed
 from launch.testbed.__main__ import main
+from launch.testbed.namespaces import check_machine
 from rlhf.errors import UserError
 
-needs_root = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="pseudo-nodes need Linux and root")
+
+def refusal() -> str:
+    """Why there can be no pseudo-nodes here, or ""."""
+    try:
+        check_machine()
+    except UserError as error:
+        return error.message
+    return ""
+
+
+needs_namespaces = pytest.mark.skipif(bool(refusal()), reason=refusal())
 TIMED = """
 import socket, sys, time
 began = time.monotonic()
@@ -68,7 +79,7 @@ def shell(testbed: Testbed, node: int, text: str) -> str:
     return done.stdout.strip()
 
 
-@needs_root
+@needs_namespaces
 @pytest.mark.integration
 def test_nodes_share_a_folder_and_nothing_else(testbed: Testbed) -> None:
     shell(testbed, 1, "echo x | tee file /tmp/own /dev/shm/own && hostname node-one && sleep 99 >/dev/null 2>&1 &")
@@ -90,7 +101,7 @@ def answer(testbed: Testbed) -> str:
     return testbed.run(2, [sys.executable, "-c", TIMED, "node1"]).stdout.strip()
 
 
-@needs_root
+@needs_namespaces
 @pytest.mark.integration
 @pytest.mark.usefixtures("server")
 def test_a_cable_is_pulled_out_put_back_and_made_slow(testbed: Testbed) -> None:
@@ -107,7 +118,7 @@ def test_a_cable_is_pulled_out_put_back_and_made_slow(testbed: Testbed) -> None:
     assert all(float(seconds) < 0.1 for seconds in answer(testbed).split())
 
 
-@needs_root
+@needs_namespaces
 @pytest.mark.integration
 @pytest.mark.parametrize("how", ["down", "killed"])
 def test_nothing_is_left(tmp_path: Path, how: str) -> None:
@@ -129,7 +140,7 @@ def test_nothing_is_left(tmp_path: Path, how: str) -> None:
     assert os.listdir("/sys/class/net") == links and Path("/proc/mounts").read_text() == before
 
 
-@needs_root
+@needs_namespaces
 @pytest.mark.integration
 def test_a_second_testbed_in_a_folder_is_refused(testbed: Testbed) -> None:
     with pytest.raises(UserError, match="there is a testbed in .*; remove it first: python -m launch.testbed down"):
