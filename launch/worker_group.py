@@ -1,4 +1,4 @@
-"""A stage as a group of workers on Ray, whose use is here, in `loopback.py` and in `doctor/`."""
+"""A stage as a group of workers on Ray, and how the program connects to Ray."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LONGEST_FOLDER = 103 - 64
 @contextmanager
 def cluster(config: RunConfig) -> Iterator[None]:
     """A connection with a cluster that has room for the run, and whose nodes agree."""
-    with connection(config):
+    with connection(config.hardware.ray_address, config.folder / "ray"):
         _wait_for_room(config)
         if config.hardware.ray_address is not None:
             _compare_nodes(config)
@@ -52,19 +52,19 @@ def cluster(config: RunConfig) -> Iterator[None]:
 
 
 @contextmanager
-def connection(config: RunConfig) -> Iterator[None]:
-    """A private Ray on this machine, or the cluster at `hardware.ray_address`; disconnected at the end."""
-    own = QUIET | (_on_loopback() if config.hardware.ray_address is None else {})
+def connection(address: str | None, folder: Path) -> Iterator[None]:
+    """The cluster at `address`, or a private Ray on this machine; disconnected at the end. `folder` gets what Ray says."""
+    own = QUIET | (_on_loopback() if address is None else {})
     os.environ.update({key: os.environ.get(key, value) for key, value in own.items()})
-    if config.hardware.ray_address is None:
-        _private_token(config.folder)
+    if address is None:
+        _private_token(folder)
     import ray
 
-    arguments = ray_arguments(config)
-    _keep_messages(config.folder / "ray" / "messages.log")
-    with short_folder() if config.hardware.ray_address is None else nullcontext() as folder:
-        if folder is not None:
-            arguments["_temp_dir"] = folder
+    arguments = ray_arguments(address)
+    _keep_messages(folder / "messages.log")
+    with short_folder() if address is None else nullcontext() as temporary:
+        if temporary is not None:
+            arguments["_temp_dir"] = temporary
         try:
             with _own_session():
                 start(lambda: ray.init(**arguments), ray.shutdown)
@@ -88,13 +88,13 @@ def _on_loopback() -> dict[str, str]:
     }
 
 
-def ray_arguments(config: RunConfig) -> dict[str, Any]:
+def ray_arguments(address: str | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if config.hardware.ray_address is None:
+    if address is None:
         return arguments | {"num_cpus": os.cpu_count(), "include_dashboard": False, "address": "local"}
     if variables := carried(secret=False):
         arguments["runtime_env"] = {"env_vars": variables}
-    return arguments | {"address": config.hardware.ray_address}
+    return arguments | {"address": address}
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def _private_token(folder: Path) -> None:
     """A token for this run only: Ray would write one to the home folder, and later clusters would require it."""
     if "RAY_AUTH_MODE" in os.environ:
         return
-    path = folder.absolute() / "ray" / "token"
+    path = folder.absolute() / "token"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))

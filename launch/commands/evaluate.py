@@ -38,6 +38,12 @@ def _add_reward(kinds: argparse._SubParsersAction) -> None:
     reward.add_argument(
         "--train", nargs="+", default=[], metavar="PAIRS", help="pairs on which a floor, the bag of words, is fitted"
     )
+    reward.add_argument(
+        "--workers", type=positive, default=1, metavar="N", help="on Ray, each with the whole model (default 1: no Ray)"
+    )
+    reward.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a cluster that is there (default: a private Ray on this machine)"
+    )
     add_scoring(reward)
     add_tracking(reward)
 
@@ -91,7 +97,15 @@ def _evaluate_reward(args: argparse.Namespace, _: list[str]) -> int:
     silence_deepspeed()
     from launch.evaluate.reward import Options, evaluate_reward, show
 
-    options = Options(args.batch_size, args.precision, args.bad_rows, args.train, tracking_uri(args))
+    options = Options(
+        batch_size=args.batch_size,
+        precision=args.precision,
+        bad_rows=args.bad_rows,
+        train=args.train,
+        tracking_uri=tracking_uri(args),
+        workers=args.workers,
+        ray_address=args.ray_address,
+    )
     show(evaluate_reward(args.inputs, args.out, options), args.out)
     return 0
 

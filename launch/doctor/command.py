@@ -43,7 +43,7 @@ def diagnose(config: RunConfig) -> Iterator[CheckResult]:
     yield from services.gate(config)
     yield from data(config)
     try:
-        with worker_group.connection(config):
+        with worker_group.connection(config.hardware.ray_address, config.folder / "ray"):
             yield from examine_nodes(config, thorough=True)
     except UserError as error:
         yield CheckResult("cluster", "", "failed", error.message, "", error.exit_code)

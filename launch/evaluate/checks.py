@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from launch.evaluate.scorers import ModelScorer
-from launch.score import Text, score_texts, texts_for
+from launch.score import Reward, Text, score_texts, texts_for
 from rlhf.chat import format_of
 from rlhf.evaluation.items import Item
 
@@ -14,17 +13,17 @@ TEXTS = 16  # on which the checks are made
 LARGEST_CHANGE = {"float32": 0.001, "bf16": 0.1}  # of a score, by padding
 
 
-def check(scorer: ModelScorer, items: Sequence[Item], precision: str) -> dict[str, Any]:
+def check(model: Reward, tokenizer: Any, items: Sequence[Item], precision: str) -> dict[str, Any]:
     """`format`: how texts are written; `begins`: most BOS tokens that a text begins with; `ends`: proportion of texts whose
     last token ends a response; `padding`: largest difference between a text's score alone and beside others;
     `warnings`: what of it is wrong.
     """
-    tokenizer, chat = scorer.tokenizer, format_of(scorer.tokenizer)
-    texts = texts_for(scorer.model, tokenizer, items)[0][:TEXTS]
+    chat = format_of(tokenizer)
+    texts = texts_for(model, tokenizer, items)[0][:TEXTS]
     texts = [Text(n, text.ids, text.prompt) for n, text in enumerate(texts)]
     if not texts:
         return {"warnings": []}
-    arguments = (scorer.model, tokenizer.pad_token_id, texts)
+    arguments = (model, tokenizer.pad_token_id, texts)
     alone, together = (score_texts(*arguments, size, precision) for size in (1, len(texts)))
     found = {
         "format": type(chat).__name__,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,7 +15,7 @@ from rich.progress import Progress
 
 import reward_data
 from launch.evaluate import output
-from launch.evaluate.checks import TEXTS, check
+from launch.evaluate.checks import TEXTS
 from launch.evaluate.inputs import Inputs, sort_inputs
 from launch.evaluate.metrics import (
     BAG_OF_WORDS,
@@ -26,7 +27,7 @@ from launch.evaluate.metrics import (
 )
 from launch.evaluate.page import Example, Page, short
 from launch.evaluate.plots import plots
-from launch.evaluate.scorers import ModelScorer, WordScorer
+from launch.evaluate.scorers import ModelScorer, RewardScorer, WordScorer
 from launch.evaluate.scores import ScoreFile
 from launch.evaluate.tables import tables
 from launch.score import BadRows, bar_columns
@@ -52,6 +53,8 @@ class Options:
     bad_rows: BadRows
     train: Sequence[str]  # pairs on which the bag of words is fitted
     tracking_uri: str | None
+    workers: int = 1
+    ray_address: str | None = None
 
 
 def evaluate_reward(arguments: Sequence[str], out: Path, options: Options) -> dict[str, Any]:
@@ -93,18 +96,35 @@ def count_entries(files: Sequence[Path], bad_rows: BadRows) -> int:
 def score_all(scores: ScoreFile, inputs: Inputs, count: int, options: Options) -> dict[str, dict[str, Any]]:
     """Scores what has no score yet; the checks of each model."""
     read, checks = partial(entries, inputs.files), {}
-    with Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar:
+    with (
+        opener(scores.path.parent, options) as open_model,
+        Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar,
+    ):
         for name, folder in inputs.models.items():
             task = bar.add_task(name, total=count)
-            scorer = ModelScorer(folder, options.batch_size, options.precision)
+            scorer = open_model(folder)
             some = list(islice((entry for entry in read() if isinstance(entry, Item)), TEXTS))
-            checks[name] = check(scorer, some, options.precision)
+            checks[name] = scorer.check(some)
             scores.fill(name, read, lambda scorer=scorer: scorer, options.bad_rows, partial(bar.advance, task))
         if options.train:
             task = bar.add_task("bag of words", total=count)
             make = partial(fitted_words, options.train, options.bad_rows)
             scores.fill(BAG_OF_WORDS, read, make, options.bad_rows, partial(bar.advance, task))
     return checks
+
+
+@contextmanager
+def opener(out: Path, options: Options) -> Iterator[Callable[[Path], RewardScorer]]:
+    """How a model's folder becomes a scorer: in this process, or on Ray where there are several workers or an address."""
+    if options.workers == 1 and options.ray_address is None:
+        yield lambda folder: ModelScorer(folder, options.batch_size, options.precision)
+        return
+    from launch import signals
+    from launch.evaluate.pool import PoolScorer
+    from launch.worker_group import connection
+
+    with signals.handled(), connection(options.ray_address, out / "ray"):
+        yield lambda folder: PoolScorer(options.workers, folder, options.batch_size, options.precision)
 
 
 def fitted_words(paths: Sequence[str], bad_rows: BadRows) -> WordScorer:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from launch.evaluate.checks import check
 from launch.score import load_reward_model, score_texts, texts_for
 from rlhf.evaluation.bag_of_words import BagOfWords
 from rlhf.evaluation.items import Item
@@ -20,7 +21,15 @@ class Scored(NamedTuple):
 
 
 class Scorer(Protocol):
-    def score(self, items: Sequence[Item]) -> Scored: ...
+    def map(self, windows: Iterable[Sequence[Item]]) -> Iterator[Scored]:
+        """The scores of each window, in order. It may ask for a few windows before it gives the first one's scores."""
+        ...
+
+
+class RewardScorer(Scorer, Protocol):
+    def check(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Whether the model reads what it should, see `launch.evaluate.checks`."""
+        ...
 
 
 class ModelScorer:
@@ -28,6 +37,12 @@ class ModelScorer:
         self.tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
         self.model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._batch_size, self._precision = batch_size, precision
+
+    def check(self, items: Sequence[Item]) -> dict[str, Any]:
+        return check(self.model, self.tokenizer, items, self._precision)
+
+    def map(self, windows: Iterable[Sequence[Item]]) -> Iterator[Scored]:
+        return map(self.score, windows)
 
     def score(self, items: Sequence[Item]) -> Scored:
         texts, unfit = texts_for(self.model, self.tokenizer, items)
@@ -41,6 +56,9 @@ class ModelScorer:
 class WordScorer:
     def __init__(self, model: BagOfWords) -> None:
         self._model = model
+
+    def map(self, windows: Iterable[Sequence[Item]]) -> Iterator[Scored]:
+        return map(self.score, windows)
 
     def score(self, items: Sequence[Item]) -> Scored:
         values = iter(self._model.score([text for item in items for text in item.responses]))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from launch.evaluate.scorers import Scorer
+from launch.evaluate.scorers import Scored, Scorer
 from launch.score import BadRows, refuse_unfit
 from rlhf.errors import UserError
 from rlhf.evaluation.items import Item, Refused
@@ -51,10 +52,12 @@ class ScoreFile:
         """Scores what has no score of `model` yet; `make` opens the model only if there is something."""
         rest, done = iter(entries()), self.windows.get(model, 0)
         advance(sum(1 for _ in islice(rest, done * WINDOW)))
-        scorer: Scorer | None = None
-        while window := list(islice(rest, WINDOW)):
-            scorer = scorer or make()
-            self._append(_lines(model, done, window, scorer, bad_rows))
+        if (first := next(rest, None)) is None:
+            return
+        asked: deque[list[Item | Refused]] = deque()  # windows whose scores are not there yet
+        for scored in make().map(_windows(chain([first], rest), asked)):
+            window = asked.popleft()
+            self._append(_lines(model, done, window, scored, bad_rows))
             done += 1
             self.windows[model] = done
             advance(len(window))
@@ -76,13 +79,23 @@ class ScoreFile:
             os.fsync(stream.fileno())
 
 
+def _windows(entries: Iterator[Item | Refused], asked: deque[list[Item | Refused]]) -> Iterator[list[Item]]:
+    """The items of one window after the other; `asked` gets each window whole."""
+    while window := list(islice(entries, WINDOW)):
+        asked.append(window)
+        yield _items(window)
+
+
+def _items(window: list[Item | Refused]) -> list[Item]:
+    return [entry for entry in window if isinstance(entry, Item)]
+
+
 def _lines(
-    model: str, number: int, window: list[Item | Refused], scorer: Scorer, bad_rows: BadRows
+    model: str, number: int, window: list[Item | Refused], scored: Scored, bad_rows: BadRows
 ) -> list[Mapping[str, Any]]:
     """A line for each item that has scores, and the one that commits the window."""
     places = [place for place, entry in enumerate(window) if isinstance(entry, Item)]
-    items = [entry for entry in window if isinstance(entry, Item)]
-    scored = scorer.score(items)
+    items = _items(window)
     refuse_unfit(scored.unfit, True, bad_rows)
     for n, scores in scored.scores.items():
         if not all(map(math.isfinite, scores)):

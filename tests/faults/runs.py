@@ -51,10 +51,15 @@ def wait_for(condition: Callable[[], Found], process: subprocess.Popen[str], sec
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes of the group's ranks."""
+    return named(process, "RayTrainWorker")
+
+
+def named(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """The processes below it whose command line has `name`."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(child.cmdline()):
+            if name in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             pass

@@ -24,15 +24,11 @@ def config(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return run_config()
 
 
-def on(config: RunConfig, address: str | None) -> RunConfig:
-    return config.model_copy(update={"hardware": config.hardware.model_copy(update={"ray_address": address})})
-
-
 def test_settings_go_with_the_job_and_secrets_do_not(config: RunConfig) -> None:
-    arguments = ray_arguments(on(config, "auto"))
+    arguments = ray_arguments("auto")
     assert arguments["runtime_env"] == {"env_vars": GIVEN}
     assert "planted" not in str(arguments)
-    assert "runtime_env" not in ray_arguments(on(config, None))
+    assert "runtime_env" not in ray_arguments(None)
 
 
 def test_secrets_reach_the_worker_in_its_payload(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,4 +48,4 @@ def test_secrets_reach_the_worker_in_its_payload(config: RunConfig, monkeypatch:
 def test_a_submitted_job_has_variables_of_its_own(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray refuses a variable that both the job and the driver give."""
     monkeypatch.setenv(SUBMITTED, "{}")
-    assert "runtime_env" not in ray_arguments(on(config, "auto"))
+    assert "runtime_env" not in ray_arguments("auto")

@@ -8,15 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from launch import cli
 from rlhf.config import TinyConfig, TrackingConfig
+from rlhf.errors import UserError
 from rlhf.models import ScalarModel, load_tokenizer, save_causal
 from rlhf.models.tiny import train_tokenizer, untrained_llama
 from rlhf.tracking import fill_in
+from tests.faults.runs import named, rlhf, wait_for
 
 TEXTS = ["what is 2 + 2? it is 4", "sort the words: pear, apple. apple, pear", "say hello. hello!"] * 20
 
@@ -263,6 +267,79 @@ def test_a_killed_command_goes_on_where_it_was(models: list[str], tmp_path: Path
     assert evaluate(models[0], file, "--out", whole) == 0
     assert (out / "scores.jsonl").read_bytes() == (whole / "scores.jsonl").read_bytes()
     assert report_of(out) == report_of(whole)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1200)
+def test_workers_on_ray_write_what_one_process_writes(models: list[str], tmp_path: Path) -> None:
+    """Although one of them, and then the whole command, is killed with `kill -9`."""
+    file, out = write(tmp_path / "pairs.jsonl", [pair(n) for n in range(8000)]), tmp_path / "out"
+    command = ["evaluate", "reward", models[0], file, "--workers", "2", "--tracking-uri", "null", "--out", str(out)]
+    process = rlhf(tmp_path, *command)
+    try:
+        wait_for(lambda: _windows(out) >= 1, process)
+        first, *_ = named(process, "ray::Worker")
+        first.kill()
+        before = _windows(out)
+        wait_for(lambda: _windows(out) >= before + 4, process)  # more than were in flight: the window was given again
+    finally:
+        process.kill()
+        process.wait()
+    lines = (out / "scores.jsonl").read_text().splitlines()
+    assert _windows(out) < 16, "the command ended before it could be killed"
+    again = rlhf(tmp_path, *command)
+    assert again.wait(600) == 0, again.communicate()[0]
+    assert evaluate(models[0], file, "--out", tmp_path / "one") == 0
+    assert (out / "scores.jsonl").read_bytes() == (tmp_path / "one" / "scores.jsonl").read_bytes()
+    assert (out / "scores.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert report_of(out) == report_of(tmp_path / "one")
+
+
+class Busy:
+    """Stands for Ray's actors: a call gives a reference, which `get` resolves."""
+
+    def __init__(self, calls: list[int]) -> None:
+        self.score = SimpleNamespace(remote=lambda window: calls.append(window) or window)
+
+
+def test_a_pool_gives_scores_in_order_and_reads_few_windows_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.evaluate import pool
+
+    monkeypatch.setattr(pool, "_result", lambda reference: reference)
+    calls: list[list[int]] = [[], [], []]
+    scorer = object.__new__(pool.PoolScorer)
+    scorer._workers = [Busy(own) for own in calls]
+    read: list[int] = []
+    found = scorer.map(read.append(n) or n for n in range(10))  # type: ignore[arg-type]
+    assert next(found) == 0 and read == [0, 1, 2, 3, 4, 5]  # two for each worker, however many windows there are
+    assert list(found) == list(range(1, 10))  # type: ignore[comparison-overlap]
+    assert calls == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "each"),
+    [
+        ([{"CPU": 8}], 3, (2, 0)),
+        ([{"CPU": 8}, {"CPU": 4}, {"memory": 1}], 4, (2, 0)),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], 4, (4, 1)),
+        ([{"CPU": 2}], 3, "2 CPUs on 1 nodes"),
+        ([{"CPU": 8, "GPU": 1}], 2, "1 GPUs on 1 nodes"),
+    ],
+)
+def test_workers_share_the_nodes_of_the_cluster(
+    nodes: list[dict], workers: int, each: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from launch.evaluate.pool import share
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    if isinstance(each, tuple):
+        assert share(workers) == each
+        return
+    with pytest.raises(UserError, match=each) as caught:
+        share(workers)
+    assert caught.value.exit_code == 5
 
 
 def _windows(out: Path) -> int:
