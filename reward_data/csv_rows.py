@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,13 @@ LISTS = frozenset(
 SIDES = frozenset(("prompt", "chosen", "rejected", "output"))  # text, or a dialogue written as JSON
 
 
-def csv_rows(file: Path, text: str) -> Iterator[Row]:
+def csv_rows(file: Path, lines: Iterator[str]) -> Iterator[Row]:
+    """The rows of lines that keep their ends."""
     csv.field_size_limit(MOST_CHARACTERS)  # answers may be longer than the module's 128 KiB
-    lines = io.StringIO(text, newline="")
-    delimiter = _delimiter(lines.readline())
-    if text.lower().startswith("sep="):  # a line for spreadsheets
-        delimiter = text[4]
-    else:
-        lines.seek(0)
-    skipped = 1 if lines.tell() else 0
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    first = next(lines, "")
+    skipped = first.lower().startswith("sep=")  # a line for spreadsheets
+    delimiter = first[4] if skipped else _delimiter(first)
+    reader = csv.reader(lines if skipped else chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         place = f"{file}:{reader.line_num + 1 + skipped}"

@@ -43,6 +43,10 @@ def is_hub_name(path: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not is_data(path)
 
 
+def is_csv(file: Path) -> bool:
+    return bool(re.search(r"\.[ct]sv(\.\w+)?$", file.name.lower()))
+
+
 def is_saved(folder: Path) -> bool:
     return all((folder / name).is_file() for name in SAVED)
 
@@ -57,7 +61,7 @@ def read_rows(file: Path) -> Iterator[Row]:
     if name.endswith(".arrow"):
         return _arrow_rows(file, data)
     text = _text_of(file, data)
-    return csv_rows(file, text) if re.search(r"\.[ct]sv(\.\w+)?$", name) else json_rows(file, text)
+    return csv_rows(file, io.StringIO(text, newline="")) if is_csv(file) else json_rows(file, text)
 
 
 def digest_of(files: list[Path]) -> str:
@@ -214,10 +218,10 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
 def _table_rows(file: Path, rows: list[Any]) -> Iterator[Row]:
     if not rows:
         raise DataError(f"{file}: the file holds no rows")
-    return (_table_row(row, f"{file}:{number}") for number, row in enumerate(rows, 1))
+    return (table_row(row, f"{file}:{number}") for number, row in enumerate(rows, 1))
 
 
-def _table_row(value: Any, place: str) -> Row:
+def table_row(value: Any, place: str) -> Row:
     fault = too_long(_characters(value))
     return Row(None if fault else value, place, fault)
 
