@@ -31,13 +31,17 @@ def refusal() -> str:
 needs_namespaces = pytest.mark.skipif(bool(refusal()), reason=refusal())
 TIMED = """
 import socket, sys, time
-began = time.monotonic()
+connected, answered = [], []
 try:
-    with socket.create_connection((sys.argv[1], 5000), timeout=3) as end:
-        end.sendall(b"x")
-        sent = time.monotonic()
-        end.recv(1)
-    print(round(sent - began, 3), round(time.monotonic() - sent, 3))
+    for _ in range(5):
+        began = time.monotonic()
+        with socket.create_connection((sys.argv[1], 5000), timeout=3) as end:
+            sent = time.monotonic()
+            end.sendall(b"x")
+            end.recv(1)
+            answered.append(time.monotonic() - sent)
+            connected.append(sent - began)
+    print(min(connected), min(answered))
 except OSError:
     print("silence")
 """
@@ -97,7 +101,7 @@ def server(testbed: Testbed) -> Iterator[None]:
 
 
 def answer(testbed: Testbed) -> str:
-    """Seconds until node 2 is connected with node 1 and until it has its answer; or "silence"."""
+    """Seconds until node 2 is connected with node 1 and until it has its answer, the least of five; or "silence"."""
     return testbed.run(2, [sys.executable, "-c", TIMED, "node1"]).stdout.strip()
 
 
@@ -123,19 +127,19 @@ def test_a_cable_is_pulled_out_put_back_and_made_slow(testbed: Testbed) -> None:
 @pytest.mark.parametrize("how", ["down", "killed"])
 def test_nothing_is_left(tmp_path: Path, how: str) -> None:
     links, before = os.listdir("/sys/class/net"), Path("/proc/mounts").read_text()
-    testbed = Testbed(tmp_path / "testbed").up_without_ray(2)
-    testbed.slow(1)
-    shell(testbed, 2, "sleep 98 >/dev/null 2>&1 &")
-    members = [one for node in (1, 2) for one in testbed.processes(node, "")]
-    assert any("98" in one.cmdline() for one in members) and len(members) == 3
-    if how == "down":
-        testbed.down()
-    else:
-        os.kill(testbed._pid("switch"), signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in members):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    with Testbed(tmp_path / "testbed").up_without_ray(2) as testbed:
+        testbed.slow(1)
+        shell(testbed, 2, "sleep 98 >/dev/null 2>&1 &")
+        members = [one for node in (1, 2) for one in testbed.processes(node, "")]
+        assert any("98" in one.cmdline() for one in members) and len(members) == 3
+        if how == "down":
+            testbed.down()
+        else:
+            os.kill(testbed._pid("switch"), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in members):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     assert testbed.nodes() == []
     assert os.listdir("/sys/class/net") == links and Path("/proc/mounts").read_text() == before
 
