@@ -25,7 +25,7 @@ BUGS = [
         "rlhf/ppo/models.py",
         ["stages/test_ppo.py::test_the_critic_starts_from_zero", "stages/test_ppo.py::test_lora_adapts_the_critic_too"],
         Bug("the critic starts as the raw reward model", "_critic", "new_critic(A)", "A"),
-        Bug("the critic is trained in full beside a policy with LoRA", "open_models", "A and add_lora(A, ...)", "A"),
+        Bug("the critic is trained in full beside a policy with LoRA", "open_models", "A and _trained(A, ...)", "A"),
     ),
     *bugs_in(
         "rlhf/ppo/trainer.py",

@@ -1,0 +1,39 @@
+"""Bugs in the plan of a run: rlhf/planning, launch/plan."""
+
+from __future__ import annotations
+
+from tests.mutants.bug import Bug, bugs_in
+
+BUGS = [
+    *bugs_in(
+        "rlhf/planning/shapes.py",
+        ["rlhf/planning/test_arithmetic.py"],
+        Bug("a tied table counts twice", "ModelShape.parameters", "1 if self.tied else 2", "2"),
+        Bug("all heads have keys of their own", "from_config", "config.get('num_key_value_heads') or A", "A"),
+        Bug("an adapter has one side", "ModelShape.adapter", "sum(A)", "min(A)"),
+    ),
+    *bugs_in(
+        "rlhf/planning/engines.py",
+        ["rlhf/planning/test_arithmetic.py"],
+        Bug("the optimizer is not divided", "resting", "T * MOMENTS / A", "T * MOMENTS"),
+        Bug(
+            "frozen weights are float32", "Model.frozen_bytes", "self.products * layout.number", "self.products * FLOAT"
+        ),
+    ),
+    *bugs_in(
+        "rlhf/planning/plan.py",
+        ["launch/test_plan.py", "launch/test_preflight.py"],
+        Bug("a host is never too small", "RunPlan._of", "A > self.machine.host_memory", "False"),
+    ),
+    *bugs_in(
+        "rlhf/planning/cost.py",
+        ["launch/test_plan.py"],
+        Bug("one GPU is paid", "Cost.dollars", "A * self.gpus * B", "A * B"),
+    ),
+    *bugs_in(
+        "launch/plan/command.py",
+        ["launch/test_plan.py"],
+        Bug("what does not fit ends with 0", "run", "return 0 if A else CANNOT", "return 0"),
+        Bug("reward models get all workers", "_workers", "A * B // C", "A"),
+    ),
+]
