@@ -276,6 +276,7 @@ def sharded_loading(hardware: HardwareConfig, local: bool) -> Iterator[None]:
         yield
         return
     import_deepspeed()
+    torch.set_autocast_cache_enabled(False)  # it keeps bf16 copies of all weights until the end of a forward pass
     from transformers.integrations import deepspeed as hf
 
     config = hf.HfDeepSpeedConfig(zero_config(hardware, 0.0))  # must stay alive while models load

@@ -53,11 +53,14 @@ class InProcessSampler:
         self.model = model.eval().requires_grad_(False)
         self.stop_ids, self.pad_id = stop_ids, pad_id
         self.positions = (0, 0)  # tokens computed in the last `sample`: in prompts, in steps
-        if precision == "bf16":
-            for parameter in model.parameters():  # not the buffers: rounded rotary frequencies would shift positions
-                parameter.data = parameter.data.to(torch.bfloat16)
-        if device is not None:  # cast first: a float32 copy would take twice the memory
-            model.to(device)
+        dtype = torch.bfloat16 if precision == "bf16" else None
+
+        def placed(x: Tensor) -> Tensor:
+            # Not the buffers: rounded rotary frequencies would shift positions. One weight at a time, so that main
+            # memory never holds a copy of the model in bf16.
+            return x.to(device=device, dtype=dtype if isinstance(x, nn.Parameter) else None)
+
+        model._apply(placed)
 
     @property
     def size(self) -> ModelSize:

@@ -52,12 +52,13 @@ def logits(shape: ModelShape, layout: Layout, predicted: int, backward: bool) ->
     block = min(LOGIT_BLOCK[layout.cpu], rows * shape.vocab * FLOAT)
     whole = rows * shape.vocab * layout.number * (2 if backward else 1)
     cast = shape.table * layout.number if layout.bf16 else 0
-    return whole + 3 * block + cast
+    copies = 1 + layout.bf16 + backward  # the softmax, a float32 copy, and what entropies or gradients need
+    return whole + copies * block + cast
 
 
 def sampling(shape: ModelShape, layout: Layout, rows: int, prompt: int, columns: int) -> tuple[float, float]:
     """(activations, logits): reading prompts and drawing tokens of `rows` rows."""
-    tokens, b = max(PREFILL_TOKENS // prompt, 1) * prompt, layout.number
+    tokens, b = min(max(PREFILL_TOKENS // prompt, 1), rows) * prompt, layout.number
     activations = tokens * b * (4 * shape.hidden + 3 * (shape.query + 2 * shape.kv) + 2 * shape.inner)
     scores = rows * shape.heads * columns * b * (3 if layout.cpu else 1)
     return max(activations, scores), rows * shape.vocab * (b + 3 * FLOAT)

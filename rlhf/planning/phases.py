@@ -165,7 +165,11 @@ class PPOPhases:
             else max(model.trained / self.layout.shards * FLOAT for model in self.trained)
         )
         reading = self.shape.largest * FLOAT if self.layout.gathers else 0
-        kept = [part for part in self.rest() if part.kind != "small weights, whole"]
+        later = {
+            "small weights, whole",
+            "optimizer" if self.layout.local else "",
+        }  # plain torch makes it at its first step
+        kept = [part for part in self.rest() if part.kind not in later]
         return [*kept, Part("worker", "first gradients", first), Part("worker", "weight in reading", reading)]
 
     def saving(self) -> tuple[list[Part], list[Part]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from rlhf.config import PPOConfig, RunConfig
-from rlhf.distributed.engine import Engine, open_engine, sharded_loading
+from rlhf.distributed.engine import Engine, frozen, open_engine, sharded_loading, with_frozen_weights
 from rlhf.generation import InProcessSampler, Sampler, open_sampler
 from rlhf.models import (
     ScalarModel,
@@ -73,14 +73,15 @@ def open_models(config: RunConfig, context: StageContext, reward_models: Mapping
         return model
 
     with sharded_loading(config.hardware, context.local):
-        policy, reference = causal(), causal()
-        critic = _critic(ppo, scalar, next(iter(reward_models.values()), sft))
-        scalars = {name: scalar(folder) for name, folder in reward_models.items()}
+        policy = causal()
     check_model(config, cast(Any, policy).config)
-    if config.model.lora is not None:
-        torch.manual_seed(config.seed)
-        policy = add_lora(policy, config.model.lora, "causal", config.seed)
-        critic = critic and add_lora(critic, config.model.lora, "scalar", config.seed)
+    policy = _trained(policy, "causal", config)
+    # One by one: a frozen model is cast before the next one is read.
+    with sharded_loading(config.hardware, context.local):
+        reference = frozen(causal(), config.hardware)
+        scalars = {name: frozen(scalar(folder), config.hardware) for name, folder in reward_models.items()}
+        critic = _critic(ppo, scalar, next(iter(reward_models.values()), sft))
+    critic = critic and _trained(critic, "scalar", config)
     tokenizer = load_tokenizer(sft)
     sampler = open_sampler(config, sft, tokenizer, context.device)
     if ppo.packing:
@@ -99,6 +100,14 @@ def open_models(config: RunConfig, context: StageContext, reward_models: Mapping
 def _critic(ppo: PPOConfig, scalar: Callable[[Path], ScalarModel], start: Path) -> ScalarModel | None:
     """None if the estimator needs no critic; else it starts from the first reward model, or from the SFT model."""
     return new_critic(scalar(start)) if estimator_of(ppo).critic else None
+
+
+def _trained(model: Any, task: Literal["causal", "scalar"], config: RunConfig) -> Any:
+    """With an adapter, if the run trains one; then the model under it is frozen."""
+    if config.model.lora is None:
+        return model
+    torch.manual_seed(config.seed)
+    return with_frozen_weights(add_lora(model, config.model.lora, task, config.seed), config.hardware)
 
 
 def _engine(module: nn.Module, optim: Any, config: RunConfig, context: StageContext) -> Engine:

@@ -1,0 +1,73 @@
+"""The plan of three small shapes against the bytes of tensors that were counted in every phase."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf.config import RunConfig
+from rlhf.models import ScalarModel, save_causal
+from rlhf.models.tiny import train_tokenizer
+from rlhf.planning import Machine, plan_run, shape_of
+from tests.rlhf.planning import measured
+
+pytestmark = pytest.mark.integration
+TOLERANCE = 0.15
+SHAPES = {  # embeddings, layers, few key heads
+    "wide table": {"vocab_size": 4000, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2},
+    "deep": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8},
+    "grouped": {"hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 3, "num_key_value_heads": 2},
+}
+PPO = {"batch_size": 16, "minibatch_size": 16, "micro_batch_size": 4, "max_prompt_length": 48}
+PPO |= {"sampling": {"max_new_tokens": 32, "batch_size": 8}}
+RUNS = [  # shape, precision, recomputation
+    ("wide table", "float32", False),
+    ("deep", "bf16", True),
+    ("grouped", "bf16", False),
+    ("grouped", "float32", True),
+]
+
+
+def config_of(shape, precision, recompute, folder):
+    model = {"path": str(folder / shape / "sft"), "gradient_checkpointing": recompute}
+    data = {role: {"train": []} for role in ("demonstrations", "preferences", "prompts")}
+    given = {"name": "x", "data": data, "model": model, "hardware": {"precision": precision}, "ppo": PPO}
+    return RunConfig.model_validate(given)
+
+
+def make_models(folder, own):
+    given = {"vocab_size": 400, "num_attention_heads": 4, "max_position_embeddings": 4096} | own
+    tokenizer = train_tokenizer(["one two three"] * 4, 300)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        causal = LlamaForCausalLM(LlamaConfig(**given | ids | {"pad_token_id": tokenizer.pad_token_id}))
+        save_causal(causal, folder / "sft", tokenizer)
+        for name in ("helpfulness", "safety"):
+            head_1H = torch.randn(1, causal.config.hidden_size)
+            ScalarModel(causal.base_model, head_1H).save(folder / name, tokenizer)
+
+
+def planned(config):
+    """Phase → bytes of a worker, with the model that is written while saving."""
+    shape = shape_of(config.model)
+    assert shape is not None
+    ppo = plan_run(config, shape, Machine("x", 0, 0.0, 1e12), local=True).stages[-1]
+    unseen = ("packed weights", "process", "file")
+    return {
+        phase.name: sum(
+            part.bytes
+            for part in (*phase.device, *(phase.host if phase.name == "saving" else ()))
+            if part.kind not in unseen
+        )
+        for phase in ppo.phases
+    }
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run)))
+def test_what_is_planned_is_what_was_counted(run, tmp_path):
+    make_models(tmp_path / run[0], SHAPES[run[0]])
+    config = config_of(*run, tmp_path)
+    folders = {name: tmp_path / run[0] / name for name in ("sft", "helpfulness", "safety")}
+    theirs, ours = measured.peaks(config, folders | {"out": tmp_path / "out"}), planned(config)
+    ratios = {phase: round(ours[phase] / theirs[phase], 3) for phase in measured.PHASES}
+    assert all(abs(ratio - 1) <= TOLERANCE for ratio in ratios.values()), (ratios, ours, theirs)
