@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from launch import parent_run, report, signals, worker_group
+from launch import aside, parent_run, report, signals, worker_group
 from launch.drive import DrivenRun, Driver
 from launch.stage_folder import Data, complete_artifact, prepare
 from launch.terminal import StageBars, console
@@ -118,10 +118,11 @@ def _run_stages(config: RunConfig, data: Data) -> dict[str, float]:
     """Seconds of each stage that ran. Stages whose inputs are there run side by side as far as the cluster has room."""
     waiting = []
     for stage in parts_of(config):
-        if complete_artifact(config, stage, data) is None:
+        if (found := complete_artifact(config, stage, data)) is None:
             waiting.append(stage)
         else:
             console.print(f"[green]✓[/green] {stage}: complete, with these settings and this data; skipped")
+            aside.say_revision(stage, "it was", found.code_revision)
     if not waiting:
         return {}
     with worker_group.cluster(config), StageBars(config.folder) as bars:

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from launch import aside
 from launch.worker import FAILURE, read_failure
 from rlhf.config import RunConfig
 from rlhf.data import Split
 from rlhf.errors import UserError
 from rlhf.runs import artifacts, provenance
 from rlhf.runs.artifacts import Artifact
-from rlhf.tracking import EVENTS, METRICS, keep_earlier, mark_ended, status_of
+from rlhf.tracking import EVENTS, METRICS, mark_ended, status_of
 from stages.base import stage_of
 
 Data = Mapping[str, Split]
@@ -44,11 +45,13 @@ def prepare(config: RunConfig, stage: str, data: Data) -> None:
     folder = config.folder / stage
     made_by = folder / MADE_BY
     inputs = {name: artifacts.load(config.folder / name / "artifact") for name in stage_of(stage).inputs(config)}
-    attempt = {"from": artifacts.digest_of([_digest(config, stage), _parents(stage, data, inputs)])}
+    parents = _parents(stage, data, inputs)
+    attempt = {"from": artifacts.digest_of([_digest(config, stage), parents]), "code": artifacts.code_revision()}
     known = json.loads(made_by.read_text()) if made_by.exists() else {}
     if known.get("from") != attempt["from"]:
-        keep_earlier(config.folder, config.tracking, stage)
-        shutil.rmtree(folder, ignore_errors=True)
+        aside.put(config, stage, _digest(config, stage), parents)
+    elif any((folder / "checkpoints").glob("*")):
+        aside.say_revision(stage, "its checkpoints were", known.get("code"))
     folder.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(made_by, attempt)
     for stale in (FAILURE, "progress.json"):

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf.config import RunConfig, public, without_secrets
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import Artifact, write_atomic, write_json
+from rlhf.runs.storage import is_full
 from stages.base import stage_of
 
 FAILURE = "failure.json"
@@ -123,6 +124,9 @@ def _note_failure(folder: Path, error: BaseException) -> None:
     if (folder / FAILURE).exists():
         return
     message, code = _reason(error), UNEXPECTED
+    if is_full(error):
+        error = UserError(f"the disk of {folder} is full ({message[:300]}). Free some space and run again.", 5)
+        message = error.message
     if isinstance(error, UserError):
         code = error.exit_code
     else:
@@ -130,7 +134,8 @@ def _note_failure(folder: Path, error: BaseException) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, without_secrets("".join(traceback.format_exception(error))))
         message += f"\nThe traceback is in {path}"
-    write_json(folder / FAILURE, {"message": message, "exit_code": code})
+    with suppress(OSError, UserError):  # the disk may be full
+        write_json(folder / FAILURE, {"message": message, "exit_code": code})
 
 
 def _reason(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.runs.storage import patiently
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 20
@@ -204,15 +206,20 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
     """Writes next to `path`, waits for the disk if `durable`, and renames. UserError(5) on a full disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
-    try:
+
+    def write() -> None:
         with partial.open("wb") as stream:
             stream.write(data)
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())
         partial.replace(path)
+
+    try:
+        patiently(write, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"The disk is full: {path} could not be written. Free some space and run again.", 5

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.runs.artifacts import plain
+from rlhf.runs.storage import patiently
 
 
 class Lines:
@@ -37,7 +38,7 @@ class Lines:
         line = json.dumps(plain({"time": round(time.time(), 3), **values}), ensure_ascii=False, allow_nan=False)
         try:
             self._stream.write(line + "\n")
-            self._stream.flush()
+            patiently(self._stream.flush, self._path)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

@@ -68,7 +68,8 @@ def named(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
 
 def checkpoints(stage_folder: Path) -> list[Path]:
     """Complete ones."""
-    return sorted(path.parent for path in stage_folder.glob("checkpoints/*/state.json"))
+    found = (path.parent for path in stage_folder.glob("checkpoints/*/state.json"))
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def steps(stage_folder: Path) -> list[int]:

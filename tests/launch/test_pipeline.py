@@ -88,6 +88,35 @@ def test_a_changed_setting_runs_what_depends_on_it(
     assert again(*change) == []
 
 
+def test_a_finished_stage_that_is_made_again_is_set_aside_and_what_changed_is_said(
+    again: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def content(folder: Path) -> str:
+        return (folder / "artifact/model.safetensors").read_text()
+
+    first = content(tmp_path / "smoke/ppo")
+    assert again("--ppo.kl_coef", "0.02") == ["ppo"]
+    second = content(tmp_path / "smoke/ppo")
+    assert f"(settings); the finished one is set aside in {tmp_path / 'smoke/earlier'}" in capsys.readouterr().out
+    assert again("--reward.models.safety.safety_loss_weight", "0.4", "--ppo.kl_coef", "0.02") == [
+        "reward/safety",
+        "ppo",
+    ]
+    assert "ppo: made from other things than today (reward/safety); the finished" in capsys.readouterr().out
+    kept = sorted((tmp_path / "smoke/earlier").glob("*/ppo"), key=lambda path: int(path.parent.name))
+    assert [content(path) for path in kept] == [first, second]
+
+
+def test_another_code_revision_is_said_and_makes_nothing_stale(
+    again: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = artifacts.code_revision()
+    assert again() == [] and "code revision" not in capsys.readouterr().out
+    monkeypatch.setattr("launch.aside.code_revision", lambda: "abc")
+    assert again() == []
+    assert capsys.readouterr().out.count(f"was made by code revision {before}, which is abc now") == 4
+
+
 def test_other_content_of_a_data_file_runs_what_reads_it(again: Callable[..., list[str]], tmp_path: Path) -> None:
     shipped = (ROOT / "reward_data/shipped/prompts.train.jsonl").read_text().splitlines(keepends=True)
     rows = tmp_path / "prompts.jsonl"
