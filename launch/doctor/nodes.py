@@ -100,14 +100,14 @@ def disks(facts: Facts, wanted_bytes: int) -> Iterator[CheckResult]:
 
 def interfaces(facts: Facts) -> Iterator[CheckResult]:
     good = True
-    for name, one in facts.items():
+    for name, one in facts.items() if len(facts) > 1 else ():  # one machine alone uses loopback
         if one.chosen_interface and one.chosen_interface not in one.interfaces:
             good = False
             text = f"NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME is {one.chosen_interface}, but there are {_list(one.interfaces)}"
             yield CheckResult(
                 "interface", name, "failed", text, "set it to the one that reaches the others, at `ray start`"
             )
-        elif not one.chosen_interface and len(one.interfaces) > 1 and len(facts) > 1:
+        elif not one.chosen_interface and len(one.interfaces) > 1:
             good = False
             text = f"there are {_list(one.interfaces)}, and none is chosen"
             remedy = "set NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) at `ray start`"

@@ -92,9 +92,10 @@ def test_without_any_gpu_a_run_on_gpus_fails() -> None:
     assert [one.verdict for one in nodes.graphics({"head": without, "n2": NODE})] == ["ok"]
 
 
-def test_one_node_need_not_choose_an_interface() -> None:
-    (result,) = nodes.interfaces({"n1": dataclasses.replace(NODE, chosen_interface=None)})
-    assert (result.verdict, result.why) == ("ok", "eth0, ib0")
+@pytest.mark.parametrize(("chosen", "why"), [(None, "eth0, ib0"), ("lo", "lo")])
+def test_one_node_may_choose_none_or_loopback(chosen: str | None, why: str) -> None:
+    (result,) = nodes.interfaces({"n1": dataclasses.replace(NODE, chosen_interface=chosen)})
+    assert (result.verdict, result.why) == ("ok", why)
 
 
 @pytest.mark.parametrize(
