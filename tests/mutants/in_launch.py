@@ -1,4 +1,4 @@
-"""Bugs in what is decided before and around a run: launch/doctor."""
+"""Bugs in what is decided before and around a run: launch/doctor, launch/elastic."""
 
 from __future__ import annotations
 
@@ -31,5 +31,11 @@ BUGS = [
         "launch/doctor/storage.py",
         TESTS,
         Bug("an old text is the new one", "read", "A in B and C == D", "A in B"),
+    ),
+    *bugs_in(
+        "launch/elastic.py",
+        ["launch/test_elastic.py"],
+        Bug("as few workers as may be go on", "sized", "range(A, B - 1, -1)", "range(B, A + 1)"),
+        Bug("micro-batches stay too large for fewer workers", "with_workers", "A.with_fitting_micro_batches()", "A"),
     ),
 ]  # fmt: skip
