@@ -77,7 +77,7 @@ def run_config(ppo: PPOConfig, settings: Mapping[str, Any]) -> RunConfig:
     nothing = RoleConfig(train=[])
     data = DataConfig(demonstrations=nothing, preferences=nothing, prompts=nothing)
     try:
-        given = {"name": "ppo", "data": data, **settings, "ppo": ppo}
+        given = {"name": "ppo", "pipeline": ["ppo"], "data": data, **settings, "ppo": ppo}
         return RunConfig.model_validate(given).with_fitting_micro_batches()
     except ValidationError as error:
         lines = []

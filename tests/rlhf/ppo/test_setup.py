@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from reward_data import Message, Prompt
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, SamplingConfig
 from rlhf.errors import UserError
+from rlhf.models.requirements import misfits
+from rlhf.ppo.notebook_setup import run_config
 from rlhf.ppo.setup import check_code, reward_set
 from rlhf.rewards import FunctionReward, ModelReward, Responses
 
@@ -90,3 +93,9 @@ def test_the_users_code_is_checked_before_a_model_is_loaded(file):
         check_code(config(rewards={"mine": {"function": f"{file}:right"}}), [Prompt((), "helpful", "p:1")])
     with pytest.raises(UserError, match=r"ppo\.advantage: .*mine\.py:short is a function, not a .*Estimator"):
         check_code(config(advantage=f"{file}:short"), PROMPTS)
+
+
+def test_a_trainer_asks_a_model_only_for_what_ppo_needs():
+    run = run_config(PPOConfig(max_prompt_length=100, sampling=SamplingConfig(max_new_tokens=28)), {})
+    assert list(misfits(run, LlamaConfig(max_position_embeddings=128))) == []
+    assert len(list(misfits(run, LlamaConfig(max_position_embeddings=127)))) == 1
