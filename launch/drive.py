@@ -67,8 +67,13 @@ Fits = Callable[[RunConfig, str, Sequence[Part]], bool]
 """Whether a stage may start beside those that run. UserError if it never can."""
 
 
+def fits_beside(config: RunConfig, stage: str, running: Sequence[Part]) -> bool:
+    """A stage alone is left to the cluster, which may have more room soon."""
+    return not running or worker_group.has_room(config, stage, [(part.run.config, part.stage) for part in running])
+
+
 class Driver(Generic[Run]):
-    def __init__(self, runs: Sequence[Run], bars: StageBars, fits: Fits = lambda *_: True) -> None:
+    def __init__(self, runs: Sequence[Run], bars: StageBars, fits: Fits = fits_beside) -> None:
         self._runs, self._bars, self._fits = runs, bars, fits
         self._running: list[Part[Run]] = []
         self._stopped: list[UserError] = []

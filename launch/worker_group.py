@@ -251,7 +251,7 @@ def _trainer(config: RunConfig, payload: dict[str, Any], workers: int, attempt: 
         run_config=TrainRunConfig(
             name=f"{payload['stage'].replace('/', '-')}-{time.time_ns()}-{attempt}",
             storage_path=str(config.folder / "ray"),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
 

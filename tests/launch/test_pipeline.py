@@ -32,6 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(FakeWorkerGroup, "meets", {}, raising=False)
     monkeypatch.setattr(worker_group, "cluster", no_cluster)
     monkeypatch.setattr(worker_group, "WorkerGroup", FakeWorkerGroup)
+    monkeypatch.setattr(worker_group, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 0.0})
     monkeypatch.setattr(pipeline, "_report", lambda *_: None)
     return started
 
@@ -115,6 +116,27 @@ def test_another_code_revision_is_said_and_makes_nothing_stale(
     monkeypatch.setattr("launch.aside.code_revision", lambda: "abc")
     assert again() == []
     assert capsys.readouterr().out.count(f"was made by code revision {before}, which is abc now") == 4
+
+
+@pytest.mark.parametrize(("cpus", "at_once"), [(2.0, 2), (1.0, 1)])
+def test_reward_models_that_do_not_fit_side_by_side_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpus: float, at_once: int
+) -> None:
+    running, most = [0], [0]
+
+    class Counted(FakeWorkerGroup):
+        def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
+            super().__init__(config, stage, workers)
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+
+        def result(self) -> None:
+            running[0] -= 1
+
+    monkeypatch.setattr(worker_group, "WorkerGroup", Counted)
+    monkeypatch.setattr(worker_group, "cluster_resources", lambda: {"CPU": cpus, "GPU": 0.0})
+    assert pipeline.run(settings(tmp_path), False) == 0
+    assert most == [at_once]
 
 
 def test_other_content_of_a_data_file_runs_what_reads_it(again: Callable[..., list[str]], tmp_path: Path) -> None:
