@@ -82,14 +82,15 @@ def share(workers: int) -> tuple[int, int]:
 
 def _result(reference: Any) -> Any:
     import ray
+    from ray.exceptions import RayActorError, RayTaskError
 
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
-    except ray.exceptions.RayActorError as error:
+    except RayActorError as error:
         raise UserError(
             f"a worker died {RESTARTS + 1} times ({str(error).splitlines()[0]}); if it had too little memory, lower "
             "--batch-size or --workers. The same command goes on where it was",

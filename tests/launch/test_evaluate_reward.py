@@ -308,7 +308,7 @@ def test_a_pool_gives_scores_in_order_and_reads_few_windows_ahead(monkeypatch: p
     monkeypatch.setattr(pool, "_result", lambda reference: reference)
     calls: list[list[int]] = [[], [], []]
     scorer = object.__new__(pool.PoolScorer)
-    scorer._workers = [Busy(own) for own in calls]
+    vars(scorer)["_workers"] = [Busy(own) for own in calls]
     read: list[int] = []
     found = scorer.map(read.append(n) or n for n in range(10))  # type: ignore[arg-type]
     assert next(found) == 0 and read == [0, 1, 2, 3, 4, 5]  # two for each worker, however many windows there are
