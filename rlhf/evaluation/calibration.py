@@ -13,7 +13,7 @@ from rlhf.evaluation.statistics import (
     Estimate,
     bootstrap_mean,
     estimate,
-    expanded_percentiles,
+    few_clusters,
     proportion,
     resampled_sums,
     sums_by_cluster,
@@ -60,21 +60,39 @@ def reliability(margin_N: np.ndarray, prompts_N: np.ndarray) -> list[dict[str, A
 
 
 def expected_calibration_error(margin_N: np.ndarray, prompts_N: np.ndarray) -> Estimate:
-    """Its interval is the bootstrap's around twice the value: resampling adds noise to every bin, and so raises the error
-    above that of the sample by about as much as the sample's is above the truth.
+    """Noise in the bins adds to the error of a sample, most of all where the model is calibrated, so percentiles of a
+    bootstrap would leave the truth out. The interval has the multiples of the observed gaps under which, with the noise of
+    the resamples, an error as large and an error as small as the observed one are not among the rarest 2.5 %.
     """
     confidence_N = expit(np.abs(margin_N))
     gaps_NB = np.zeros((len(margin_N), BINS + 1))
     gaps_NB[np.arange(len(margin_N)), _bins(confidence_N)] = confidence_N - _wins(margin_N)
     gaps_NB[:, BINS] = 1  # the number of pairs
     sums_GB = sums_by_cluster(gaps_NB, prompts_N)
+    gap_B = _per_pair(sums_GB.sum(0))
+    value = float(np.abs(gap_B).sum())
+    noise_RB = (_per_pair(resampled_sums(sums_GB)) - gap_B) * few_clusters(len(sums_GB))
+    low, high = (_error_with(gap_B, noise_RB, tail) for tail in (0.975, 0.025))
+    return estimate(value, low, high, len(margin_N), within=(0.0, 1.0))
 
-    def error(sums: np.ndarray) -> np.ndarray:
-        return np.abs(sums[..., :BINS]).sum(-1) / sums[..., BINS]
 
-    value = float(error(sums_GB.sum(0)))
-    low, high = expanded_percentiles(error(resampled_sums(sums_GB)), len(sums_GB))
-    return estimate(value, 2 * value - high, 2 * value - low, len(margin_N), within=(0.0, 1.0))
+def _per_pair(sums: np.ndarray) -> np.ndarray:
+    return sums[..., :BINS] / sums[..., BINS:]
+
+
+def _error_with(gap_B: np.ndarray, noise_RB: np.ndarray, tail: float) -> float:
+    """The error of the multiple of `gap_B` to which noise adds so much that a proportion `tail` of the resamples stays
+    within the error of `gap_B` itself; 0 if more noise is needed than there is.
+    """
+    error = float(np.abs(gap_B).sum())
+
+    def beyond(factor: float) -> float:
+        return tail - float((np.abs(factor * gap_B + noise_RB).sum(1) <= error).mean())
+
+    if error == 0 or beyond(0.0) >= 0:
+        return 0.0
+    most = 1 + float(np.abs(noise_RB).sum(1).max()) / error
+    return error * float(brentq(beyond, 0.0, most, xtol=1e-6))  # type: ignore[arg-type]
 
 
 def fitted_temperature(margin_N: np.ndarray, prompts_N: np.ndarray) -> Estimate:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean
+from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
 
 
 def ranked_lists(lines: Iterable[Mapping[str, Any]]) -> dict[str, Estimate | int]:
@@ -36,7 +36,8 @@ def ranked_lists(lines: Iterable[Mapping[str, Any]]) -> dict[str, Estimate | int
         found["best_is_best"].append(float((theirs[best_N] == theirs.max()).mean()))
     if not prompts:
         return {"left_out": left_out} if left_out else {}
-    return {**{name: bootstrap_mean(values, prompts) for name, values in found.items()}, "left_out": left_out}
+    correlations = {name: bootstrap_mean(found[name], prompts) for name in ("spearman", "kendall")}
+    return {**correlations, "best_is_best": proportion(found["best_is_best"], prompts), "left_out": left_out}
 
 
 def _kendall(ours: np.ndarray, theirs: np.ndarray) -> float:

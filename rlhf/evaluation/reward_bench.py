@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf.evaluation.pairs import Pairs
 from rlhf.evaluation.reward_accuracy import wins
-from rlhf.evaluation.statistics import Estimate, bootstrap_mean, proportion
+from rlhf.evaluation.statistics import Estimate, proportion
 
 SECTIONS = {  # subset: its weight in the section, as the leaderboard has it
     "Chat": {
@@ -80,7 +80,7 @@ def reward_bench_2(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             credits[line["subset"] or "all"].append((credit(line["scores"], line["correct"]), line["prompt"]))
     subsets: dict[str, Estimate | float] = {}
     for subset, found in sorted(credits.items()):
-        subsets[subset] = bootstrap_mean([value for value, _ in found], [prompt for _, prompt in found])
+        subsets[subset] = proportion([value for value, _ in found], [prompt for _, prompt in found])
     if tied:
         subsets["Ties"] = ties_score(tied)
     values = [entry.value if isinstance(entry, Estimate) else entry for entry in subsets.values()]

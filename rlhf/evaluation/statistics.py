@@ -77,18 +77,23 @@ def resampled_sums(sums_GK: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def expanded_percentiles(resampled: np.ndarray, groups: int) -> tuple[float, float]:
-    """Percentiles that leave a little less than 2.5 % outside: a bootstrap of few clusters is too narrow by
-    √((G - 1)/G) and by what separates Student's t from the normal distribution.
-    """
-    stretch = math.sqrt(groups / (groups - 1)) if groups > 1 else 1.0
-    tail = float(norm.cdf(stretch * student.ppf(0.025, max(groups - 1, 1))))
+    """Percentiles that leave a little less than 2.5 % outside, see `few_clusters`."""
+    tail = float(norm.cdf(norm.ppf(0.025) * few_clusters(groups)))
     known = resampled[np.isfinite(resampled)]
     low, high = np.quantile(known, [tail, 1 - tail]) if known.size else (np.nan, np.nan)
     return float(low), float(high)
 
 
+def few_clusters(groups: int) -> float:
+    """By how much a bootstrap of few clusters is too narrow: √((G - 1)/G), and what separates Student's t from the normal
+    distribution.
+    """
+    stretch = math.sqrt(groups / (groups - 1)) if groups > 1 else 1.0
+    return stretch * float(student.ppf(0.025, max(groups - 1, 1)) / norm.ppf(0.025))
+
+
 def proportion(outcomes: Values, clusters: Clusters) -> Estimate:
-    """Mean of outcomes of 0, ½ and 1 with Wilson's interval.
+    """Mean of outcomes from 0 to 1, nearly all of them 0, ½ or 1, with Wilson's interval.
 
     Where clusters have several outcomes, the interval is that of the effective sample size, p(1 - p) over the
     clustered variance of p, with Student's t for the number of clusters (Dean and Pagano 2015). Where the outcomes are

@@ -16,12 +16,9 @@ BUGS = [
     *bugs_in(
         "rlhf/evaluation/calibration.py",
         ["rlhf/evaluation/test_calibration.py"],
-        Bug("the calibration error is signed", "expected_calibration_error", "np.abs(A).sum(-1)", "A.sum(-1)"),
+        Bug("the calibration error is signed", "expected_calibration_error", "np.abs(A).sum()", "A.sum()"),
         Bug(
-            "the calibration error has the percentile interval",
-            "expected_calibration_error",
-            "estimate(A, 2 * A - B, 2 * A - C, _, within=_)",
-            "estimate(A, C, B, len(margin_N), within=(0.0, 1.0))",
+            "the interval of the calibration error knows no noise", "_error_with", "np.abs(A * B + C)", "np.abs(A * B)"
         ),
         Bug("the temperature is its inverse", "fitted_temperature", "estimate(1 / A, ...)", "estimate(A, ...)", nth=1),
         Bug("the interval of the temperature knows no clusters", "fitted_temperature", "sums_by_cluster(A, _)", "A"),
