@@ -24,6 +24,7 @@ from tests.launch.fake_worker_group import STAGES, commit, few_shipped_rows, no_
 SMOKE = str(Path(__file__).parents[2] / "tests/smoke.yaml")
 KL = ("--ppo.kl_coef", "0.01", "0.05")
 CELLS = [f"kl_coef-{kl}-seed-{seed}" for kl in ("0_01", "0_05") for seed in (0, 1)]
+COMPARISON = "smoke-sweep/comparison/report.json"
 GOLD = {0.01: [0.50, 0.56, 0.53], 0.05: [0.61, 0.65, 0.60], 0.2: [0.4, 0.4, 0.4]}  # kl_coef → by seed
 
 
@@ -176,9 +177,17 @@ def test_a_cell_is_an_ordinary_run(run: Callable[..., list[str]], tmp_path: Path
     assert other.read_bytes() == before
 
 
-def test_the_same_command_starts_nothing_and_a_larger_grid_only_what_is_new(run: Callable[..., list[str]]) -> None:
+def test_a_stage_after_other_stages_is_another(run: Callable[..., list[str]]) -> None:
+    assert len(run("--sft.epochs", "3", "5", seeds=1)) == 2 * len(STAGES)
+
+
+def test_the_same_command_starts_nothing_and_a_larger_grid_only_what_is_new(
+    run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     run(*KL)
+    capsys.readouterr()
     assert run(*KL) == []
+    assert capsys.readouterr().out.count("skipped") == 4
     assert run(*KL, "0.2") == [f"kl_coef-0_2-seed-{seed}/ppo" for seed in (0, 1)]
 
 
@@ -215,6 +224,8 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
     assert "failed: ppo failed: a worker died: and then: the reward is NaN" in " ".join(shown.split())
     assert [(folder_of(cell, tmp_path) / "report.json").exists() for cell in CELLS] == [True, True, False, True]
     assert status_of(folder_of(CELLS[2], tmp_path)) == "FAILED" == status_of(tmp_path / "smoke-sweep")
+    compared = json.loads((tmp_path / COMPARISON).read_text())["runs"]
+    assert [one["name"] for one in compared] == [CELLS[0], CELLS[1], CELLS[3]]
     Group.meets.clear()
     assert run(*KL) == [f"{CELLS[2]}/ppo"]
     assert status_of(folder_of(CELLS[2], tmp_path)) == "FINISHED" == status_of(tmp_path / "smoke-sweep")
@@ -248,7 +259,7 @@ def status_of(folder: Path) -> str:
 
 def test_the_comparison_pairs_the_cells_over_seeds(run: Callable[..., list[str]], tmp_path: Path) -> None:
     run(*KL, seeds=3)
-    report = json.loads((tmp_path / "smoke-sweep/comparison/report.json").read_text())
+    report = json.loads((tmp_path / COMPARISON).read_text())
     seeds = report["seeds"]
     assert seeds["variants"] == {
         f"ppo.kl_coef={kl}": [f"kl_coef-{word}-seed-{seed}" for seed in range(3)]

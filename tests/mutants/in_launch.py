@@ -1,10 +1,11 @@
-"""Bugs in what is decided before and around a run: launch/doctor, launch/elastic."""
+"""Bugs in what is decided before and around a run: launch/doctor, launch/elastic, launch/drive.py, launch/sweep."""
 
 from __future__ import annotations
 
 from tests.mutants.bug import Bug, bugs_in
 
 TESTS = ["launch/test_doctor.py"]
+SWEEP = ["launch/test_sweep.py"]
 
 BUGS = [
     *bugs_in(
@@ -37,5 +38,34 @@ BUGS = [
         ["launch/test_elastic.py"],
         Bug("as few workers as may be go on", "sized", "range(A, B - 1, -1)", "range(B, A + 1)"),
         Bug("micro-batches stay too large for fewer workers", "with_workers", "A.with_fitting_micro_batches()", "A"),
+    ),
+    *bugs_in(
+        "launch/drive.py",
+        SWEEP,
+        Bug("a stage starts before its inputs are there", "DrivenRun.ready", "A & {*B}", "False"),
+        Bug("a stage that is being made is made again", "Driver._begin", "own in {A.recipe for A in B}", "False"),
+        Bug("a shared stage that has failed is tried again", "Driver._begin", "isinstance(A, UserError)", "False"),
+        Bug("stages start without room", "Driver._begin", "not self._fits(...)", "False"),
+    ),
+    *bugs_in(
+        "launch/stage_folder.py",
+        SWEEP,
+        Bug("a recipe knows nothing of the stages before it", "recipe", "[A, B, C, D]", "[A, B, C]"),
+        Bug("a recipe knows nothing of the settings", "recipe", "[A, B, C, D]", "[A, C, D]"),
+        Bug("records are shared as links", "share", "shutil.copy2(A, B)", "B.hardlink_to(A)"),
+    ),
+    *bugs_in(
+        "launch/sweep/grid.py",
+        SWEEP,
+        Bug("all cells have the first seed", "plan", "first.seed + number", "first.seed"),
+        Bug("a cell has the settings of the first", "plan", "_chosen(combination)", "[]"),
+        Bug("cells may have stores of their own", "_check", "A in OF_THE_SWEEP", "False"),
+    ),
+    *bugs_in(
+        "launch/sweep/sweep.py",
+        SWEEP,
+        Bug("a failed cell is compared", "_end", "[A for A in cells if not A.failure]", "[*cells]"),
+        Bug("a sweep with a failed cell ends well", "_end", "if failed: ...", ""),
+        Bug("a finished cell is reported again", "_drive", "cell.was_finished", "False"),
     ),
 ]  # fmt: skip

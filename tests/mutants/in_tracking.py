@@ -69,7 +69,7 @@ BUGS = [
         ["launch/test_parent_run.py"],
         Bug("the parent has settings of stages that do not run", "settings_of", "{*A, *STAGES}", "{*A}"),
         Bug("stages stay open when the run fails", "fail", "mark_ended(...)", "None"),
-        Bug("an interrupted run has failed", "fail", "isinstance(error, KeyboardInterrupt)", "False"),
+        Bug("an interrupted run has failed", "fail", "status_of(error)", "'FAILED'"),
         Bug("other data continue the same run", "_provenance", "[A, B]", "[A]"),
         Bug("a description is cut within a line", "described", "A.rpartition('\\n')[0]", "A"),
     ),
@@ -78,6 +78,7 @@ BUGS = [
         ["launch/test_logged_model.py"],
         Bug("policies of DPO and PPO have names of their own", "_registered", "A if B else 'policy'", "A"),
         Bug("an estimate without a value is sent", "held_out", "value['value'] is not None", "True"),
+        Bug("what was measured on the base model is for SFT", "_measured", "found[name]", "found['base']"),
     ),
     *bugs_in(
         "launch/promote/plan.py",
