@@ -51,7 +51,9 @@ def from_folders(paths: Sequence[Path]) -> list[RunRecord]:
     """UserError (4) for what is no folder of a run."""
     for path in paths:
         if not recorded.is_run(path):
-            raise UserError(f"{path} is no folder of a run; give runs/NAME, or --tracking URI for runs in MLflow", 4)
+            raise UserError(
+                f"{path} is no folder of a run; give runs/NAME, or --tracking-uri URI for runs in MLflow", 4
+            )
     return [_from_folder(name, path) for name, path in zip(_names(paths), paths, strict=True)]
 
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.tracking.base import PROVENANCE
 from rlhf.tracking.mlflow_client import PARENT, open_store, public_uri
 
 MAX_RUNS = 1000
@@ -43,24 +44,24 @@ def recorded_runs(
         raise
     except Exception as error:  # noqa: BLE001 - whatever MLflow and its store raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--tracking: MLflow at {public_uri(uri)} cannot be read: {reason}", 6) from None
+        raise UserError(f"--tracking-uri: MLflow at {public_uri(uri)} cannot be read: {reason}", 6) from None
 
 
 def _find(uri: str, experiment: str, names: Sequence[str]) -> list[tuple[Any, Any]]:
-    mlflow = open_store(uri, "--tracking")
+    mlflow = open_store(uri, "--tracking-uri")
     found = mlflow.get_experiment_by_name(experiment)
     if found is None:
         raise UserError(
-            f"--tracking: {public_uri(uri)} has no experiment {experiment!r}; --experiment names another", 4
+            f"--tracking-uri: {public_uri(uri)} has no experiment {experiment!r}; --experiment names another", 4
         )
     runs = mlflow.search_runs([found.experiment_id], max_results=MAX_RUNS, order_by=["attributes.start_time DESC"])
-    parents = [run for run in runs if PARENT not in run.data.tags]
+    parents = [run for run in runs if PROVENANCE in run.data.tags or PARENT not in run.data.tags]  # cells of sweeps too
     chosen = []
     for name in names:
         match = next((run for run in parents if name in (run.info.run_name, run.info.run_id)), None)
         if match is None:
             known = ", ".join(dict.fromkeys(str(run.info.run_name) for run in parents)) or "none"
-            raise UserError(f"--tracking: {public_uri(uri)} has no run {name!r}; it has {known}", 4)
+            raise UserError(f"--tracking-uri: {public_uri(uri)} has no run {name!r}; it has {known}", 4)
         chosen.append((mlflow, match))
     if len({run.info.run_id for _, run in chosen}) < len(chosen):
         raise UserError(f"a run is named twice: {', '.join(names)}")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from scipy.stats import ttest_rel
 
 from launch.cli import main
@@ -16,7 +17,7 @@ from launch.compare.settings import variants
 from launch.compare.tables import difference, precise
 from rlhf.config import TrackingConfig
 from rlhf.errors import UserError
-from rlhf.tracking import fill_in
+from rlhf.tracking import fill_in, open_parent
 from tests.launch.recorded_run import PROMPTS, record_run
 
 LOW = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -191,6 +192,24 @@ def test_mlflow_tells_the_same_as_the_folders(two: list[Path], tmp_path: Path) -
         compare_runs(["low", "middle"], store, "rlhf", None)
     with pytest.raises(UserError, match="no experiment 'other'"):
         compare_runs(["low", "high"], store, "other", None)
+
+
+def test_cells_of_a_sweep_are_found_in_mlflow(tmp_path: Path) -> None:
+    open_parent(tmp_path / "grid", TrackingConfig(uri=None), "grid", "digest").close()
+    for name, kl_coef in (("low", "0.01"), ("high", "0.05")):
+        record_run(tmp_path / "grid", name, "--ppo.kl_coef", kl_coef)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    assert fill_in(tmp_path / "grid", TrackingConfig(uri=store))
+    report = compare_runs(["low", "high"], store, "rlhf", None)
+    assert report["settings"] == {"ppo.kl_coef": {"low": "0.01", "high": "0.05"}}
+    (run,) = MlflowClient(store).search_runs(["1"], "attributes.run_name = 'low'")
+    parent = MlflowClient(store).get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.run_name == "grid"
+
+
+def test_the_option_says_its_new_name(capsys: pytest.CaptureFixture) -> None:
+    assert main(["compare", "--tracking", "sqlite:///a.db", "low", "high"]) == 2
+    assert "--tracking is renamed to --tracking-uri" in capsys.readouterr().err
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ def test_every_artifact_is_a_model_with_its_metrics_on_held_out_data(finished: A
     ppo = {metric.key: metric.value for metric in models["smoke-ppo"].metrics}
     held_out = finished.report["ppo"]["held_out"]["ppo"]
     assert ppo["held_out/reward_safety"] == held_out["reward"]["safety"]["value"]
+    sft = {metric.key: metric.value for metric in models["smoke-sft"].metrics}
+    assert sft["held_out/reward_safety"] == finished.report["ppo"]["held_out"]["sft"]["reward"]["safety"]["value"]
     assert models["smoke-ppo"].tags["artifact.path"] == str(finished.folder / "ppo/artifact")
 
 
