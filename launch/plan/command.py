@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from launch.plan import tables
 from launch.plan.machine import machine_for
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.planning import cost_of, machine_named, nearest_change, plan_run, shape_of
+from rlhf.planning import Cost, ModelShape, RunPlan, cost_of, machine_named, nearest_change, plan_run, shape_of
 
 CANNOT = 5
 
@@ -32,15 +33,19 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     change = None if plan.fits else nearest_change(config, shape, machine)
     if args.json:
         print(json.dumps(tables.as_json(plan, costs, change), indent=1))
-        return 0 if plan.fits else CANNOT
+    else:
+        _show(config, shape, plan, costs, args.price)
+        print(tables.verdict(plan, change))
+    return 0 if plan.fits else CANNOT
+
+
+def _show(config: RunConfig, shape: ModelShape, plan: RunPlan, costs: Sequence[Cost], price: float | None) -> None:
     nodes = f"{plan.nodes} × " if plan.nodes > 1 else ""
-    print(f"{config.name}: {shape.parameters / 1e9:.3g}B parameters on {nodes}{machine.name}\n")
+    print(f"{config.name}: {shape.parameters / 1e9:.3g}B parameters on {nodes}{plan.machine.name}\n")
     for stage in plan.stages:
         print(tables.memory(plan, stage), end="\n\n")
     if costs:
-        print(tables.seconds(costs, args.price), end="\n\n")
-    print(tables.verdict(plan, change))
-    return 0 if plan.fits else CANNOT
+        print(tables.seconds(costs, price), end="\n\n")
 
 
 def _workers(config: RunConfig, nodes: int, gpu: str | None) -> list[str]:

@@ -10,7 +10,7 @@ BUGS = [
         ["rlhf/planning/test_arithmetic.py"],
         Bug("a tied table counts twice", "ModelShape.parameters", "1 if self.tied else 2", "2"),
         Bug("all heads have keys of their own", "from_config", "config.get('num_key_value_heads') or A", "A"),
-        Bug("an adapter has one side", "ModelShape.adapter", "sum(A)", "min(A)"),
+        Bug("an adapter has one side", "ModelShape.adapter", "sum(self.matrices[A])", "min(self.matrices[A])"),
     ),
     *bugs_in(
         "rlhf/planning/engines.py",
