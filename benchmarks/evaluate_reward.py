@@ -126,7 +126,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     flops = measure(device, args.precision).flops
     turns = in_turns(sides, args.repeats)
     offset = getattr(classifier.config, "reward_offset", 0.0)
-    scores = [turns[name][0].scores for name in ("ours", "bare")]
+    difference = largest_difference(turns["ours"][0].scores, turns["bare"][0].scores, offset, TOLERANCE[args.precision])
     ratios = {
         field: statistics.median(
             getattr(b, field) / getattr(a, field) for a, b in zip(turns["ours"], turns["bare"], strict=True)
@@ -140,7 +140,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "pairs_per_second": {name: [args.pairs / turn.seconds for turn in found] for name, found in turns.items()},
         "cpu_seconds": {name: [turn.cpu_seconds for turn in found] for name, found in turns.items()},
         "ratio": ratios,
-        "scores_differ_by": largest_difference(*scores, offset, TOLERANCE[args.precision]),
+        "scores_differ_by": difference,
     }
 
 

@@ -21,8 +21,8 @@ SMALL_BATCHES = {("smollm2-hh", "cluster-64")}  # batches of 16 cannot be split 
 
 def test_the_promised_files_are_there() -> None:
     assert RUNS == ["llama2-chat", "quickstart", "quickstart-dpo", "smollm2-hh"]
-    assert HARDWARE == ["cluster-64", "cpu-2x1-bf16", "gpu-1", "gpu-8", "laptop"]
-    assert MODELS == ["llama-2-13b", "llama-2-7b", "smollm2-135m", "tiny"]
+    assert HARDWARE == ["cluster-64", "cpu-2x1-bf16", "gpu-1", "gpu-1-offload", "gpu-8", "gpu-8-offload", "laptop"]
+    assert MODELS == ["llama-2-13b", "llama-2-70b", "llama-2-7b", "smollm2-135m", "tiny"]
     assert sorted(path.stem for path in (CONFIGS / "stage").glob("*.yaml")) == ["llama2-chat", "small"]
 
 

@@ -39,6 +39,7 @@ PAGES = {
 }
 ROOMS = ("rlhf", "stages", "launch", "configs", "reward_data", "tests", "docs", "benchmarks")
 COMMANDS = next(action.choices for action in _parser()._actions if action.choices)
+EVALUATIONS = (["evaluate", "reward"], ["evaluate", "policy"])
 PLACEHOLDERS = {"STAGE": "sft", "RUNFILE": "quickstart"}
 NEEDS_NO_SETTINGS = {
     "name": "unnamed",
@@ -119,7 +120,7 @@ def rlhf_words(words: list[str]) -> list[str] | None:
 
 def wrong_command(words: list[str]) -> str | None:
     """Why the parser, or the reader of settings, refuses a command; run files are looked for in this folder."""
-    if words[1:] in ([], ["…"]):  # a command that is spoken of
+    if words[1:] in ([], ["…"]) or words in EVALUATIONS:  # a command that is spoken of
         return None if words[0] in COMMANDS else "no such command"
     try:
         args, rest = _parser().parse_known_args([PLACEHOLDERS.get(word, word) for word in words])

@@ -93,6 +93,7 @@ def require() -> None:
 @contextmanager
 def hold(folder: Path) -> Iterator[str]:
     """Makes this process the driver of `folder` and gives the key of its claim. UserError (2) if there is another."""
+    is_new = not folder.exists()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what models were trained on may be private
     path, own = folder / CLAIM, _this_process()
     _take(path, own)
@@ -107,6 +108,9 @@ def hold(folder: Path) -> Iterator[str]:
         owner, _ = _read(path)
         if owner is not None and owner.key == own.key:
             path.unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):  # it holds something: the run got as far as that
+                folder.rmdir()
 
 
 def _beat(path: Path, key: str, ended: threading.Event) -> None:

@@ -42,7 +42,13 @@ def send_measured(client: MlflowClient, run_id: str, event: Mapping[str, Any]) -
     for one in event.get("measured", ()):
         same = f"tags.`artifact.digest` = '{one['digest']}'"
         for model in client.search_logged_models([experiment], filter_string=same):
-            _log(client, model.source_run_id, model.model_id, {**event, "step": BEFORE_TRAINING}, one["metrics"])
+            _log(
+                client,
+                model.source_run_id or run_id,
+                model.model_id,
+                {**event, "step": BEFORE_TRAINING},
+                one["metrics"],
+            )
 
 
 def _log(

@@ -147,8 +147,8 @@ def nodes_to_launch(cluster: dict[str, Any], second: bool) -> int:
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.schema import AutoscalerInstance
-    from ray.core.generated.autoscaler_pb2 import NodeState, NodeStatus
-    from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
+    from ray.core.generated.autoscaler_pb2 import NodeState, NodeStatus  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.core.generated.instance_manager_pb2 import Instance, NodeKind  # pyright: ignore[reportAttributeAccessIssue]
 
     prepared = prepare_config(cluster)
     kind = prepared["head_node_type"]

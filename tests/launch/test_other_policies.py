@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_a_hub_model_reads_its_own_template(folders: dict[str, str], tmp_path: P
             line["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         with torch.no_grad():
-            said = model.generate(**ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[
+            said = cast(Any, model).generate(**ids, do_sample=False, max_new_tokens=8, pad_token_id=0)[
                 0, ids["input_ids"].shape[1] :
             ]
         assert line["response"].strip() == own.decode(said, skip_special_tokens=True).strip()

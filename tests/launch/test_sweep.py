@@ -205,7 +205,7 @@ def test_a_cell_that_fits_no_machine_fails_alone(
 
     monkeypatch.setattr(module, "preflight", lambda config: None)  # on a cluster the machine here says nothing
     with pytest.raises(UserError, match="1 of 2 cells failed: workers-4-seed-0") as caught:
-        run("--hardware.workers", "1", "4", "--sft.batch_size", "4", seeds=1)
+        run("--hardware.workers", "4", "1", "--sft.batch_size", "4", seeds=1)  # in this order nothing is made to share
     assert caught.value.exit_code == 5
     assert (folder_of("workers-1-seed-0", tmp_path) / "report.json").exists()
 

@@ -33,7 +33,7 @@ def check_tasks(settings: Settings, policies: Sequence[str]) -> None:
 
 def run_tasks(model: str, settings: Settings) -> dict[str, dict[str, Estimate]]:
     """{task: {metric: estimate}}, with chat format where the tokenizer has one. UserError (8) for data that is not there."""
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     folder = model_folder(model)
     dtype = "bfloat16" if settings.precision == "bf16" else "float32"
@@ -76,7 +76,7 @@ def _names(tasks: Sequence[str]) -> list[str]:
 
 
 def _manager(tasks: Sequence[str]) -> Any:
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     folders = [str(Path(task).parent) for task in tasks if _is_file(task)]
     return TaskManager(include_path=folders or None)

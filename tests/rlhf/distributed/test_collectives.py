@@ -3,6 +3,7 @@
 import multiprocessing
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_all_groups_have_the_time_limit_of_the_first(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, timeout=limit)
     try:
         group = dist.new_group([0])
-        options = group._get_backend(torch.device("cpu")).options
+        options = cast(Any, group)._get_backend(torch.device("cpu")).options
         assert options._timeout != limit
         collectives.share_time_limit()
         assert options._timeout == limit

@@ -78,13 +78,15 @@ def test_the_intervals_cover_the_truth() -> None:
         "first_shown": by_position + (1 - by_position) / 2,
     }
     repeats = 400
+
+    def draw(by_quality: Judged) -> Judged:
+        first, second = (rng.random() < by_position for _ in by_quality)
+        return Judged("A" if first else by_quality.as_a, "A" if second else by_quality.as_b)
+
     for _ in range(repeats):
         clusters = np.repeat(np.arange(40), rng.integers(1, 4, 40))
         wins_N = (rng.random(40) < better)[clusters]  # equal for equal prompts
-        judged = [
-            Judged(*("A" if rng.random() < by_position else side for side in (("A", "B") if wins else ("B", "A"))))
-            for wins in wins_N
-        ]
+        judged = [draw(Judged("A", "B") if wins else Judged("B", "A")) for wins in wins_N]
         found = judge_preference(judged, (np.zeros(len(wins_N)), np.zeros(len(wins_N))), clusters)
         for name, value in truth.items():
             inside[name] += found[name].low <= value <= found[name].high

@@ -7,6 +7,7 @@ of kernels and oneDNN's packed weights.
 import gc
 import weakref
 from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,7 +89,7 @@ def peaks(config, folders):
             found[phase] = live.peak
             live.restart()
 
-        models = open_models(config, context, {n: folders[n] for n in ("helpfulness", "safety")})
+        models = open_models(config, cast(Any, context), {n: folders[n] for n in ("helpfulness", "safety")})
         end("opening")
         sync_weights(models.policy, models.sampler)
         make_moments(models)

@@ -65,9 +65,10 @@ def planned(config):
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run)))
 def test_what_is_planned_is_what_was_counted(run, tmp_path):
-    make_models(tmp_path / run[0], SHAPES[run[0]])
-    config = config_of(*run, tmp_path)
-    folders = {name: tmp_path / run[0] / name for name in ("sft", "helpfulness", "safety")}
+    shape, precision, recompute = run
+    config = config_of(shape, precision, recompute, tmp_path)
+    make_models(tmp_path / shape, SHAPES[shape])
+    folders = {name: tmp_path / shape / name for name in ("sft", "helpfulness", "safety")}
     theirs, ours = measured.peaks(config, folders | {"out": tmp_path / "out"}), planned(config)
     ratios = {phase: round(ours[phase] / theirs[phase], 3) for phase in measured.PHASES}
     assert all(abs(ratio - 1) <= TOLERANCE for ratio in ratios.values()), (ratios, ours, theirs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_small_write_waits_for_storage_that_is_away_and_says_so_once(
     number: int, clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def open_(path: Path, *arguments: object) -> object:
+    def open_(path: Path, *arguments: Any) -> Any:
         if clock[0] < 150:
             raise OSError(number, os.strerror(number))
         return original(path, *arguments)
