@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.config import OptimConfig, RunConfig, SupervisedConfig
 from rlhf.distributed import training_state
-from rlhf.distributed.collectives import share_time_limit, world_size
+from rlhf.distributed.collectives import broadcast_result, share_time_limit, world_size
 from rlhf.distributed.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
 from rlhf.errors import UserError
 from rlhf.runs import checkpoint, stopping
@@ -198,7 +198,7 @@ def fit(trainer: Any, reporter: Reporter) -> None:
     trainer.add_callback(stopper)
     found = checkpoint.newest(context.checkpoint_folder)
     if found:
-        _require_json(found / TRAINER_STATE_NAME)
+        broadcast_result(lambda: _require_json(found / TRAINER_STATE_NAME))
     context.tracker.rewind(checkpoint.number(found) if found else NOTHING)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     if stopper.signal:

@@ -186,6 +186,8 @@ class Testbed:
         """Ends a node as a power cut does: its peers hear nothing."""
         self.cut(node)
         self._kill(name_of(node))
+        with suppress(UserError):  # the kernel takes the cable away with the node, but later
+            network(self._pid("switch"), "ip", "link", "delete", name_of(node))
 
     def processes(self, node: int, words: str) -> list[psutil.Process]:
         """The processes of a node whose command line has `words`, from the oldest to the newest."""

@@ -7,6 +7,7 @@ for the other.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,15 +111,15 @@ class Prefetched:
         if self.rollout is not None:
             folder.mkdir(parents=True, exist_ok=True)
             state = {"rollout": vars(self.rollout), "positions": self.positions}
-            torch.save(state, folder / f"rank-{collectives.rank()}.pt")
+            torch.save(state, self._file(folder, collectives.rank()))
 
     def load(self, folder: Path) -> None:
         """Takes this rank's rows from those that all ranks saved, of whatever number; nothing where none were saved. All
         ranks must call it."""
-        ranks = collectives.broadcast_result(lambda: len([*folder.glob("rank-*.pt")]))
+        ranks = collectives.broadcast_result(lambda: self._ranks(folder))
         if not ranks:
             return
-        saved = [load_tensors(folder / f"rank-{rank}.pt") for rank in range(ranks)]
+        saved = [load_tensors(self._file(folder, rank)) for rank in range(ranks)]
         rows = {name: torch.cat([each["rollout"][name] for each in saved]) for name in saved[0]["rollout"]}
         whole = Rollout(**rows)
         rank, world = collectives.rank(), collectives.world_size()
@@ -128,6 +129,14 @@ class Prefetched:
         else:  # of all ranks, in equal parts
             in_prompts, in_steps = (sum(each["positions"][i] for each in saved) // world for i in (0, 1))
             self.positions = (in_prompts, in_steps)
+
+    def _ranks(self, folder: Path) -> int:
+        """How many ranks saved a rollout."""
+        return next(rank for rank in itertools.count() if not self._file(folder, rank).exists())
+
+    @staticmethod
+    def _file(folder: Path, rank: int) -> Path:
+        return folder / f"rank-{rank}.pt"
 
 
 @dataclass(frozen=True)

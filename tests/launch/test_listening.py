@@ -23,6 +23,8 @@ KINDS = {  # by what stands in the command line, in this order
     "RuntimeEnvAgent": "Ray's agent for environments",
     "RayTrainWorker": "workers: Ray, the store and the connections of the process group",
     "ray::": "Ray's other processes",
+    "/ray/dashboard/": "Ray's other processes",  # until they have given themselves a name
+    "/ray/autoscaler/": "Ray's other processes",
     "launch.cli": "`rlhf`, the driver",
 }
 

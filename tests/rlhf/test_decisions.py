@@ -54,6 +54,7 @@ def checkpoints(folder: Path) -> None:
     for number in (1, 2, 3):
         target = folder / f"iteration-{number:06d}"
         target.mkdir(parents=True)
+        (target / "trainer_state.json").write_text("{}")
         if number < 3:
             checkpoint.write_json(target / "state.json", checkpoint._sealed({"iteration": number, "files": {}}))
 
