@@ -66,7 +66,10 @@ class Examiners:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = ray.get_runtime_context().get_node_id()
-        alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
+        alive = sorted(
+            (node for node in ray.nodes() if node["Alive"]),
+            key=lambda node: (node["NodeID"] != here, node["NodeManagerHostname"]),
+        )
         self.resources: list[Mapping[str, float]] = [node["Resources"] for node in alive]
         able = [node for node in alive if node["NodeID"] == here or node["Resources"].get("CPU")]
         hosts = names([(node["NodeManagerHostname"], node["NodeManagerAddress"]) for node in able])
