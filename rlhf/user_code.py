@@ -40,15 +40,15 @@ def source_digest(code: str) -> str:
 
 def _module_of_file(file: Path) -> ModuleType:
     """The file as a module, once while it is unchanged: a second name from it is one of the same module."""
-    content = str(file.absolute()).encode() + file.read_bytes()
-    name = f"user_code_{hashlib.sha256(content).hexdigest()[:16]}"
+    source = file.read_bytes()
+    name = f"user_code_{hashlib.sha256(str(file.absolute()).encode() + source).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, file
+    assert spec is not None, file
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look up their module there
-    try:
-        spec.loader.exec_module(module)
+    try:  # not by the loader: it takes cached bytecode for that of a file which changed within the same second
+        exec(compile(source, file, "exec"), vars(module))  # noqa: S102
     except BaseException:
         del sys.modules[name]
         raise
