@@ -67,9 +67,13 @@ Fits = Callable[[RunConfig, str, Sequence[Part]], bool]
 """Whether a stage may start beside those that run. UserError if it never can."""
 
 
+def fits_now(config: RunConfig, stage: str, running: Sequence[Part]) -> bool:
+    return worker_group.has_room(config, stage, [(part.run.config, part.stage) for part in running])
+
+
 def fits_beside(config: RunConfig, stage: str, running: Sequence[Part]) -> bool:
     """A stage alone is left to the cluster, which may have more room soon."""
-    return not running or worker_group.has_room(config, stage, [(part.run.config, part.stage) for part in running])
+    return not running or fits_now(config, stage, running)
 
 
 class Driver(Generic[Run]):
@@ -77,11 +81,11 @@ class Driver(Generic[Run]):
         self._runs, self._bars, self._fits = runs, bars, fits
         self._running: list[Part[Run]] = []
         self._stopped: list[UserError] = []
+        self._recipes = {
+            (run, stage): recipe(run.config, stage, run.data) for run in runs for stage in parts_of(run.config)
+        }
         self._known: dict[str, Path | UserError] = {  # recipe → where it was made, or why it was not
-            recipe(run.config, stage, run.data): run.config.folder / stage
-            for run in runs
-            for stage in parts_of(run.config)
-            if stage not in run.waiting
+            own: run.config.folder / stage for (run, stage), own in self._recipes.items() if stage not in run.waiting
         }
 
     def ended(self) -> Iterator[Ended[Run]]:
@@ -112,7 +116,7 @@ class Driver(Generic[Run]):
 
     def _begin(self, run: Run, stage: str) -> Iterator[Ended[Run]]:
         """Starts the stage or takes it over. Nothing while it has to wait: for room, or for another run that makes it."""
-        own = recipe(run.config, stage, run.data)
+        own = self._recipes[run, stage]
         known = self._known.get(own)
         if stage not in run.waiting or own in {part.recipe for part in self._running} or signals.pending():
             return

@@ -10,7 +10,7 @@ from launch import pipeline, settings, signals, worker_group
 from launch.compare.compare import page, show, write
 from launch.compare.record import from_folders
 from launch.compare.results import compare
-from launch.drive import Driver, Ended, Part
+from launch.drive import Driver, Ended, fits_now
 from launch.evaluate.page import Page, markdown
 from launch.parent_run import fail
 from launch.preflight import preflight
@@ -96,12 +96,8 @@ def _drive(whole: RunConfig, cells: Sequence[Cell]) -> None:
     if all(cell.is_over for cell in cells):
         return
     with worker_group.cluster(whole), StageBars(whole.folder) as bars:
-        for ended in Driver(cells, bars, _fits).ended():
+        for ended in Driver(cells, bars, fits_now).ended():
             _note(ended)
-
-
-def _fits(config: RunConfig, stage: str, running: Sequence[Part]) -> bool:
-    return worker_group.has_room(config, stage, [(part.run.config, part.stage) for part in running])
 
 
 def _note(ended: Ended[Cell]) -> None:
