@@ -95,7 +95,7 @@ BUGS = [
         ["rlhf/test_user_code.py"],
         Bug("a file is run for each of its names", "_module_of_file", "A in sys.modules", "False"),
         Bug("files of one name are one module", "_module_of_file", "str(A.absolute()).encode() + _", "A.name.encode()"),
-        Bug("a file that changed is the module it was", "_module_of_file", "A + B.read_bytes()", "A"),
+        Bug("a file that changed is the module it was", "_module_of_file", "A + source", "A"),
         Bug("a module that failed is kept half made", "_module_of_file", "del A[B]", ""),
         Bug("dataclasses do not find their module", "_module_of_file", "A = sys.modules[B] = C", "A = C"),
         Bug("an object that is not there is None", "load_object", "not hasattr(...)", "False"),
