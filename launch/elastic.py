@@ -6,14 +6,19 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from rlhf.config import RunConfig
+from rlhf.config import HardwareConfig, RunConfig
 from stages.base import stage_of
+
+
+def of_each(hardware: HardwareConfig) -> dict[str, float]:
+    """What a worker takes of the cluster."""
+    return {"CPU": float(hardware.cpus_per_worker), "GPU": float(hardware.gpus_per_worker)}
 
 
 def needed(config: RunConfig, stage: str) -> dict[str, float]:
     """What the stage's workers take of the cluster."""
-    workers, hardware = stage_of(stage).workers(config), config.hardware
-    return {"CPU": workers * hardware.cpus_per_worker, "GPU": workers * hardware.gpus_per_worker}
+    workers = stage_of(stage).workers(config)
+    return {kind: workers * amount for kind, amount in of_each(config.hardware).items()}
 
 
 def fits(config: RunConfig, stage: str, have: Mapping[str, float]) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import signals
-from launch.elastic import fits, needed, sized
+from launch.elastic import fits, needed, of_each, sized
 from launch.environment import carried
 from launch.worker import FAILURE, UNEXPECTED, read_failure
 from rlhf.config import RunConfig
@@ -207,11 +207,7 @@ def _with_room(config: RunConfig, payload: dict[str, Any], workers: int) -> tupl
     stage, hardware = payload["stage"], config.hardware
     if hardware.min_workers is None:
         return config, payload, workers
-    deadline = time.monotonic() + hardware.placement_timeout_s
-    while not fits(config, stage, have := cluster_resources()) and time.monotonic() < deadline:
-        claim.require()
-        time.sleep(1)
-    smaller = sized(config, stage, have)
+    smaller = sized(config, stage, _room_within(hardware.placement_timeout_s, config, stage))
     if smaller is config:
         return config, payload, workers
     left = stage_of(stage).workers(smaller)
@@ -237,7 +233,6 @@ def _trainer(config: RunConfig, payload: dict[str, Any], workers: int, attempt: 
 
     hardware = config.hardware
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(hardware.placement_timeout_s)
-    resources = {"CPU": float(hardware.cpus_per_worker), "GPU": float(hardware.gpus_per_worker)}
     group = LoopbackConfig if hardware.ray_address is None else TorchConfig
     return TorchTrainer(
         _worker,
@@ -245,7 +240,7 @@ def _trainer(config: RunConfig, payload: dict[str, Any], workers: int, attempt: 
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=hardware.gpus_per_worker > 0,
-            resources_per_worker={name: amount for name, amount in resources.items() if amount},
+            resources_per_worker={name: amount for name, amount in of_each(hardware).items() if amount},
         ),
         torch_config=group(timeout_s=int(hardware.collective_timeout_s)),
         run_config=TrainRunConfig(
@@ -322,11 +317,17 @@ def _wait_for_room(config: RunConfig) -> None:
     """UserError(5) if the largest worker group cannot be placed. Waits for a cluster that is still starting."""
     hardware = config.hardware
     largest = max(parts_of(config), key=lambda part: stage_of(part).workers(config))
-    deadline = time.monotonic() + (hardware.placement_timeout_s if hardware.ray_address else 0)
-    while not fits(config, largest, have := cluster_resources()):
-        if time.monotonic() > deadline:
-            return _check_room(config, largest, have)
+    seconds = hardware.placement_timeout_s if hardware.ray_address else 0
+    _check_room(config, largest, _room_within(seconds, config, largest))
+
+
+def _room_within(seconds: float, config: RunConfig, stage: str) -> dict[str, float]:
+    """What the cluster has as soon as the stage fits; after `seconds`, what it has then."""
+    deadline = time.monotonic() + seconds
+    while not fits(config, stage, have := cluster_resources()) and time.monotonic() < deadline:
+        claim.require()
         time.sleep(1)
+    return have
 
 
 def _check_room(config: RunConfig, stage: str, have: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from launch.doctor.result import CheckResult, ok
+from launch.elastic import of_each
 from rlhf.config import RunConfig
 from stages.base import parts_of, stage_of
 
@@ -18,8 +19,7 @@ def places(nodes: Sequence[Resources], each: Resources) -> int:
 
 
 def judge(config: RunConfig, nodes: Sequence[Resources]) -> Iterator[CheckResult]:
-    hardware = config.hardware
-    each = {"CPU": float(hardware.cpus_per_worker), "GPU": float(hardware.gpus_per_worker)}
+    each = of_each(config.hardware)
     there = places(nodes, each)
     wanted = {part: stage_of(part).workers(config) for part in parts_of(config)}
     largest = max(wanted.values())

@@ -26,11 +26,6 @@ def request(number: int) -> None:
     _signal = number
 
 
-def requested() -> int:
-    """The signal by which this process was asked to stop, else 0."""
-    return _signal
-
-
 def ask(run_folder: Path, number: int) -> None:
     """Asks all workers of the run to stop."""
     write_json(run_folder / FILE, {"signal": number, "time": time.time()}, durable=False)
