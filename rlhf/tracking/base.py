@@ -48,8 +48,8 @@ def open_tracker(
 def open_parent(folder: Path, settings: TrackingConfig, run_name: str, provenance: str) -> Tracker:
     """The tracker of a pipeline. Its `run_id` appears when its thread has reached MLflow; do not wait for it.
 
-    In the folder of a sweep it is nested below the sweep's. `provenance` is a digest of settings and data. If it has changed, a new MLflow run starts, because MLflow cannot
-    change the parameters of the earlier one.
+    In the folder of a sweep it is nested below the sweep's. `provenance` is a digest of settings and data. If it has
+    changed, a new MLflow run starts, because MLflow cannot change the parameters of the earlier one.
     """
     tags = [event["values"] for event, _ in read_lines(folder / EVENTS) if event["event"] == "tags"]
     earlier = next((values[PROVENANCE] for values in reversed(tags) if PROVENANCE in values), provenance)

@@ -28,8 +28,12 @@ command_line()
 
 def rlhf(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command `rlhf` under way in `folder`, in a process group of its own."""
+    return python(folder, "-c", COMMAND, *arguments)
+
+
+def python(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

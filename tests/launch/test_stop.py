@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.faults.runs import ROOT, SMOKE, checkpoints, rlhf, steps, wait_for
+from tests.faults.runs import SMOKE, checkpoints, python, rlhf, steps, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -79,16 +78,8 @@ def test_in_one_process(tmp_path: Path, signals: list[int], code: int) -> None:
 
 
 def test_under_torchrun_all_ranks_write_the_checkpoint(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launch.cli"]
-    process = subprocess.Popen(
-        [*launcher, *STAGE, *FILES],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launch.cli"]
+    process = python(tmp_path, *launcher, *STAGE, *FILES)
     folder = tmp_path / "runs/smoke/sft"
     training(folder, process)
     os.killpg(process.pid, signal.SIGTERM)  # torchrun passes it on to ranks that have it already
