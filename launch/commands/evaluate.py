@@ -61,7 +61,9 @@ def _add_policy(kinds: argparse._SubParsersAction) -> None:
         action="store_true",
         help="MODEL… are folders of runs: reward against KL over their evaluations",
     )
-    policy.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
+    policy.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of the report; goes on after a kill"
+    )
     policy.add_argument(
         "--reward",
         action="append",

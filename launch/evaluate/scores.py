@@ -1,25 +1,19 @@
-"""DIR/scores.jsonl: the scores of every model, a window of items at a time.
-
-The first line tells of which models and data they are. A window ends with a line that commits it: after a kill the
-windows that have one are kept, and scoring goes on behind them.
-"""
+"""DIR/scores.jsonl: the scores of every model, a window of items at a time."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from launch.evaluate.scorers import Scored, Scorer
+from launch.evaluate.windows import WindowFile
 from launch.score import BadRows, refuse_unfit
 from rlhf.errors import UserError
 from rlhf.evaluation.items import Item, Refused
-from rlhf.tracking.jsonl import read_lines
 
 WINDOW = 512  # items: read, sorted by length and scored together, and all that is in memory of them
 SHOWN = 10  # reasons for leaving rows out that a window keeps
@@ -29,22 +23,15 @@ Advance = Callable[[int], object]
 
 
 class ScoreFile:
-    def __init__(self, path: Path, digest: str) -> None:
-        """Opens the file where it ended. UserError (2) if it holds scores of other models or data."""
+    def __init__(self, path: Path, digest: str, anew: bool = False) -> None:
+        """Opens the file where it ended. If it holds scores of other models or data: UserError (2), or begun `anew`."""
+        try:
+            self._file = WindowFile.of(path, digest) if anew else WindowFile(path, digest)
+        except ValueError:
+            text = f"--out: {path} holds scores of other models, data or precision; name another folder"
+            raise UserError(text) from None
         self.path = path
-        self.windows: dict[str, int] = {}  # committed, by model
-        end = 0
-        for line, offset in read_lines(path):
-            if not end and line.get("digest") != digest:
-                raise UserError(f"--out: {path} holds scores of other models, data or precision; name another folder")
-            if "window" in line:
-                self.windows[line["model"]] = line["window"] + 1
-            if "window" in line or "digest" in line:
-                end = offset
-        with path.open("ab") as stream:
-            stream.truncate(end)
-        if not end:
-            self._append([{"digest": digest}])
+        self.windows = self._file.windows  # committed, by model
 
     def fill(
         self, model: str, entries: Entries, make: Callable[[], Scorer], bad_rows: BadRows, advance: Advance
@@ -57,26 +44,18 @@ class ScoreFile:
         asked: deque[list[Item | Refused]] = deque()  # windows whose scores are not there yet
         for scored in make().map(_windows(chain([first], rest), asked)):
             window = asked.popleft()
-            self._append(_lines(model, done, window, scored, bad_rows))
-            done += 1
-            self.windows[model] = done
+            lines, reasons = _lines(model, self.windows.get(model, 0), window, scored, bad_rows)
+            self._file.commit(model, lines, left_out=len(reasons), reasons=reasons[:SHOWN])
             advance(len(window))
 
     def lines(self, model: str) -> Iterator[dict[str, Any]]:
         """The scored items of one model, in the order of the data."""
-        return (line for line, _ in read_lines(self.path) if line.get("model") == model and "scores" in line)
+        return self._file.lines(model)
 
     def left_out(self, model: str) -> tuple[int, list[str]]:
         """How many rows have no score of `model`, and why some of them have none."""
-        found = [line for line, _ in read_lines(self.path) if line.get("model") == model and "window" in line]
+        found = self._file.facts(model)
         return sum(line["left_out"] for line in found), [reason for line in found for reason in line["reasons"]][:SHOWN]
-
-    def _append(self, lines: list[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with self.path.open("ab") as stream:
-            stream.write(text.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 def _windows(entries: Iterator[Item | Refused], asked: deque[list[Item | Refused]]) -> Iterator[list[Item]]:
@@ -92,8 +71,8 @@ def _items(window: list[Item | Refused]) -> list[Item]:
 
 def _lines(
     model: str, number: int, window: list[Item | Refused], scored: Scored, bad_rows: BadRows
-) -> list[Mapping[str, Any]]:
-    """A line for each item that has scores, and the one that commits the window."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A line for each item that has scores, and why the others have none."""
     places = [place for place, entry in enumerate(window) if isinstance(entry, Item)]
     items = _items(window)
     refuse_unfit(scored.unfit, True, bad_rows)
@@ -101,11 +80,11 @@ def _lines(
         if not all(map(math.isfinite, scores)):
             raise UserError(f"{items[n].source}: {model} gives it a score that is not finite: {scores}", 4)
     lines = [
-        {"model": model, "row": number * WINDOW + places[n], **_facts(items[n]), "scores": scores}
+        {"row": number * WINDOW + places[n], **_facts(items[n]), "scores": scores}
         for n, scores in sorted(scored.scores.items())
     ]
     reasons = [f"{entry.source}: {entry.reason}" for entry in window if isinstance(entry, Refused)] + scored.unfit
-    return [*lines, {"model": model, "window": number, "left_out": len(reasons), "reasons": reasons[:SHOWN]}]
+    return lines, reasons
 
 
 def _facts(item: Item) -> dict[str, Any]:

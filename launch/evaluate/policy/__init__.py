@@ -5,6 +5,7 @@ policies.py  where responses come from: model folders, endpoints
 endpoint.py  chat completions of an OpenAI-compatible server
 rewards.py   what they are worth: reward models and functions by name
 judge.py     which of two policies a language model prefers
+sampling.py  responses of all policies, kept in windows
 tasks.py     benchmarks of lm-eval
 reference.py KL to a reference model
 metrics.py   report.json from responses and scores

@@ -84,18 +84,21 @@ class Endpoint:
         return cls(found["model"], found["url"].rstrip("/"), **settings)
 
     def complete(
-        self, bodies: Sequence[Body], done: Callable[[int], object] = lambda _: None
+        self, bodies: Sequence[Body], done: Callable[[int], object] = lambda _: None, answered: bool = False
     ) -> list[Completion | Failure]:
         """The answer to each body of a request, to which the model is added.
 
-        UserError (2, 4) where no request can succeed: key, address or model is wrong; (8) where none did.
+        UserError (2, 4) where no request can succeed: key, address or model is wrong; (8) where none did, unless it has
+        `answered` before.
         """
-        return asyncio.run(self._complete(bodies, done))
+        return asyncio.run(self._complete(bodies, done, answered))
 
-    async def _complete(self, bodies: Sequence[Body], done: Callable[[int], object]) -> list[Completion | Failure]:
+    async def _complete(
+        self, bodies: Sequence[Body], done: Callable[[int], object], some: bool
+    ) -> list[Completion | Failure]:
         import httpx2
 
-        slots, failures, some = asyncio.Semaphore(self.parallel), 0, False
+        slots, failures = asyncio.Semaphore(self.parallel), 0
         key = self.key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=self.parallel)

@@ -6,9 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,10 @@ from launch.evaluate.policy.judge import (
 )
 from launch.evaluate.policy.metrics import Sampled, clusters_of, model_metrics, pair_metrics, pair_name
 from launch.evaluate.policy.page import page_of, warnings
-from launch.evaluate.policy.policies import DEFAULT, Settings, check_policy, endpoint_of, is_endpoint, open_policy
+from launch.evaluate.policy.policies import DEFAULT, Settings, check_policy, endpoint_of, is_endpoint
 from launch.evaluate.policy.reference import Reference
 from launch.evaluate.policy.rewards import RefusalScorer, Scorer, check_rewards, open_scorer
+from launch.evaluate.policy.sampling import Arms, respond
 from launch.evaluate.policy.tables import tables
 from launch.evaluate.policy.tasks import check_tasks, run_tasks
 from launch.score import bar_columns
@@ -59,7 +58,7 @@ def evaluate(
         check_policy(model, settings)
     rows = [prompt for prompt in prompts for _ in range(settings.samples)]
     with Progress(*bar_columns(), console=Console(stderr=True), transient=True) as bar:
-        arms = respond(policies, rows, settings, bar)
+        arms = respond(policies, rows, settings, out, bar)
         measure(arms, rewards, rows, settings, bar)
         sampled = {name: of_policy[settings.temperature] for name, of_policy in arms.items()}
         judgements = judge_pairs(sampled, rows, settings, bar)
@@ -74,30 +73,11 @@ def evaluate(
         report["models"][name]["tasks"] = run_tasks(model, settings)
     report = as_json(report)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         write_responses(out / "responses.jsonl", arms, rows)
         if judgements:
             write_judgements(out / "judgements.jsonl", judgements, settings.samples)
         output.write(out, report, page_of(report, sampled, rows))
     return report
-
-
-Arms = Mapping[str, Mapping[float, Sampled]]
-"""Policy → temperature → what was sampled."""
-
-
-def respond(policies: Mapping[str, str], rows: Sequence[Prompt], settings: Settings, bar: Progress) -> Arms:
-    """The responses of each policy, one model in memory at a time. The id of a row is its place, the same for all."""
-    arms: dict[str, dict[float, Sampled]] = {}
-    for name, model in policies.items():
-        task = bar.add_task(f"{name} responds", total=len(rows) * len(temperatures_of(settings)))
-        with closing(open_policy(model, settings)) as policy:
-            of_policy = arms[name] = {}
-            for temperature in temperatures_of(settings):
-                found = policy.respond(rows, range(len(rows)), temperature, partial(bar.advance, task))
-                reasons = list(dict.fromkeys(found.reasons))
-                of_policy[temperature] = Sampled(model, settings.samples, found.rows, reasons)
-    return arms
 
 
 def measure(arms: Arms, rewards: Mapping[str, str], rows: Sequence[Prompt], settings: Settings, bar: Progress) -> None:
@@ -129,10 +109,6 @@ def pairs_of(
         own = judgements[pair_name(a, b)]
         found[pair_name(a, b)][JUDGE] = judge_metrics(own, sampled[a], sampled[b], clusters)
     return found
-
-
-def temperatures_of(settings: Settings) -> list[float]:
-    return list(dict.fromkeys([settings.temperature, *settings.more_temperatures]))
 
 
 def metrics_of_model(of_policy: Mapping[float, Sampled], rows: Sequence[Prompt], settings: Settings) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 
 from launch.evaluate.policy.endpoint import PREFIX, Endpoint, Failure
 from launch.model_folder import model_folder
-from launch.score import refuse_unfit
 from reward_data import Prompt
 from rlhf.chat import format_of
 from rlhf.config import SamplingConfig
@@ -77,6 +76,10 @@ class Responses(NamedTuple):
 
 
 class Policy(Protocol):
+    def unfit(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Why it cannot hold some of the prompts."""
+        ...
+
     def respond(self, prompts: Sequence[Prompt], ids: Sequence[int], temperature: float, advance: Advance) -> Responses:
         """A response to each prompt. The random numbers of a response depend on its id alone, so policies that are
         compared use the same ones.
@@ -98,24 +101,23 @@ class ModelPolicy:
         self._sampler = InProcessSampler(causal, *ends, settings.precision, self._device)
 
     def respond(self, prompts: Sequence[Prompt], ids: Sequence[int], temperature: float, advance: Advance) -> Responses:
-        """UserError (3) for prompts that the chat format or the model cannot hold, unless they are skipped."""
         encoded, unfit = self._encode(prompts)
         there = [row for row, prompt in enumerate(encoded) if prompt is not None]
-        refuse_unfit(unfit, bool(there), self._settings.bad_rows)
         advance(len(unfit))
         found: list[Response | None] = [None] * len(prompts)
         settings = self._settings
         sampling = SamplingConfig(
             temperature=temperature, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
         )
-        window = 4 * settings.batch_size  # continuous batching is slow at the end of each
-        for start in range(0, len(there), window):
-            rows = there[start : start + window]
-            part = [prompt for row in rows if (prompt := encoded[row]) is not None]
-            for row, response in zip(rows, self._sample(part, [ids[row] for row in rows], sampling), strict=True):
+        part = [prompt for row in there if (prompt := encoded[row]) is not None]
+        if part:
+            for row, response in zip(there, self._sample(part, [ids[row] for row in there], sampling), strict=True):
                 found[row] = response
-            advance(len(rows))
+        advance(len(there))
         return Responses(found, unfit)
+
+    def unfit(self, prompts: Sequence[Prompt]) -> list[str]:
+        return self._encode(prompts)[1]
 
     def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[EncodedPrompt | None], list[str]]:
         """The prompts with their tokens, None for those that do not fit, and why."""
@@ -155,7 +157,7 @@ class EndpointPolicy:
     """A model behind an OpenAI-compatible endpoint. It writes its prompts itself and tells no tokens."""
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
-        self._endpoint, self._settings = endpoint, settings
+        self._endpoint, self._settings, self._answered = endpoint, settings, False
 
     def respond(self, prompts: Sequence[Prompt], ids: Sequence[int], temperature: float, advance: Advance) -> Responses:
         """Responses that failed are left out. UserError (2, 4, 8) where none can come."""
@@ -168,15 +170,20 @@ class EndpointPolicy:
             }
             for prompt, number in zip(prompts, ids, strict=True)
         ]
+        completed = self._endpoint.complete(bodies, advance, self._answered)
+        self._answered |= any(not isinstance(found, Failure) for found in completed)
         rows: list[Response | None] = []
         reasons = []
-        for prompt, found in zip(prompts, self._endpoint.complete(bodies, advance), strict=True):
+        for prompt, found in zip(prompts, completed, strict=True):
             if isinstance(found, Failure):
                 rows.append(None)
                 reasons.append(f"{prompt.source}: {found.reason}")
             else:
                 rows.append(Response(found.text, found.tokens, found.finished))
         return Responses(rows, reasons)
+
+    def unfit(self, prompts: Sequence[Prompt]) -> list[str]:
+        return []  # it tells by an error
 
     def close(self) -> None:
         pass
