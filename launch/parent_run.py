@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch import report
+from launch.base_model import RECORD
 from rlhf.config import RunConfig, public
 from rlhf.data import Split
 from rlhf.errors import UserError
@@ -16,7 +17,7 @@ from rlhf.runs.claim import CLAIM
 from rlhf.tracking import NOTHING, Tracker, catch_up, keep_earlier, mark_ended, open_parent, status_of
 from stages.base import STAGES, parts_of, stage_of
 
-KEPT = ("earlier", CLAIM)  # when a run starts over
+KEPT = ("earlier", CLAIM, RECORD)  # when a run starts over
 OF_NO_RESULT = ("name", "runs_dir", "tracking")
 DESCRIPTION, LONGEST_DESCRIPTION = "mlflow.note.content", 8000  # MLflow's limit for a tag
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from launch import aside, parent_run, report, signals, worker_group
+from launch import aside, base_model, parent_run, report, signals, worker_group
 from launch.drive import DrivenRun, Driver
 from launch.stage_folder import Data, complete_artifact, prepare
 from launch.terminal import StageBars, console
@@ -32,6 +32,9 @@ def run(config: RunConfig, fresh: bool) -> int:
 
 
 def _run(config: RunConfig, fresh: bool) -> int:
+    if fresh:
+        (config.folder / base_model.RECORD).unlink(missing_ok=True)
+    config = base_model.with_commit(config)
     data = checked_data(config, parts_of(config))
     close_abandoned(config.runs_dir, config.tracking)
     if fresh:
@@ -62,10 +65,11 @@ def run_stage(config: RunConfig, stage: str, local: bool, name: str | None) -> i
                     f"{one} starts from {needed}, which is not complete in {config.folder}. Run it first.", 4
                 )
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _run_under_torchrun(config, chosen)
+        _run_under_torchrun(base_model.with_commit(config), chosen)
         return 0
     with signals.handled(), claim.hold(config.folder):
         stopping.forget(config.folder)
+        config = base_model.with_commit(config)
         data = checked_data(config, chosen)
         close_abandoned(config.runs_dir, config.tracking)
         parsed.write(config, data)
@@ -140,6 +144,7 @@ def _run_one(config: RunConfig, stage: str, data: Data, local: bool) -> None:
 def _run_local(config: RunConfig, stage: str, data: Data) -> None:
     """The stage in this process, for debugging and for machines without a cluster."""
     prepare(config, stage, data)
+    base_model.fetch_here(config)
     with StageBars(config.folder) as bars, bars.followed(stage), signals.gentle(stopping.request):
         run_rank(config, stage, local=True)
 
@@ -148,6 +153,7 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
     """The stages, one after the other, as one of the ranks that torchrun started, with the first rank's settings."""
     from rlhf.distributed import collectives
 
+    base_model.fetch_here(config)  # before the group, whose collectives would not wait for it
     data: dict[str, Split] = {}  # stays empty on all ranks but the first
 
     def parse() -> None:

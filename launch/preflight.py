@@ -11,18 +11,18 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from launch.base_model import recorded
 from reward_data.files import is_hub_name
+from rlhf import hub
 from rlhf.config import RunConfig, SourceConfig
 from rlhf.errors import UserError
-from stages.base import parts_of
+from rlhf.planning import disk_bytes, parameters_of
 
 BAD_SETTING, BAD_DATA, MISSING_MODEL, MACHINE_TOO_SMALL = 2, 3, 4, 5
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LEAST_DISK = 500_000_000  # bytes: logs, MLflow, tiny models
-STATE_BYTES = 16  # per parameter of a checkpoint in training: float32 weights and two Adam moments, and a copy in use
-WEIGHT_BYTES = 4  # per parameter of an artifact, float32
 VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vLLM 0.32 has kernels for on CPUs
 
 
@@ -46,11 +46,12 @@ def preflight_errors(config: RunConfig, workers: bool = True) -> list[PreflightE
 
 def preflight_errors_by_check(config: RunConfig, workers: bool) -> dict[str, list[PreflightError]]:
     """What is looked at → what is missing there."""
-    checks = {"data": _data, "model": _model, "sampling engine": _sampling, "disk": _disk}
+    local, missing, sizes = _with_folder(config)
+    checks = {"data": _data, "model": _model, "sampling engine": _sampling, "disk": partial(_disk, sizes=sizes)}
     checks |= {"memory": _memory} if workers else {}
     if config.hardware.ray_address is None:
         checks |= {"precision": _precision} | ({"processors": _processors} if workers else {})
-    return {name: list(check(config)) for name, check in checks.items()}
+    return {name: list(check(local)) + (missing if name == "model" else []) for name, check in checks.items()}
 
 
 def machine_cpus() -> int:
@@ -82,6 +83,22 @@ def machine_gpus() -> int | None:
     count = sum(line.startswith("GPU ") for line in listing.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
+
+
+def _with_folder(config: RunConfig) -> tuple[RunConfig, list[PreflightError], hub.Sizes]:
+    """`config` with the folder of a hub model in the cache, without its weights; or why there is none. Its sizes."""
+    name = recorded(config.folder).get(config.model.path, config.model.path)
+    if not hub.is_of_hub(name) or ("/" not in name and not _in_cache("models", name)):
+        return config, [], hub.Sizes()
+    try:
+        folder = hub.folder(name, weights=False)
+    except UserError as error:
+        return config, [PreflightError(f"model.path: {error.message}", error.exit_code)], hub.Sizes()
+    return (
+        config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})}),
+        [],
+        hub.sizes(name),
+    )
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -125,11 +142,7 @@ def _model(config: RunConfig) -> Iterator[PreflightError]:
         else:
             yield from _requirements(config, folder)
             yield from _chat_format(config)
-    elif HUB_NAME.fullmatch(path) and not path.startswith("."):
-        if _offline() and not _in_cache("models", path):
-            text = f"{path} is no folder here, and not in the local cache of the hub (HF_HUB_OFFLINE)"
-            yield PreflightError(f"model.path: {text}", MISSING_MODEL)
-    elif "/" in path or not _in_cache("models", path):
+    elif not hub.is_of_hub(path) or ("/" not in path and not _in_cache("models", path)):
         text = f"there is no folder {folder.absolute()}; give a model's folder or its hub name (owner/name)"
         yield PreflightError(f"model.path: {text}{_where_smollm2_comes_from(path)}", MISSING_MODEL)
 
@@ -249,38 +262,36 @@ def _memory(config: RunConfig) -> list[PreflightError]:
     return [PreflightError(f"memory: {tables.worst(plan)}: {remedy}; `rlhf plan` shows all of it", MACHINE_TOO_SMALL)]
 
 
-def _disk(config: RunConfig) -> Iterator[PreflightError]:
+def _disk(config: RunConfig, sizes: hub.Sizes) -> Iterator[PreflightError]:
     folder = config.folder.absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
+    place = existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
         yield PreflightError(
             f"runs_dir: nothing can be written to {place}; set runs_dir to another folder", MACHINE_TOO_SMALL
         )
         return
-    wanted, free = bytes_wanted(config), shutil.disk_usage(place).free
-    if free < wanted:
-        text = f"about {_gigabytes(wanted)} are needed in {place}, {_gigabytes(free)} are free"
-        yield PreflightError(f"runs_dir: {text}: free some space or set runs_dir to another disk", MACHINE_TOO_SMALL)
+    wanted, download, cache = bytes_wanted(config, sizes.weights), sizes.missing, existing(hub.cache())
+    together = place.stat().st_dev == cache.stat().st_dev
+    free = shutil.disk_usage(place).free
+    if free < wanted + (download if together else 0):
+        of_cache = f", {_gigabytes(download)} of them for the base model in {cache}" if together and download else ""
+        text = f"about {_gigabytes(wanted + (download if together else 0))} are needed in {place}{of_cache}"
+        remedy = "free some space, or set runs_dir to another disk"
+        yield PreflightError(f"runs_dir: {text}; {_gigabytes(free)} are free: {remedy}", MACHINE_TOO_SMALL)
+    if not together and download > (free := shutil.disk_usage(cache).free):
+        text = f"{_gigabytes(download)} are to be downloaded to {cache}, where {_gigabytes(free)} are free"
+        yield PreflightError(f"model.path: {text}: set HF_HOME to a folder on another disk", MACHINE_TOO_SMALL)
 
 
-def bytes_wanted(config: RunConfig) -> int:
-    """A low estimate of what a run writes: its artifacts, and a policy in training, in PPO with its critic.
-
-    A model that is not on this disk counts nothing, because its size is unknown.
-    """
-    parameters = _parameters(Path(config.model.path).expanduser())
-    in_training = 0 if config.model.lora else 1 + ("ppo" in config.pipeline)
-    return LEAST_DISK + parameters * (len(parts_of(config)) * WEIGHT_BYTES + in_training * STATE_BYTES)
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(one for one in (path, *path.parents) if one.exists())
 
 
-def _parameters(folder: Path) -> int:
-    weights = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return 0
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return weights // (2 if dtype in ("float16", "bfloat16") else 4)
+def bytes_wanted(config: RunConfig, weights: int = 0) -> int:
+    """What lies in the folder of a run when most of it lies there. A model of unknown size counts nothing. `weights`:
+    bytes of a model that is not here yet."""
+    return LEAST_DISK + disk_bytes(config, parameters_of(config.model, weights))
 
 
 def _gigabytes(count: int) -> str:

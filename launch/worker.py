@@ -55,7 +55,7 @@ def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Arti
     except claim.TakenOver:  # nothing may be written any more
         raise
     except BaseException as error:
-        _note_failure(folder, error)
+        note_failure(folder, error)
         tracker.close(status_of(error), _reason(error))
         raise
 
@@ -119,7 +119,7 @@ def read_failure(folder: Path) -> UserError | None:
     return None
 
 
-def _note_failure(folder: Path, error: BaseException) -> None:
+def note_failure(folder: Path, error: BaseException) -> None:
     """Only the first failing rank records why; the others fail because of it."""
     if (folder / FAILURE).exists():
         return

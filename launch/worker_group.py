@@ -19,7 +19,7 @@ from typing import Any
 from launch import signals
 from launch.elastic import fits, needed, of_each, sized
 from launch.environment import carried
-from launch.worker import FAILURE, UNEXPECTED, read_failure
+from launch.worker import FAILURE, UNEXPECTED, note_failure, read_failure
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import claim
@@ -193,6 +193,7 @@ def _fit(payload: dict[str, Any], workers: int) -> None:
         claim.require()
         (folder / FAILURE).unlink(missing_ok=True)
         try:
+            _fetch_base_model(config, payload)
             _trainer(*_with_room(config, payload, workers), attempt).fit()
             return
         except Exception:
@@ -200,6 +201,16 @@ def _fit(payload: dict[str, Any], workers: int) -> None:
             mistake = failure is not None and failure.exit_code != UNEXPECTED
             if mistake or attempt == config.hardware.max_restarts:
                 raise
+
+
+def _fetch_base_model(config: RunConfig, payload: dict[str, Any]) -> None:
+    from launch.base_model import fetch_on_nodes
+
+    try:
+        fetch_on_nodes(config, payload["stage"], payload["secrets"])
+    except UserError as error:
+        note_failure(config.folder / payload["stage"], error)
+        raise
 
 
 def _with_room(config: RunConfig, payload: dict[str, Any], workers: int) -> tuple[RunConfig, dict[str, Any], int]:

@@ -25,6 +25,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+from tests.hub import hub  # noqa: F401
+
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("house")
 

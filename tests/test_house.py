@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 OURS = ("rlhf", "stages", "launch", "reward_data", "configs", "benchmarks")
 
 LAYERS = (  # a package imports its own layer and the ones before it
-    {"rlhf.errors", "rlhf.config", "rlhf.user_code", "rlhf.algorithms", "reward_data", "configs"},
+    {"rlhf.errors", "rlhf.config", "rlhf.hub", "rlhf.user_code", "rlhf.algorithms", "reward_data", "configs"},
     {"rlhf.chat", "rlhf.kernels", "rlhf.planning", "rlhf.profiling"},
     {"rlhf.data"},
     {"rlhf.distributed"},
@@ -39,7 +39,7 @@ OWNERS = {  # the one room that may speak to a library
     "mlflow": "rlhf/tracking/",
     "vllm": "rlhf/generation/vllm",
 }
-WITHOUT_TORCH = ("rlhf.errors", "rlhf.config", "rlhf.planning", "reward_data")
+WITHOUT_TORCH = ("rlhf.errors", "rlhf.config", "rlhf.hub", "rlhf.planning", "reward_data")
 TORCH = {"torch", "transformers", "trl", "peft", "deepspeed"}
 HEAVY = TORCH | {"datasets", "ray", "mlflow"}
 LONGEST_FUNCTION, LONGEST_FILE, MOST_ARGUMENTS = 50, 400, 7

@@ -11,7 +11,7 @@ from rlhf.errors import UserError
 
 FINE = {
     "data": "every file is there",
-    "model": "it is there, or its hub will have it, and it fits the settings",
+    "model": "it is there, or the hub has it for you, and it fits the settings",
     "sampling engine": "it is installed and fits the model",
     "disk": "runs_dir has the room that the run takes",
     "memory": "the plan of the run fits, as far as sizes are known",
@@ -36,11 +36,9 @@ def doctor(config: RunConfig) -> int:
 
 def diagnose(config: RunConfig) -> Iterator[CheckResult]:
     from launch import worker_group
-    from launch.doctor import services
     from launch.doctor.examine import examine_nodes
 
     yield from here(config)
-    yield from services.gate(config)
     yield from data(config)
     try:
         with worker_group.connection(config.hardware.ray_address, config.folder / "ray"):

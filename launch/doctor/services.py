@@ -1,9 +1,8 @@
-"""What is outside the cluster: the tracking server, and models behind a licence."""
+"""What is outside the cluster: the tracking server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from launch.doctor.result import CheckResult, ok
 from rlhf.config import RunConfig
@@ -30,31 +29,3 @@ def tracking(config: RunConfig, reached: Reached) -> Iterator[CheckResult]:
         yield CheckResult("tracking", "", "warning", text, "run `mlflow server` and set tracking.uri to its address")
     else:
         yield ok("tracking", f"{public_uri(uri)} answers")
-
-
-def gate(config: RunConfig) -> Iterator[CheckResult]:
-    """Whether a model of the hub may be loaded with the token that is set."""
-    name = config.model.path
-    if name == "tiny" or Path(name).expanduser().exists() or "/" not in name:
-        return
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        HfApi().auth_check(name)
-        yield ok("model's hub", f"{name} may be loaded")
-    except GatedRepoError:
-        remedy = f"accept its licence at huggingface.co/{name}, and set HF_TOKEN on every node"
-        yield CheckResult(
-            "model's hub", name, "failed", "it is behind a licence that your token has not accepted", remedy, 4
-        )
-    except RepositoryNotFoundError:
-        remedy = "mend model.path; a private model needs HF_TOKEN"
-        yield CheckResult("model's hub", name, "failed", "the hub has no such model for you", remedy, 4)
-    except Exception as error:  # noqa: BLE001  no network, a busy hub
-        text = f"the hub cannot be asked: {type(error).__name__}"
-        yield CheckResult(
-            "model's hub", name, "warning", text, "make sure that the model lies in the cache of every node"
-        )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from launch import pipeline, settings, signals, worker_group
+from launch import base_model, pipeline, settings, signals, worker_group
 from launch.compare.compare import page, show, write
 from launch.compare.record import from_folders
 from launch.compare.results import compare
@@ -46,7 +46,8 @@ def sweep(runfile: str, overrides: Sequence[str], seeds: int) -> int:
 
 
 def _sweep(planned: Plan) -> None:
-    whole, cells = planned.whole, _cells(planned.cells)
+    whole = planned.whole
+    cells = _cells([base_model.with_commit(cell, whole.folder) for cell in planned.cells])
     close_abandoned(whole.runs_dir, whole.tracking)
     tracker = record.begin(planned)
     try:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from rlhf import hub
 from rlhf.errors import UserError
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-WEIGHTS = ["*.safetensors"]
 
 
 def why(error: BaseException) -> str:
@@ -22,7 +21,8 @@ def why(error: BaseException) -> str:
 
 
 def find_model(name: str | Path, weights: bool = True) -> Path:
-    """The folder of a model, given as a folder or a hub name. UserError (4) if there is none.
+    """The folder of a model, given as a folder or a hub name. UserError (4) if there is none, (8) if the hub cannot be
+    reached.
 
     `weights` False: does not download the weights of a hub model.
     """
@@ -35,41 +35,29 @@ def find_model(name: str | Path, weights: bool = True) -> Path:
     if folder.is_file():
         hint = "; `rlhf import-gguf` turns it into one" if folder.suffix == ".gguf" else ""
         raise UserError(f"{folder.resolve()} is a file, and a model is a folder{hint}", 4)
-    if str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
+    if not hub.is_of_hub(str(name)):
         raise UserError(f"there is no model folder {folder.resolve()}", 4)
-    return _download(str(name), HUB_FILES + WEIGHTS if weights else HUB_FILES)
-
-
-def _download(name: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"there is no model {name!r}: no folder {Path(name).resolve()}, and the hub gave none ({reason})", 4
-        ) from error
+    return hub.folder(str(name), weights)
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def adapter_base(folder: Path) -> Path:
-    """The folder of a PEFT adapter's base model."""
+def adapter_base(folder: Path, weights: bool = True) -> Path:
+    """The folder of a PEFT adapter's base model, at the revision that the adapter names."""
     file = folder / "adapter_config.json"
     try:
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
+        settings = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"cannot read {file}: {error}", 4) from error
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
         raise UserError(f"{file} does not name its base_model_name_or_path", 4)
     try:
-        return find_model(base)
+        return find_model(f"{base}@{revision}" if revision and hub.is_of_hub(base) else base, weights)
     except UserError as error:
-        raise UserError(f"{file} names its base_model_name_or_path, but {error.message}", 4) from error
+        raise UserError(f"{file} names its base_model_name_or_path, but {error.message}", error.exit_code) from error
 
 
 def has_tokenizer(folder: Path) -> bool:

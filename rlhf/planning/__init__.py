@@ -9,13 +9,15 @@ supervised.py   the same of SFT, reward models and DPO
 plan.py         all of it for a run, and whether it fits
 change.py       the nearest change of settings that fits
 cost.py         seconds of an iteration
+disk.py         what lies in the run's folder
 """
 
 from rlhf.planning.change import Change, nearest_change
 from rlhf.planning.cost import Cost, cost_of
+from rlhf.planning.disk import disk_bytes
 from rlhf.planning.machines import Machine, machine_named, machines
 from rlhf.planning.plan import Phase, RunPlan, StagePlan, plan_run
-from rlhf.planning.shapes import ModelShape, shape_of
+from rlhf.planning.shapes import ModelShape, parameters_of, shape_of
 
 __all__ = [
     "Change",
@@ -26,9 +28,11 @@ __all__ = [
     "RunPlan",
     "StagePlan",
     "cost_of",
+    "disk_bytes",
     "machine_named",
     "machines",
     "nearest_change",
+    "parameters_of",
     "plan_run",
     "shape_of",
 ]

@@ -102,6 +102,21 @@ def shape_of(model: ModelConfig) -> ModelShape | None:
         return ModelShape(*TABLE[found[0]]) if found else None
 
 
+def parameters_of(model: ModelConfig, weight_bytes: int = 0) -> int:
+    """0 for a model of which nothing is known. `weight_bytes`: the size of its weights if they are not in its folder."""
+    if (shape := shape_of(model)) is not None:
+        return shape.parameters
+    folder = Path(model.path).expanduser()
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))  # some folders hold both forms
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    size = sum(file.stat().st_size for file in files) or weight_bytes
+    return size // (2 if dtype in ("float16", "bfloat16") else 4)
+
+
 def from_config(config: Mapping[str, Any]) -> ModelShape | None:
     """The shape that a config.json describes; None for other layers than Llama's."""
     if config.get("model_type") not in GATED or not config.keys() >= NEEDED:

@@ -103,7 +103,7 @@ def test_ordinary_text_stays(text: str) -> None:
 
 def test_an_error_that_tells_a_key_is_kept_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", PLANTED["OPENAI_API_KEY"])
-    worker._note_failure(tmp_path, RuntimeError(f"key {PLANTED['OPENAI_API_KEY']} was refused"))
+    worker.note_failure(tmp_path, RuntimeError(f"key {PLANTED['OPENAI_API_KEY']} was refused"))
     kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) == 2 and all("was refused" in text and MARK not in text for text in kept)
 

@@ -10,7 +10,13 @@ import pytest
 from transformers import GraniteConfig, LlamaConfig
 
 from launch import preflight as module
-from launch.preflight import bytes_wanted, machine_cpus, machine_gpus, multiplies_bf16, preflight, preflight_errors
+from launch.preflight import (
+    machine_cpus,
+    machine_gpus,
+    multiplies_bf16,
+    preflight,
+    preflight_errors,
+)
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -36,6 +42,8 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("launch.plan.machine.host_memory", lambda: 1e13)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**15, 0, 10**15))
     return tmp_path
 
 
@@ -135,15 +143,6 @@ def test_an_adapter_without_its_base_is_told_before_the_first_stage(tmp_path: Pa
     assert "names its base_model_name_or_path, but there is no model folder" in (
         obstacle(settings("--model.path", "model")).message
     )
-
-
-def test_a_hub_model_is_only_looked_for_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings("--model.path", "owner/name")
-    assert preflight_errors(config) == []
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert obstacle(config).exit_code == 4
-    (tmp_path / "hub/hub/models--owner--name").mkdir(parents=True)
-    assert preflight_errors(config) == []
 
 
 # --- sampling engine
@@ -279,7 +278,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     error = obstacle(settings())
     assert error.exit_code == 5
-    assert "runs_dir: about 0.5 GB are needed" in error.message
+    assert "runs_dir: about 0.6 GB are needed" in error.message
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -287,16 +286,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     error = obstacle(settings("--runs_dir", "file"))
     assert error.exit_code == 5
     assert "nothing can be written to" in error.message
-
-
-def test_disk_space_grows_with_the_model(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
-    (folder / "model.safetensors").write_bytes(b"\0" * 2_000_000)  # a million parameters
-    config = settings("--model.path", "model")
-    four_artifacts, two_in_training = 4 * 4 * 10**6, 2 * 16 * 10**6
-    assert bytes_wanted(config) - bytes_wanted(settings()) == four_artifacts + two_in_training
 
 
 def test_everything_is_said_at_once() -> None:

@@ -231,21 +231,6 @@ def test_what_is_no_model_is_named_with_what_was_looked_for(tmp_path):
         assert str(tmp_path / name) in error.value.message
 
 
-def test_unknown_hub_name_tells_folder_and_hub():
-    with pytest.raises(UserError, match="no model 'owner/absent'.*the hub gave none"):
-        find_model("owner/absent")
-
-
-@pytest.mark.parametrize("weights", [False, True])
-def test_a_tokenizer_of_the_hub_is_had_without_the_weights(tmp_path, monkeypatch, weights):
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or tmp_path
-    )
-    assert find_model("owner/name", weights) == tmp_path
-    assert ("*.safetensors" in asked[0]) == weights and "*.json" in asked[0] and "*.jinja" in asked[0]
-
-
 def test_generation_settings_that_cannot_be_saved_leave_their_ids(causal_folder, tmp_path):
     folder = shutil.copytree(causal_folder, tmp_path / "model")
     settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 0], "bos_token_id": 1}
