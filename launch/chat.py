@@ -16,12 +16,11 @@ from torch import Tensor
 from launch.model_folder import model_folder
 from reward_data import Message
 from rlhf.chat import ChatFormat, format_of
+from rlhf.chat.stream import UNFINISHED, TextStream
 from rlhf.errors import UserError
 from rlhf.models import load_causal, load_tokenizer, positions
 
 HELP = "/reset forgets the dialogue, /system TEXT sets the system text, /exit leaves; Ctrl-C stops a response"
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders give for a character of which bytes are missing
-
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # what stands for a byte that is no text
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not steer the terminal
 
@@ -42,33 +41,6 @@ class Dialogue:
         with suppress(UserError):
             chat_format.validate([*self.asking(text), said[1]])
             self.turns += said if response else []
-
-
-class TextStream:
-    """Text of token ids, piece by piece: whole characters only, and no space that might be the last."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self.text = ""
-
-    def push(self, token: int) -> str:
-        """What `token` makes certain."""
-        self._ids.append(token)
-        return self._grow(self._decoded().rstrip(UNFINISHED).rstrip())
-
-    def finish(self) -> str:
-        """The rest, with whatever half character the ids ended in."""
-        return self._grow(self._decoded().rstrip())
-
-    def _decoded(self) -> str:
-        decode = self._tokenizer.decode
-        return decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip()
-
-    def _grow(self, text: str) -> str:
-        new = text[len(self.text) :]
-        self.text += new
-        return new
 
 
 def chat(model: str, temperature: float, max_new_tokens: int, lines: TextIO | None = None) -> None:

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import chat as module
 from launch import cli
-from launch.chat import Dialogue, TextStream, command, sample, say
+from launch.chat import Dialogue, command, sample, say
 from reward_data import Message
 from rlhf.chat.llama2 import Llama2
 from rlhf.config import TinyConfig
@@ -36,46 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(model: Path):
     return load_tokenizer(model)
-
-
-# --- streaming
-
-
-@given(text=st.text())
-def test_the_pieces_of_a_stream_are_the_text(tokenizer, text: str) -> None:
-    stream = TextStream(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces) + stream.finish() == text.strip()
-
-
-@given(text=st.text(alphabet="aé中🙂"))
-def test_no_piece_holds_half_a_character(tokenizer, text: str) -> None:
-    stream = TextStream(tokenizer)
-    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        assert "\N{REPLACEMENT CHARACTER}" not in stream.push(token)
-
-
-def test_a_character_appears_with_its_last_byte(tokenizer) -> None:
-    stream = TextStream(tokenizer)
-    ids = tokenizer("🙂", add_special_tokens=False)["input_ids"]
-    assert [stream.push(token) for token in ids] == [""] * (len(ids) - 1) + ["🙂"]
-
-
-def test_an_answer_that_ends_in_half_a_character_says_so_at_its_end(tokenizer) -> None:
-    stream = TextStream(tokenizer)
-    for token in tokenizer("a🙂", add_special_tokens=False)["input_ids"][:-1]:
-        stream.push(token)
-    assert stream.finish() != ""
-    assert stream.text.startswith("a\N{REPLACEMENT CHARACTER}")
-
-
-def test_words_appear_before_the_answer_is_complete(tokenizer) -> None:
-    stream = TextStream(tokenizer)
-    ids = tokenizer("hello there, how are you?", add_special_tokens=False)["input_ids"]
-    half = "".join(stream.push(token) for token in ids[: len(ids) // 2])
-    assert "hello there, how are you?".startswith(half)
-    assert half != ""
 
 
 # --- sampling
