@@ -24,7 +24,7 @@ LAYERS = (  # a package imports its own layer and the ones before it
     {"rlhf.distributed"},
     {"rlhf.models"},
     {"rlhf.generation", "rlhf.tracking", "rlhf.runs"},
-    {"rlhf.rewards", "rlhf.evaluation"},
+    {"rlhf.rewards", "rlhf.evaluation", "rlhf.serving"},
     {"rlhf.api"},
     {"rlhf.ppo"},
     {"rlhf"},  # rlhf/__init__.py, the public names

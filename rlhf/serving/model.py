@@ -1,0 +1,102 @@
+"""A model with its tokenizer, chat format and engine."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.chat import ChatMessage, format_of
+from rlhf.chat.stream import TextStream
+from rlhf.errors import UserError
+from rlhf.models import load_causal, load_tokenizer
+from rlhf.serving.batch import Batch, room_for
+from rlhf.serving.engine import Engine
+from rlhf.serving.rows import Piece, Row, Sampling, row_key
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request wants of a model: `n` responses to each prompt."""
+
+    prompts: Sequence[list[int]]
+    sampling: Sampling
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    strip: bool = False
+    """Without white space at the ends, as chat formats have it."""
+
+    @property
+    def choices(self) -> int:
+        return self.n * len(self.prompts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+class ServedModel:
+    def __init__(self, name: str, folder: str | Path, most_waiting: int) -> None:
+        """UserError (4, 5) for a folder without a causal model, and where memory does not hold one row."""
+        self.name, self.created = name, int(time.time())
+        self.tokenizer = load_tokenizer(folder)
+        self.chat = format_of(self.tokenizer)
+        # Tokenizers change their settings while they encode: one thread at a time, and another one to decode.
+        self._encoding = threading.Lock()
+        self._decoding = load_tokenizer(folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = load_causal(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model.eval().requires_grad_(False).to(device)
+        self.room = room_for(model)
+        self.stop_ids = frozenset(self.chat.stop_ids)
+        self.engine = Engine(lambda: Batch(model, self.room), most_waiting)
+
+    @property
+    def context(self) -> int:
+        return self.room.context
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """UserError (3) for messages that the chat format cannot hold."""
+        with self._encoding:
+            return self.chat.encode_prompt(messages)
+
+    def encode_text(self, text: str) -> list[int]:
+        """With the token that begins a text, where the tokenizer has one. UserError (3) for no tokens."""
+        with self._encoding:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        begin = self.tokenizer.bos_token_id
+        if begin is not None and ids[:1] != [begin]:
+            ids = [begin, *ids]
+        if not ids:
+            raise UserError("the prompt is empty, and this model has no token that begins a text", 3)
+        return ids
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """UserError (3) for ids that are not the tokenizer's."""
+        if not ids or not all(0 <= token < len(self.tokenizer) for token in ids):
+            raise UserError(f"a prompt of tokens needs ids from 0 to {len(self.tokenizer) - 1}", 3)
+
+    def token_text(self, token: int) -> str:
+        return self._decoding.decode([token], clean_up_tokenization_spaces=False)
+
+    def rows(self, ask: Ask, sink: Callable[[int, Piece], Any]) -> list[Row]:
+        """`sink` gets the pieces of each response with its number."""
+        seed = secrets.randbits(63) if ask.seed is None else ask.seed
+        return [self._row(ask, number, seed, sink) for number in range(ask.choices)]
+
+    def _row(self, ask: Ask, number: int, seed: int, sink: Callable[[int, Piece], Any]) -> Row:
+        return Row(
+            prompt=ask.prompts[number // ask.n],
+            sampling=ask.sampling,
+            key=row_key(seed, number),
+            stop_ids=self.stop_ids,
+            stream=TextStream(self._decoding, ask.stop, ask.strip),
+            sink=lambda piece: sink(number, piece),
+        )
