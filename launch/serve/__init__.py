@@ -1,0 +1,6 @@
+"""`rlhf serve`: models behind HTTP.
+
+command.py  from arguments to a server     server.py   uvicorn, and how it stops    app.py      the routes
+gate.py     token, size, rate and stop     errors.py   errors in OpenAI's form      answers.py  pieces to responses
+metrics.py  what Prometheus reads
+"""

@@ -1,0 +1,142 @@
+"""The routes of `rlhf serve`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from launch.serve import errors
+from launch.serve.answers import Answer, Kind
+from launch.serve.gate import Gate
+from launch.serve.respond import CLIENT_GONE, at_once, stream, whole
+from launch.serve.service import Service
+from rlhf.serving.engine import Pieces, deliver_here
+from rlhf.serving.model import Ask, ServedModel
+from rlhf.serving.protocol import ChatRequest, CompletionRequest, ErrorResponse, Prediction, PredictRequest, Turn
+from rlhf.serving.rows import Sampling
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 503)
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def deliver(pieces: Pieces) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(deliver_here, pieces)
+
+        for model in service.models.values():
+            model.engine.start(deliver)
+        yield
+        for model in service.models.values():
+            await run_in_threadpool(model.engine.close)
+
+    # Its pages of documentation would load scripts from elsewhere.
+    app = FastAPI(title="rlhf serve", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
+    errors.add_handlers(app)
+    app.add_middleware(Gate, service=service)
+    _add_openai(app, service)
+    _add_watching(app, service)
+    return app
+
+
+def _add_openai(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_described(model) for model in service.models.values()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return _described(service.model(name))
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        model = service.model(asked.model)
+        prompts = [await run_in_threadpool(model.encode_chat, asked.turns(service.system))]
+        return await _respond(service, request, _answer(service, "chat", model, asked, prompts), asked)
+
+    @app.post("/v1/completions")
+    async def complete(asked: CompletionRequest, request: Request) -> Response:
+        model = service.model(asked.model)
+        prompts = await run_in_threadpool(lambda: [_ids(model, prompt) for prompt in asked.prompts()])
+        return await _respond(service, request, _answer(service, "completion", model, asked, prompts), asked)
+
+    @app.post("/predict", response_model=Prediction)
+    async def predict(asked: PredictRequest, request: Request) -> Response:
+        model = service.model(None)
+        turns = [Turn(role="user", content=asked.text)]
+        if service.system:
+            turns.insert(0, Turn(role="system", content=service.system))
+        ids = await run_in_threadpool(model.encode_chat, turns)
+        sampling = Sampling(service.length(model, [ids], asked.max_tokens), asked.temperature)
+        answer = Answer("chat", model, Ask([ids], sampling, seed=asked.seed, strip=True))
+        if not await at_once(service, request, answer):
+            return Response(status_code=CLIENT_GONE)
+        (piece,) = answer.pieces
+        return JSONResponse(
+            {
+                "text": piece.text,
+                "model": model.name,
+                "finish_reason": piece.finish,
+                **{key: value for key, value in answer.usage().items() if key != "total_tokens"},
+            }
+        )
+
+
+def _add_watching(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        down = [name for name, model in service.models.items() if not model.engine.up]
+        state = "stopping" if service.stopping else "restarting" if down else "ready"
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _described(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "rlhf",
+        "max_model_len": model.context,
+    }
+
+
+def _ids(model: ServedModel, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        return model.encode_text(prompt)
+    model.check_ids(prompt)
+    return prompt
+
+
+def _answer(
+    service: Service, kind: Kind, model: ServedModel, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]
+) -> Answer:
+    length = service.length(model, prompts, asked.longest)
+    sampling = Sampling(length, asked.temperature, asked.top_p, asked.top)
+    return Answer(kind, model, Ask(prompts, sampling, asked.n, asked.seed, asked.stops, strip=kind == "chat"))
+
+
+async def _respond(
+    service: Service, request: Request, answer: Answer, asked: ChatRequest | CompletionRequest
+) -> Response:
+    if not asked.stream:
+        return await whole(service, request, answer)
+    return stream(service, answer, asked.stream_options is not None and asked.stream_options.include_usage)

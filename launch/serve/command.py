@@ -1,0 +1,102 @@
+"""`rlhf serve`: loads the models, says where they are, and serves."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import ipaddress
+import os
+import re
+import secrets
+import socket
+import sys
+from pathlib import Path
+
+from launch.commands.arguments import tracking_uri
+from launch.model_folder import model_folder
+from rlhf.errors import UserError
+
+TOKEN = "RLHF_SERVE_TOKEN"
+ALIAS = re.compile(r"[^/@\s]+@[\w-]+")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_installed()
+    token = _token(args.host)
+    _check_port(args.host, args.port)
+    folders = {name.rstrip("/"): resolved(name, tracking_uri(args)) for name in args.models}
+
+    from launch.serve.gate import Limits
+    from launch.serve.server import serve
+    from launch.serve.service import Service
+    from rlhf.serving.model import ServedModel
+
+    models = {name: ServedModel(name, folder, args.queue) for name, folder in folders.items()}
+    service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate))
+    _announce(args.host, args.port, token, list(models))
+    serve(service, args.host, args.port)
+    return 0
+
+
+def resolved(model: str, uri: str | None) -> Path:
+    """The folder of a model: a folder, NAME@ALIAS of the registry, or a hub name. UserError (4)."""
+    reference = f"models:/{model}" if ALIAS.fullmatch(model) and not Path(model).exists() else model
+    if not reference.startswith("models:/"):
+        return model_folder(model)
+    if uri is None:
+        raise UserError(f"{model}: --tracking-uri is null, and the registry is there")
+    from rlhf.tracking.versions import Registry
+
+    return model_folder(str(Registry(uri).version(reference).path))
+
+
+def _check_installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"`rlhf serve` needs the extra serve ({error.name} is missing): pip install '.[serve]'"
+        ) from None
+
+
+def _token(host: str) -> str:
+    """Of the environment, else a new one, which is enough where only this machine can connect. UserError (2)."""
+    given = os.environ.get(TOKEN, "").strip()
+    if given:
+        if not re.fullmatch(r"[\x21-\x7e]+", given):
+            raise UserError(f"{TOKEN}: a token is of visible ASCII characters, without spaces")
+        return given
+    if not _is_loopback(host):
+        raise UserError(f"--host {host}: others can reach this address, so choose a token: set {TOKEN}")
+    return secrets.token_urlsafe(24)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_port(host: str, port: int) -> None:
+    """Before models are loaded. UserError (5) where another process has the address, (2) where it is none of ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        remedy = "choose another --port" if taken else "choose an address of this machine"
+        raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): {remedy}", 5 if taken else 2) from None
+
+
+def _announce(host: str, port: int, token: str, models: list[str]) -> None:
+    """The token is shown where nobody has chosen it."""
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{', '.join(models)}: {address}/v1")
+    if not os.environ.get(TOKEN, "").strip():
+        print(f"token (new at each start; {TOKEN} chooses one): {token}")
+    sys.stdout.flush()

@@ -1,0 +1,64 @@
+"""What Prometheus reads at /metrics. Nothing of a text is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from rlhf.serving.model import ServedModel
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Engines(models))
+        self.requests = Counter(
+            "rlhf_serve_requests", "Requests by route and status", ["route", "status"], registry=self._registry
+        )
+        self.prompt_tokens = Counter("rlhf_serve_prompt_tokens", "Tokens read", ["model"], registry=self._registry)
+        self.completion_tokens = Counter(
+            "rlhf_serve_completion_tokens", "Tokens sampled", ["model"], registry=self._registry
+        )
+        self.gone = Counter(
+            "rlhf_serve_clients_gone", "Requests whose client did not wait", ["model"], registry=self._registry
+        )
+        self.first_token_s = Histogram(
+            "rlhf_serve_first_token_seconds",
+            "Time to the first token",
+            ["model"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self.request_s = Histogram(
+            "rlhf_serve_request_seconds", "Time of a request", ["model"], buckets=SECONDS, registry=self._registry
+        )
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Engines(Collector):
+    """The present state of the engines."""
+
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterable[Metric]:
+        running = GaugeMetricFamily("rlhf_serve_running_rows", "Responses that are sampled", labels=["model"])
+        waiting = GaugeMetricFamily("rlhf_serve_waiting_rows", "Responses that wait for a slot", labels=["model"])
+        slots = GaugeMetricFamily("rlhf_serve_slots", "Responses that can be sampled at once", labels=["model"])
+        up = GaugeMetricFamily("rlhf_serve_up", "Whether the engine takes requests", labels=["model"])
+        restarts = CounterMetricFamily("rlhf_serve_engine_restarts", "Restarts of the engine", labels=["model"])
+        for name, model in self._models.items():
+            engine = model.engine
+            running.add_metric([name], engine.running)
+            waiting.add_metric([name], engine.waiting)
+            slots.add_metric([name], model.room.rows)
+            up.add_metric([name], engine.up)
+            restarts.add_metric([name], engine.restarts)
+        return [running, waiting, slots, up, restarts]

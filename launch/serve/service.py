@@ -1,0 +1,70 @@
+"""What the routes share: the models, what is allowed, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from launch.serve.answers import Answer
+from launch.serve.errors import ApiError
+from launch.serve.gate import Limits
+from launch.serve.metrics import Metrics
+from rlhf.serving.model import ServedModel
+
+
+@dataclass
+class Service:
+    models: Mapping[str, ServedModel]
+    """By name; the first is the default."""
+    token: str
+    system: str = ""
+    """Said to the model where a dialogue has no system message."""
+    max_output: int = 1024
+    """Tokens of a response."""
+    limits: Limits = field(default_factory=Limits)
+    stopping: bool = False
+    active: int = 0
+    """Requests that are being answered."""
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.models)
+
+    def model(self, name: str | None) -> ServedModel:
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(404, f"there is no such model; there is {known}", "model_not_found", "model")
+        return self.models[name]
+
+    def length(self, model: ServedModel, prompts: Sequence[list[int]], wanted: int | None) -> int:
+        """The most tokens of a response. ApiError (400) where prompt and response do not fit."""
+        longest = max(map(len, prompts))
+        room = model.context - longest
+        if room < (wanted or 1):
+            asked = f"{longest} tokens of a prompt and {wanted or 1} of a response"
+            raise ApiError(400, f"the model holds {model.context} tokens, not {asked}", "context_length_exceeded")
+        if wanted and wanted > self.max_output:
+            text = f"max_tokens is {wanted}, and the most is {self.max_output}"
+            raise ApiError(400, text, "invalid_value", "max_tokens")
+        return wanted or min(room, self.max_output)
+
+    @contextmanager
+    def watched(self, answer: Answer) -> Iterator[None]:
+        self.active += 1
+        name, start = answer.model.name, time.monotonic()
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.gone.labels(name).inc()
+            raise
+        finally:
+            self.active -= 1
+            self.metrics.prompt_tokens.labels(name).inc(answer.ask.prompt_tokens)
+            self.metrics.completion_tokens.labels(name).inc(answer.completion_tokens)
+            self.metrics.request_s.labels(name).observe(time.monotonic() - start)
+            if answer.first_token_at is not None:
+                self.metrics.first_token_s.labels(name).observe(answer.first_token_at - start)
