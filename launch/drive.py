@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from launch import signals, worker_group
 from launch.stage_folder import Data, failure_of, prepare, recipe, share
+from launch.status import Status
 from launch.terminal import StageBars
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -81,6 +82,7 @@ class Driver(Generic[Run]):
         self._runs, self._bars, self._fits = runs, bars, fits
         self._running: list[Part[Run]] = []
         self._stopped: list[UserError] = []
+        self._statuses: dict[Path, Status] = {}  # by the folder of the run
         self._recipes = {
             (run, stage): recipe(run.config, stage, run.data) for run in runs for stage in parts_of(run.config)
         }
@@ -95,9 +97,15 @@ class Driver(Generic[Run]):
         """
         with signals.gentle(self._ask_to_stop):
             yield from self._until_stopped()
+        self.end("KILLED" if signals.pending() else "FINISHED", "")
         if number := signals.pending():
             between = UserError(f"stopped by {signal.Signals(number).name} between two stages", 128 + number)
             raise self._stopped[0] if self._stopped else between
+
+    def end(self, status: str, reason: str) -> None:
+        """Says in the status of every run that this is the end."""
+        for one in self._statuses.values():
+            one.end(status, reason)
 
     def _until_stopped(self) -> Iterator[Ended[Run]]:
         while self._running or (any(run.waiting for run in self._runs) and not signals.pending()):
@@ -106,7 +114,9 @@ class Driver(Generic[Run]):
                 for stage in run.ready():
                     yield from self._begin(run, stage)
             for part in [*self._running]:
-                if part.group.done(POLL_S / len(self._running)):
+                has_ended = part.group.done(POLL_S / len(self._running))
+                self._tell(part)
+                if has_ended:
                     yield from self._finish(part)
             self._bars.refresh()
 
@@ -124,6 +134,8 @@ class Driver(Generic[Run]):
             if isinstance(known, UserError):
                 raise known
             if known is None and not self._fits(run.config, stage, self._running):
+                beside = ", ".join(self._label(part.run, part.stage) for part in self._running)
+                self._status(run).set(stage, "waiting", f"room in the cluster beside {beside}")
                 return
             run.waiting.remove(stage)
             if known is None:
@@ -143,6 +155,17 @@ class Driver(Generic[Run]):
         self._running.append(Part(run, stage, own, group, time.monotonic()))
         run.running.append(stage)
 
+    def _tell(self, part: Part[Run]) -> None:
+        """Says what happened to the workers of a stage, and whom it waits for."""
+        group, label = part.group, self._label(part.run, part.stage)
+        while group.news:
+            self._bars.say_once(f"{label}: {group.news.pop(0)}")
+        ends = "the end of its step and a checkpoint" if signals.pending() else ""
+        self._status(part.run).set(part.stage, "running", group.waits_for() or ends, group.restarts)
+
+    def _status(self, run: Run) -> Status:
+        return self._statuses.setdefault(run.config.folder, Status(run.config.folder, self._bars))
+
     def _finish(self, part: Part[Run]) -> Iterator[Ended[Run]]:
         run, stage, failure = part.run, part.stage, None
         self._running.remove(part)
@@ -153,7 +176,9 @@ class Driver(Generic[Run]):
             run.seconds[stage] = time.monotonic() - part.started
         except Exception as error:  # noqa: BLE001  whatever Ray wraps around it, people get one message
             failure = failure_of(run.config, stage, error)
-        label = self._label(run, stage)
+        label, state = self._label(run, stage), "failed" if failure else "done"
+        state = "stopped" if failure is not None and failure.is_stop else state
+        self._status(run).set(stage, state, restarts=part.group.restarts)
         if failure is not None and failure.is_stop:  # those beside it stop after their step too
             self._bars.finish(label, "stopped")
             self._stopped.append(failure)

@@ -19,6 +19,7 @@ from rlhf.data import Split, parsed
 from rlhf.errors import UserError
 from rlhf.runs import artifacts, claim, provenance, stopping
 from rlhf.runs.chat_format import notice
+from rlhf.runs.guard import guarded
 from rlhf.tracking import Tracker, absolute_uri, close_abandoned, fill_in, mark_ended, public_uri
 from stages.base import parts_of, stage_of
 
@@ -145,7 +146,8 @@ def _run_local(config: RunConfig, stage: str, data: Data) -> None:
     """The stage in this process, for debugging and for machines without a cluster."""
     prepare(config, stage, data)
     base_model.fetch_here(config)
-    with StageBars(config.folder) as bars, bars.followed(stage), signals.gentle(stopping.request):
+    bars = StageBars(config.folder)
+    with bars, bars.followed(stage), signals.gentle(stopping.request), guarded(claim.followed(config.folder)):
         run_rank(config, stage, local=True)
 
 
@@ -168,14 +170,17 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
             collectives.rank_zero_only(parse, "reading the data")
             for stage in stages:
                 collectives.broadcast_result(lambda stage=stage: prepare(of_first, stage, data))
-                run_rank(of_first, stage, local=False)
+                with guarded(claim.followed(of_first.folder)):
+                    run_rank(of_first, stage, local=False)
 
 
 def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:
     """Seconds of each stage."""
     run = DrivenRun(config, data, waiting)
-    for ended in Driver([run], bars).ended():
+    driver = Driver([run], bars)
+    for ended in driver.ended():
         if ended.failure:
+            driver.end("FAILED", ended.failure.message)
             raise ended.failure from None
     return run.seconds
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch import aside
-from launch.worker import FAILURE, read_failure
+from launch.worker import FAILURE
 from rlhf.config import RunConfig
 from rlhf.data import Split
 from rlhf.errors import UserError
@@ -76,7 +76,8 @@ def share(config: RunConfig, stage: str, data: Data, made: Path) -> None:
 def failure_of(config: RunConfig, stage: str, error: Exception) -> UserError:
     """What people are told of a worker group that ended with `error`."""
     folder = config.folder / stage
-    failure = read_failure(folder) or _death(error, stage, config)
+    last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    failure = error if isinstance(error, UserError) else UserError(f"a worker died: {last[0][:300]}", 6)
     mark_ended(folder, status_of(failure), failure.message)
     if failure.is_stop:
         return UserError(f"{stage}: {failure.message}", failure.exit_code)
@@ -91,14 +92,3 @@ def _parents(stage: str, data: Data, inputs: Mapping[str, Artifact]) -> dict[str
 
 def _digest(config: RunConfig, stage: str) -> str:
     return provenance.settings_digest(config, stage, stage_of(stage).roles)
-
-
-def _death(error: Exception, stage: str, config: RunConfig) -> UserError:
-    """Why a worker died that had no time to say so itself."""
-    text = str(error)
-    if "out of memory" in text.lower() or "OutOfMemory" in text:
-        name = stage_of(stage).name
-        by_tokens = getattr(getattr(config, name), "micro_batch_tokens", None) is not None
-        key = f"{name}.micro_batch_{'tokens' if by_tokens else 'size'}"
-        return UserError(f"a worker was killed because the machine ran out of memory. Lower {key}, or give more.", 5)
-    return UserError(f"a worker died: {text.strip().splitlines()[-1][:300]}", 6)

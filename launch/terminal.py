@@ -62,13 +62,13 @@ class StageBars:
             if (state := read_progress(self.folder / stage)) is not None:
                 self._bars.update(task, completed=state.done, total=state.total, metrics=_shown(state.metrics) or "…")
                 for warning in state.warnings:
-                    self._warn(f"{stage}: warning: {warning}")
+                    self.say_once(f"{stage}: warning: {warning}")
 
-    def _warn(self, line: str) -> None:
+    def say_once(self, line: str) -> None:
         if line not in self._bars.warnings:
             self._bars.warnings += (line,)
             if not console.is_terminal:
-                console.print(Text(line))
+                console.print(Text(line), soft_wrap=True)
 
     @contextmanager
     def followed(self, stage: str) -> Iterator[None]:

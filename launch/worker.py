@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +22,14 @@ from rlhf.runs.storage import is_full
 from stages.base import stage_of
 
 FAILURE = "failure.json"
+ATTEMPT_MARK = "--- the stage starts on this rank ---"  # in its log
+PEERS_END_S = 1.0  # a killed process takes a moment to end
 UNEXPECTED = 1  # exit code of an unexpected error
 
 
 def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Artifact:
-    """Runs `stage` as the rank that the environment names. Records what the stage raises, and raises it.
+    """Runs `stage` as the rank that the environment names, which the caller guards. Records what the stage raises, and
+    raises it.
 
     `note`: a line to show under the stage's bar.
     """
@@ -35,7 +39,6 @@ def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Arti
     from rlhf.distributed.engine import prepare_environment
     from rlhf.kernels import enable_kernels
     from rlhf.runs import claim
-    from rlhf.runs.guard import guarded
     from rlhf.tracking import open_tracker, status_of
 
     prepare_environment()
@@ -46,16 +49,15 @@ def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Arti
     is_writer = collectives.rank() == 0
     tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
     try:
-        with guarded(claim.followed(config.folder)):
-            artifact = _run(config, stage, local, tracker, note)
+        artifact = _run(config, stage, local, tracker, note)
         if is_writer:
             _record_artifact(config, tracker, artifact)
         tracker.close("FINISHED")
         return artifact
-    except claim.TakenOver:  # nothing may be written any more
-        raise
     except BaseException as error:
-        note_failure(folder, error)
+        if (follower := claim.followed(config.folder)) is not None and not follower.is_wanted():
+            raise  # nothing may be written any more
+        note_failure(config, stage, error)
         tracker.close(status_of(error), _reason(error))
         raise
 
@@ -119,11 +121,22 @@ def read_failure(folder: Path) -> UserError | None:
     return None
 
 
-def note_failure(folder: Path, error: BaseException) -> None:
-    """Only the first failing rank records why; the others fail because of it."""
+def memory_remedy(config: RunConfig, stage: str) -> str:
+    """What to do where memory is short."""
+    name = stage_of(stage).name
+    by_tokens = getattr(getattr(config, name), "micro_batch_tokens", None) is not None
+    return f"Lower {name}.micro_batch_{'tokens' if by_tokens else 'size'}, or give more."
+
+
+def note_failure(config: RunConfig, stage: str, error: BaseException) -> None:
+    """Only the first failing rank records why; the others fail because of it. It also looks which others are gone."""
+    folder = config.folder / stage
     if (folder / FAILURE).exists():
         return
     message, code = _reason(error), UNEXPECTED
+    if _is_out_of_memory(error):
+        error = UserError(f"a worker ran out of memory ({message[:300]}). {memory_remedy(config, stage)}", 5)
+        message = error.message
     if is_full(error):
         error = UserError(f"the disk of {folder} is full ({message[:300]}). Free some space and run again.", 5)
         message = error.message
@@ -134,8 +147,26 @@ def note_failure(folder: Path, error: BaseException) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, without_secrets("".join(traceback.format_exception(error))))
         message += f"\nThe traceback is in {path}"
-    with suppress(OSError, UserError):  # the disk may be full
-        write_json(folder / FAILURE, {"message": message, "exit_code": code})
+    with suppress(OSError, UserError):  # the disk may be full, and Ray tells the driver too
+        write_json(folder / FAILURE, {"message": message, "exit_code": code, "dead": _gone_peers(folder, error)})
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+
+
+def _gone_peers(folder: Path, error: BaseException) -> list[int]:
+    """Ranks on this host whose process is gone: they were killed, and `error` may just be an echo of it."""
+    from rlhf.runs import life
+
+    attempts = [*(folder / life.FOLDER).glob("*")]
+    if isinstance(error, UserError) or not attempts:
+        return []
+    time.sleep(PEERS_END_S)
+    return [rank for rank, one in life.read(attempts[0]).items() if one.is_gone]
 
 
 def _reason(error: BaseException) -> str:

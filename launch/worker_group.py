@@ -6,23 +6,26 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch import signals
-from launch.elastic import fits, needed, of_each, sized
+from launch import attempt, signals
+from launch.elastic import fits, needed, sized
 from launch.environment import carried
-from launch.worker import FAILURE, UNEXPECTED, note_failure, read_failure
+from launch.supervision import Budget, Watch, cause, newest_checkpoint, since
+from launch.worker import FAILURE, memory_remedy
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.runs import claim
+from rlhf.runs import claim, life
 from stages.base import parts_of, stage_of
 
 QUIET = {
@@ -36,6 +39,8 @@ QUIET = {
 
 KINDS = ("CPU", "GPU")
 STARTS = 3
+ENDS_S = 20.0  # for Ray to see that a process is gone
+FREED_S = 3.0  # between two looks for room that a killed attempt still holds
 TOO_SLOW = re.compile("timed out during startup|while waiting for node to startup", re.IGNORECASE)
 # A socket's path has at most 107 bytes, 103 on a Mac, of which /session_<time>_<pid>/sockets/plasma_store takes 64.
 LONGEST_FOLDER = 103 - 64
@@ -157,125 +162,130 @@ def short_folder() -> Iterator[str | None]:
 
 
 class WorkerGroup:
-    """A running stage. `done()` says whether it has ended; `result()` raises what the stage raised."""
+    """A running stage. `done()` says whether it has ended; `result()` raises what the stage raised.
+
+    Where a worker dies or is silent, the group is started again from the newest checkpoint.
+    """
 
     def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
-        import ray
-
-        self.stage = stage
-        # Ray Train is driven from a task, not from here: its imports take seconds, and several groups run side by side.
-        run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
-        follower = claim.followed(config.folder)
-        payload = {
-            "settings": config.model_dump(mode="json"),
-            "stage": stage,
-            "claim": follower and follower.key,
-            "secrets": carried(secret=True),
-        }
-        self._reference = run.remote(payload, workers)
+        self._config, self._stage, self._workers = config, stage, workers
+        self._folder = config.folder / stage
+        self._budget = Budget(config.hardware.max_restarts)
+        self._error: UserError | None = None
+        self._attempts, self.restarts = 0, 0
+        self.news: list[str] = []  # lines for people that nobody has seen yet
+        self._reference: Any = None  # of the attempt; None while it waits for something to begin
+        self._due, self._obstacle = time.monotonic(), ""
+        self._begin()
 
     def done(self, timeout_s: float) -> bool:
         import ray
 
-        return bool(ray.wait([self._reference], timeout=timeout_s)[0])
+        if self._reference is None:
+            time.sleep(timeout_s)
+            self._begin()
+            return self._error is not None
+        if ray.wait([self._reference], timeout=timeout_s)[0]:
+            return self._has_ended()
+        now = time.monotonic()
+        self._watch.look(now, claim.storage_fault())
+        if self.restarts and self._watch.missing() and now - self._freed > FREED_S:
+            self._freed = now
+            attempt.free_places()
+        if self._given_up:
+            self._end_for_good(now)
+        elif late := self._late(now):
+            self._give_up(late, now)
+        return False
 
     def result(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def waits_for(self) -> str:
+        """Whom the group waits for and since when, "" if it works."""
+        now = time.monotonic()
+        if self._reference is None:
+            return f"{self._obstacle}, {since(now - self._due, self._limit_s)}"
+        if fault := claim.storage_fault():
+            return f"the storage of {self._config.runs_dir} ({fault})"
+        return self._watch.waits_for(now, 2 * self._limit_s)
+
+    @property
+    def _limit_s(self) -> float:
+        """For room in the cluster, and as long again to start there."""
+        return self._config.hardware.placement_timeout_s
+
+    def _begin(self) -> None:
+        """Begins the next attempt as soon as it can."""
+        try:
+            config = self._with_room()
+            if config is not None:
+                self._begin_with(config)
+        except OSError as error:
+            self._obstacle = f"the storage of {self._folder} ({error.strerror or error})"
+            if time.monotonic() - self._due > self._limit_s:
+                text = f"{self._folder} could not be written for {self._limit_s:.0f} s: {error.strerror or error}"
+                self._error = UserError(text, 5)
+
+    def _with_room(self) -> RunConfig | None:
+        """The settings, with fewer workers where a node stays away for `placement_timeout_s`; None while it may be back."""
+        if self._config.hardware.min_workers is None or fits(self._config, self._stage, have := cluster_resources()):
+            return self._config
+        if time.monotonic() - self._due < self._limit_s:
+            self._obstacle = f"room for all of its {self._workers} workers"
+            return None
+        return sized(self._config, self._stage, have)
+
+    def _begin_with(self, config: RunConfig) -> None:
+        self._attempts += 1
+        self._place = life.begin(self._folder, f"attempt-{self._attempts}-{time.time_ns()}")
+        (self._folder / FAILURE).unlink(missing_ok=True)
+        workers = self._workers if config is self._config else stage_of(self._stage).workers(config)
+        note = f"goes on with {workers} of {self._workers} workers: the cluster has no room for more"
+        self._watch = Watch(self._place, workers, time.monotonic())
+        self._given_up: tuple[list[int], float] | None = None
+        self._freed = time.monotonic()
+        self._killed_for_memory = attempt.memory_kills()
+        own = attempt.Attempt(self._stage, self._place.name, workers, note if workers < self._workers else "")
+        self._reference = attempt.start(config, own)
+
+    def _has_ended(self) -> bool:
+        ended = attempt.outcome(self._reference)
+        if ended is None:
+            return True
+        ranks = self._given_up[0] if self._given_up else []
+        if attempt.memory_kills() > self._killed_for_memory:
+            ended = replace(ended, text=f"out of memory\n{ended.text}")
+        found = cause(self._folder, self._place, ended, ranks, memory_remedy(self._config, self._stage))
+        checkpoint = newest_checkpoint(self._folder)
+        if not found.can_restart or signals.pending() or not self._budget.allows(checkpoint):
+            self._error = found.error
+            return True
+        self.restarts += 1
+        start = f"goes on after step {checkpoint}" if checkpoint >= 0 else "starts over, for it has no checkpoint yet"
+        left = self._config.hardware.max_restarts - self._budget.used
+        self.news.append(f"{found.error.message}; {start} (restarts left until the next checkpoint: {left})")
+        self._reference, self._due = None, time.monotonic()
+        self._begin()
+        return self._error is not None
+
+    def _late(self, now: float) -> list[int]:
+        """Ranks that are silent, or did not start in time."""
+        return [*self._watch.silent(now), *self._watch.overdue(now, 2 * self._limit_s)]
+
+    def _give_up(self, late: list[int], now: float) -> None:
+        """Ends silent ranks here, so that Ray sees their death; elsewhere Ray ends the whole group in `_end_for_good`."""
+        self._given_up = (late, now)
+        for rank, one in life.read(self._place).items():
+            if rank in late and one.is_here and not one.is_gone:
+                os.kill(one.pid, signal.SIGKILL)
+
+    def _end_for_good(self, now: float) -> None:
         import ray
 
-        ray.get(self._reference)
-
-
-def _fit(payload: dict[str, Any], workers: int) -> None:
-    """Runs the workers, and restarts them from the last checkpoint if one died for any reason but a user's mistake."""
-    config, stage = _unpack(payload)
-    folder = config.folder / stage
-    for attempt in range(config.hardware.max_restarts + 1):
-        claim.require()
-        (folder / FAILURE).unlink(missing_ok=True)
-        try:
-            _fetch_base_model(config, payload)
-            _trainer(*_with_room(config, payload, workers), attempt).fit()
-            return
-        except Exception:
-            failure = read_failure(folder)
-            mistake = failure is not None and failure.exit_code != UNEXPECTED
-            if mistake or attempt == config.hardware.max_restarts:
-                raise
-
-
-def _fetch_base_model(config: RunConfig, payload: dict[str, Any]) -> None:
-    from launch.base_model import fetch_on_nodes
-
-    try:
-        fetch_on_nodes(config, payload["stage"], payload["secrets"])
-    except UserError as error:
-        note_failure(config.folder / payload["stage"], error)
-        raise
-
-
-def _with_room(config: RunConfig, payload: dict[str, Any], workers: int) -> tuple[RunConfig, dict[str, Any], int]:
-    """Settings, payload and workers as they are, or smaller ones where a node stays away for `placement_timeout_s`."""
-    stage, hardware = payload["stage"], config.hardware
-    if hardware.min_workers is None:
-        return config, payload, workers
-    smaller = sized(config, stage, _room_within(hardware.placement_timeout_s, config, stage))
-    if smaller is config:
-        return config, payload, workers
-    left = stage_of(stage).workers(smaller)
-    note = f"goes on with {left} of {workers} workers: the cluster has no room for more"
-    return smaller, payload | {"settings": smaller.model_dump(mode="json"), "note": note}, left
-
-
-def _unpack(payload: dict[str, Any]) -> tuple[RunConfig, str]:
-    """Settings and stage of a process of Ray, which from now on follows the driver's claim."""
-    os.environ.update(payload["secrets"])
-    config = RunConfig.model_validate(payload["settings"])
-    if payload["claim"] is not None:
-        claim.follow(config.folder, payload["claim"])
-    return config, payload["stage"]
-
-
-def _trainer(config: RunConfig, payload: dict[str, Any], workers: int, attempt: int) -> Any:
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as TrainRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from launch.loopback import LoopbackConfig
-
-    hardware = config.hardware
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(hardware.placement_timeout_s)
-    group = LoopbackConfig if hardware.ray_address is None else TorchConfig
-    return TorchTrainer(
-        _worker,
-        train_loop_config=payload,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=hardware.gpus_per_worker > 0,
-            resources_per_worker={name: amount for name, amount in of_each(hardware).items() if amount},
-        ),
-        torch_config=group(timeout_s=int(hardware.collective_timeout_s)),
-        run_config=TrainRunConfig(
-            name=f"{payload['stage'].replace('/', '-')}-{time.time_ns()}-{attempt}",
-            storage_path=str(config.folder / "ray"),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-        ),
-    )
-
-
-def _worker(payload: dict[str, Any]) -> None:
-    """Runs `launch.worker` on every worker, with its output in the stage's log."""
-    import torch.distributed as dist
-
-    from launch.worker import run_rank
-
-    config, stage = _unpack(payload)
-    log = config.folder / stage / "logs" / f"rank-{dist.get_rank()}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    stream = log.open("a", buffering=1)  # never closed: Ray writes to it after the stage has ended
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    sys.stdout, sys.stderr = stream, stream
-    run_rank(config, stage, local=False, note=payload.get("note", ""))
+        if self._given_up and now - self._given_up[1] > ENDS_S:
+            ray.cancel(self._reference, force=True)
 
 
 def _keep_messages(path: Path) -> None:
@@ -328,29 +338,33 @@ def _wait_for_room(config: RunConfig) -> None:
     """UserError(5) if the largest worker group cannot be placed. Waits for a cluster that is still starting."""
     hardware = config.hardware
     largest = max(parts_of(config), key=lambda part: stage_of(part).workers(config))
-    seconds = hardware.placement_timeout_s if hardware.ray_address else 0
-    _check_room(config, largest, _room_within(seconds, config, largest))
-
-
-def _room_within(seconds: float, config: RunConfig, stage: str) -> dict[str, float]:
-    """What the cluster has as soon as the stage fits; after `seconds`, what it has then."""
-    deadline = time.monotonic() + seconds
-    while not fits(config, stage, have := cluster_resources()) and time.monotonic() < deadline:
+    begun, limit_s = time.monotonic(), hardware.placement_timeout_s if hardware.ray_address else 0.0
+    was_said = False
+    while not fits(config, largest, have := cluster_resources()) and time.monotonic() - begun < limit_s:
         claim.require()
+        if not was_said:
+            needs, limit = _lack(config, largest, have), f"{since(0, limit_s)} (hardware.placement_timeout_s)"
+            print(f"waits for nodes: {needs}, {limit}", file=sys.stderr, flush=True)
+            was_said = True
         time.sleep(1)
-    return have
+    _check_room(config, largest, have)
 
 
 def _check_room(config: RunConfig, stage: str, have: Mapping[str, float]) -> None:
-    config = sized(config, stage, have)
+    if lack := _lack(sized(config, stage, have), stage, have):
+        kind = "gpus" if "GPU" in lack else "cpus"
+        raise UserError(f"{lack}. Lower hardware.workers or hardware.{kind}_per_worker, or add nodes.", 5)
+
+
+def _lack(config: RunConfig, stage: str, have: Mapping[str, float]) -> str:
+    """What the stage needs more than the cluster has, "" if it fits."""
     workers = stage_of(stage).workers(config)
     for kind, all_need in needed(config, stage).items():
         if all_need > have[kind]:
-            raise UserError(
-                f"{workers} workers × {all_need / workers:g} {kind}s = {all_need:g}, but the cluster has {have[kind]:g}. "
-                f"Lower hardware.workers or hardware.{kind.lower()}s_per_worker, or add nodes.",
-                5,
+            return (
+                f"{workers} workers × {all_need / workers:g} {kind}s = {all_need:g}, but the cluster has {have[kind]:g}"
             )
+    return ""
 
 
 def cluster_resources() -> dict[str, float]:

@@ -50,33 +50,63 @@ class TakenOver(UserError):
 class Follower:
     """Watches a claim: `lost()` says why it does not hold any more, "" while it does."""
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+    def __init__(self, path: Path, key: str, life: Path | None = None) -> None:
+        """`life`: the file by which this process shows that it lives. It is wanted as long as that exists."""
+        self.path, self.key, self._life = path, key, life
         self._beat, self._since = 0.0, time.monotonic()
+        self._storage_answers, self._is_wanted = True, True
+
+    def show_life(self) -> None:
+        if self._life is None:
+            return
+        try:
+            os.utime(self._life)
+            self._storage_answers = True
+        except FileNotFoundError:
+            self._is_wanted = False
+        except OSError:
+            self._storage_answers = False
+
+    def end_life(self) -> None:
+        """Nobody waits for a sign of this process any more: it has ended its work."""
+        if self._life is not None:
+            with suppress(OSError):
+                self._life.unlink()
+            self._life = None
 
     def lost(self, now: float | None = None) -> str:
-        """A driver that was not heard for `STALE_S` counts as gone. No clock is compared with that of another host."""
+        """A driver that was not heard for `STALE_S` counts as gone, unless the storage cannot be written. No clock is
+        compared with that of another host."""
         now = time.monotonic() if now is None else now
+        if not self._is_wanted:
+            return "its worker group was given up"
         owner, beat = _read(self.path)
         if owner is not None and owner.key != self.key:
             return f"{self.path.parent} was taken over by {owner}"
-        if beat and beat != self._beat:
+        if not self._storage_answers or (beat and beat != self._beat):
             self._beat, self._since = beat, now
         if now - self._since > STALE_S:
             return f"the driver of {self.path.parent} is gone: no sign of life for {now - self._since:.0f} s"
         return ""
 
+    def is_wanted(self) -> bool:
+        self.show_life()
+        return not self.lost()
+
     def require(self) -> None:
+        self.show_life()
         if reason := self.lost():
             raise TakenOver(f"stopped: {reason}")
 
 
+_storage_fault = ""
 _followed: dict[Path, Follower] = {}  # by the folder of the run; only the driver of a sweep works for several
 
 
-def follow(folder: Path, key: str) -> None:
-    """From now on `require` is also about the driver of `folder` with this key."""
-    _followed[folder] = Follower(folder / CLAIM, key)
+def follow(folder: Path, key: str, life: Path | None = None) -> None:
+    """From now on `require` is also about the driver of `folder` with this key, and this process shows in `life` that it
+    lives."""
+    _followed[folder] = Follower(folder / CLAIM, key, life)
 
 
 def followed(folder: Path) -> Follower | None:
@@ -113,13 +143,22 @@ def hold(folder: Path) -> Iterator[str]:
                 folder.rmdir()
 
 
+def storage_fault() -> str:
+    """Why the driver cannot write to the folder just now, "" if it can."""
+    return _storage_fault
+
+
 def _beat(path: Path, key: str, ended: threading.Event) -> None:
+    global _storage_fault
     while not ended.wait(BEAT_S):
         owner, _ = _read(path)
         if owner is None or owner.key != key:
             continue
-        with suppress(OSError):  # storage may be away for a while
+        try:
             os.utime(path)
+            _storage_fault = ""
+        except OSError as error:  # it may be back in a while
+            _storage_fault = error.strerror or type(error).__name__
 
 
 def _take(path: Path, own: Owner) -> None:
@@ -137,7 +176,7 @@ def _take(path: Path, own: Owner) -> None:
 
 
 def _is_stale(owner: Owner | None, age_s: float) -> bool:
-    if owner is not None and owner.place == _place():
+    if owner is not None and owner.place == place_of_pids():
         return not is_alive(owner.pid, owner.started)
     return age_s > STALE_S
 
@@ -188,10 +227,11 @@ def _now(path: Path) -> float:
 
 def _this_process() -> Owner:
     pid = os.getpid()
-    return Owner(secrets.token_hex(16), socket.gethostname(), _place(), pid, psutil.Process(pid).create_time())
+    return Owner(secrets.token_hex(16), socket.gethostname(), place_of_pids(), pid, psutil.Process(pid).create_time())
 
 
-def _place() -> str:
+def place_of_pids() -> str:
+    """One boot of one kernel, and one namespace of process ids."""
     parts = [socket.gethostname(), f"{psutil.boot_time():.0f}"]
     with suppress(OSError):  # Linux only
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf.runs import stopping
-from rlhf.runs.claim import Follower
+from rlhf.runs.claim import BEAT_S, Follower
 
 POLL_S = 1.0
 LOST = 6  # exit code
@@ -22,17 +23,26 @@ LOST = 6  # exit code
 @contextmanager
 def guarded(follower: Follower | None) -> Iterator[None]:
     """Guards the work inside; without a claim to follow nothing is done."""
+    if follower is None:
+        yield
+        return
     ended = threading.Event()
-    if follower is not None:
-        threading.Thread(target=_watch, args=(follower, ended), name="guard", daemon=True).start()
+    thread = threading.Thread(target=_watch, args=(follower, ended), name="guard", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
+        thread.join()
+        follower.end_life()
 
 
 def _watch(follower: Follower, ended: threading.Event) -> None:
+    shown = 0.0
     while not ended.wait(POLL_S):
+        if (now := time.monotonic()) - shown >= BEAT_S:
+            follower.show_life()
+            shown = now
         if reason := follower.lost():
             print(f"error: stopped: {reason}", file=sys.stderr, flush=True)
             os._exit(LOST)

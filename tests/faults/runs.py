@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,3 +88,11 @@ def claim_of_another_host(run_folder: Path) -> None:
     partial = run_folder / ".driver.json.theirs"
     partial.write_text(json.dumps(owner))
     partial.replace(run_folder / "driver.json")
+
+
+def pid_of(stage_folder: Path, rank: int) -> int:
+    """The process of a rank, 0 if it has not begun."""
+    for path in stage_folder.glob(f"ranks/*/rank-{rank}.json"):
+        with suppress(OSError, ValueError):
+            return json.loads(path.read_text())["pid"]
+    return 0

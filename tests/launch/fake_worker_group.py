@@ -27,9 +27,14 @@ class FakeWorkerGroup:
 
     def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
         self.started.append(stage)
+        self.news: list[str] = []
+        self.restarts = 0
         self.error = self.meets.get(stage)
         if self.error is None:
             commit(config, stage)
+
+    def waits_for(self) -> str:
+        return ""
 
     def done(self, timeout_s: float) -> bool:
         return True

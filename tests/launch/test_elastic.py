@@ -74,21 +74,6 @@ def test_the_number_of_workers_makes_nothing_stale() -> None:
     assert sized(config, "sft", cpus(3)).sft.micro_batch_size != config.sft.micro_batch_size
 
 
-def test_a_stage_waits_for_a_node_before_it_goes_on_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings("--hardware.placement_timeout_s", "3")
-    payload = {"stage": "sft", "settings": {}}
-    rooms, clock = iter([*[cpus(4)] * 2, cpus(8)]), iter(range(100))
-    monkeypatch.setattr(worker_group, "cluster_resources", lambda: next(rooms))
-    monkeypatch.setattr(worker_group.time, "sleep", lambda _: None)
-    monkeypatch.setattr(worker_group.time, "monotonic", lambda: next(clock))
-    assert worker_group._with_room(config, payload, 8) == (config, payload, 8)
-
-    monkeypatch.setattr(worker_group, "cluster_resources", lambda: cpus(5))
-    smaller, sent, workers = worker_group._with_room(config, payload, 8)
-    assert workers == smaller.hardware.workers == 4
-    assert sent["settings"]["hardware"]["workers"] == 4 and sent["note"].startswith("goes on with 4 of 8 workers")
-
-
 def test_a_least_above_the_most_is_refused() -> None:
     with pytest.raises(UserError, match="hardware.min_workers: is 9, which is more than hardware.workers"):
         settings("--hardware.min_workers", "9")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 
 import pytest
 
+from launch.attempt import Attempt, _unpack
 from launch.environment import SUBMITTED, carried
-from launch.worker_group import _unpack, ray_arguments
+from launch.worker_group import ray_arguments
 from rlhf.config import RunConfig
 from tests.rlhf.test_config import run_config
 
@@ -34,9 +36,9 @@ def test_settings_go_with_the_job_and_secrets_do_not(config: RunConfig) -> None:
 def test_secrets_reach_the_worker_in_its_payload(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     payload = {
         "settings": config.model_dump(mode="json"),
-        "stage": "sft",
         "claim": None,
         "secrets": carried(secret=True),
+        "attempt": asdict(Attempt("sft", "attempt-1", 2, "")),
     }
     assert payload["secrets"] == SECRETS
     for name in SECRETS:

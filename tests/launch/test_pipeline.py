@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -137,6 +138,9 @@ def test_reward_models_that_do_not_fit_side_by_side_run_one_after_the_other(
     monkeypatch.setattr(worker_group, "cluster_resources", lambda: {"CPU": cpus, "GPU": 0.0})
     assert pipeline.run(settings(tmp_path), False) == 0
     assert most == [at_once]
+    status = json.loads((tmp_path / "smoke/status.json").read_text())
+    assert {name: stage["state"] for name, stage in status["stages"].items()} == dict.fromkeys(STAGES, "done")
+    assert status["ended"] == {"status": "FINISHED", "reason": ""}
 
 
 def test_other_content_of_a_data_file_runs_what_reads_it(again: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -182,8 +186,8 @@ def test_fresh_starts_over(again: Callable[..., list[str]], tmp_path: Path) -> N
 def test_a_stage_that_fails_says_why_and_those_before_it_stay(
     again: Callable[..., list[str]], started: list[str], tmp_path: Path
 ) -> None:
-    FakeWorkerGroup.meets["reward/safety"] = RuntimeError("Ray says many things\nand then: the worker was killed")
-    with pytest.raises(UserError, match="reward/safety failed: a worker died: and then: the worker was killed") as end:
+    FakeWorkerGroup.meets["reward/safety"] = UserError("rank 0 on here was killed (signal 9)", 6)
+    with pytest.raises(UserError, match="reward/safety failed: rank 0 on here was killed") as end:
         again("--reward.models.safety.safety_loss_weight", "0.4")
     assert end.value.exit_code == 6
     assert started == ["reward/safety"]
@@ -194,7 +198,7 @@ def test_a_stage_that_fails_says_why_and_those_before_it_stay(
 @pytest.fixture
 def checkpointed(again: Callable[..., list[str]], tmp_path: Path) -> Path:
     """The checkpoint folder of a PPO stage that was broken off."""
-    FakeWorkerGroup.meets["ppo"] = RuntimeError("killed")
+    FakeWorkerGroup.meets["ppo"] = UserError("killed", 6)
     with pytest.raises(UserError, match="ppo failed"):
         again("--ppo.kl_coef", "0.02")
     FakeWorkerGroup.meets.clear()
@@ -220,7 +224,7 @@ def test_checkpoints_go_when_settings_or_parents_are_others(
     checkpointed: Path, again: Callable[..., list[str]], tmp_path: Path, change: tuple[str, ...]
 ) -> None:
     """Else PPO would go on with a policy of another start."""
-    FakeWorkerGroup.meets["ppo"] = RuntimeError("killed")
+    FakeWorkerGroup.meets["ppo"] = UserError("killed", 6)
     with pytest.raises(UserError, match="ppo failed"):
         again(*change)
     assert not checkpointed.exists()

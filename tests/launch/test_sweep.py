@@ -42,6 +42,12 @@ class Group:
         self.running.extend([self.name] * workers)
         self.busy.append(len(self.running))
 
+        self.news: list[str] = []
+        self.restarts = 0
+
+    def waits_for(self) -> str:
+        return ""
+
     def done(self, timeout_s: float) -> bool:
         self.looks += 1
         return self.looks == 2

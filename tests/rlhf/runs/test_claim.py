@@ -121,6 +121,46 @@ def test_a_worker_notices_another_driver_at_once_and_a_silent_one_after_a_minute
     assert worker.lost(start + 81).endswith("was taken over by process 1 on far, started 1970-01-01 00:00:00")
 
 
+def test_a_rank_whose_attempt_was_given_up_stops(tmp_path: Path) -> None:
+    path, life = foreign_claim(tmp_path, 0), tmp_path / "rank-0.json"
+    life.touch()
+    rank = claim.Follower(path, "theirs", life)
+    os.utime(life, (5, 5))
+    rank.require()
+    assert life.stat().st_mtime > 5  # it shows that it lives
+    life.unlink()
+    with pytest.raises(claim.TakenOver, match="its worker group was given up"):
+        rank.require()
+    assert not life.exists()
+
+
+def test_a_rank_that_has_ended_its_work_is_not_given_up(tmp_path: Path) -> None:
+    path, life = foreign_claim(tmp_path, 0), tmp_path / "rank-0.json"
+    life.touch()
+    rank = claim.Follower(path, "theirs", life)
+    rank.end_life()
+    assert not life.exists()
+    rank.require()
+    assert rank.lost() == ""
+
+
+def test_a_driver_is_not_gone_because_the_storage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, life = foreign_claim(tmp_path, 0), tmp_path / "rank-0.json"
+    life.touch()
+    rank, now = claim.Follower(path, "theirs", life), time.monotonic()
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(claim.os, "utime", read_only)
+    for seconds in (1, 40, 80, 120):
+        rank.show_life()
+        assert rank.lost(now + seconds) == ""
+    monkeypatch.undo()
+    rank.show_life()
+    assert "no sign of life for 61 s" in rank.lost(now + 181)
+
+
 def test_what_was_taken_over_is_not_written(tmp_path: Path) -> None:
     with claim.hold(tmp_path):
         claim.require()
