@@ -21,6 +21,7 @@ from typing import Any
 from launch import attempt, signals
 from launch.elastic import fits, needed, sized
 from launch.environment import carried
+from launch.existing_cluster import require_answer
 from launch.supervision import Budget, Watch, cause, newest_checkpoint, since
 from launch.worker import FAILURE, memory_remedy
 from rlhf.config import RunConfig
@@ -66,6 +67,8 @@ def connection(address: str | None, folder: Path) -> Iterator[None]:
     import ray
 
     arguments = ray_arguments(address)
+    if address is not None:
+        require_answer(address)
     _keep_messages(folder / "messages.log")
     with short_folder() if address is None else nullcontext() as temporary:
         if temporary is not None:
