@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,9 @@ FOREIGN = (
 )
 
 
+parse = lru_cache(maxsize=None)(ast.parse)  # every rule reads every file
+
+
 def imports(name: str, tree: ast.Module) -> list[tuple[int, str]]:
     """(line, dotted name) of everything a file imports; `from a import b` counts as a.b."""
     package = name.removesuffix(".py").split("/")[:-1]
@@ -84,7 +88,7 @@ def wrong_directions(name: str, text: str) -> list[str]:
     if height is None:
         return [f"{name}: {here} has no layer: give it one in LAYERS"]
     complaints = []
-    for line, target in imports(name, ast.parse(text)):
+    for line, target in imports(name, parse(text)):
         there = room(target)
         if there == here or target.split(".")[0] not in OURS:
             continue
@@ -94,7 +98,7 @@ def wrong_directions(name: str, text: str) -> list[str]:
 
 
 def borrowed_libraries(name: str, text: str) -> list[str]:
-    found = imports(name, ast.parse(text))
+    found = imports(name, parse(text))
     complaints = [
         f"{name}:{line}: {target} belongs in {OWNERS[top]}"
         for line, target in found
@@ -108,7 +112,7 @@ def borrowed_libraries(name: str, text: str) -> list[str]:
 
 
 def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (node for node in ast.walk(parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def too_long(name: str, text: str) -> list[str]:
@@ -146,7 +150,7 @@ def asserts_nothing(name: str, text: str) -> list[str]:
     """A test that neither asserts, nor expects an error, nor calls a helper that does."""
     return [
         f"{name}:{node.lineno}: {node.name} asserts nothing"
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parse(text))
         if isinstance(node, ast.FunctionDef)
         and node.name.startswith("test_")
         and not re.search(r"Assert\(|'raises'|'(?:assert_|check|expect)\w*'", ast.dump(node))
@@ -157,7 +161,7 @@ def trusts_code(name: str, text: str) -> list[str]:
     """The code that a model brings is never run."""
     return [
         f"{name}:{node.value.lineno}: trust_remote_code must be False"
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parse(text))
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
         if not (isinstance(node.value, ast.Constant) and node.value.value is False)
     ]
