@@ -19,6 +19,7 @@ CONTEXT = (  # in small letters
     *("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history", "past_user_inputs"),
     *("messages", "conversations", "conversation", "dialog", "dialogue"),
 )
+PAIRED = ("chosen", "rejected")  # a demonstration is the first of them, and that is meant
 MATERIAL = ("passage", "passages", "document", "documents", "article", "knowledge", "background", "persona")
 ASSISTANTS = [name for name, role in ROLES.items() if role == "assistant"]
 LOOKED_AT = 1000  # rows that tell which keys are not read
@@ -271,7 +272,7 @@ def _unread(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
         key
         for row in seen
         for key, text in row.value.items()
-        if str(key).lower() not in CONTEXT and _is_lost(text, read[row.place])
+        if str(key).lower() not in CONTEXT + PAIRED and _is_lost(text, read[row.place])
     )
     return [repr(key) for key, count in lost.items() if count * 2 >= len(seen)]
 

@@ -89,6 +89,13 @@ def test_tools_that_the_system_message_describes_are_read(tmp_path):
     assert len(read(tmp_path, [row], "demonstrations").rows) == 1
 
 
+@pytest.mark.parametrize("kind", ["preferences", "demonstrations"])
+def test_transcripts_of_both_sides_are_read(tmp_path, kind):
+    turns = "\n\nHuman: what is one plus two?\n\nAssistant: it is three.\n\nHuman: and two plus two?\n\nAssistant: it is "
+    row = {"chosen": f"{turns}four, of course.", "rejected": f"{turns}five, of course."}
+    assert read(tmp_path, [row, row], kind).findings == []
+
+
 def test_sentences_under_other_keys_are_said_to_be_unread(tmp_path):
     row = {
         **PAIR,
