@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from rlhf.chat import ChatFormat, format_of
 from rlhf.config import RunConfig
 from rlhf.data import pad
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import end_sharded_loading, frozen, full_state, sharded_loading
+from rlhf.distributed.engine import end_sharded_loading, frozen, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import write as write_rows
 from rlhf.evaluation.reward_report import pair_rows, reward_report, wins
@@ -83,14 +82,15 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     rewards = held_out.rewards()
     metrics = held_out.report(*rewards) | {"steps": steps, "pairs": len(pairs), "beta": dpo.beta}
     model: Any = trainer.model
-    state = full_state(model, keep=context.is_writer)
     end_sharded_loading()
-
-    def write(folder: Path) -> None:
-        save_causal(model, folder, tokenizer, state)
-        write_rows(folder, held_out.rows_by_pair(*rewards))
-
-    return provenance.commit(config, context, write, provenance.parents(data, context.inputs), metrics)
+    return provenance.commit(
+        config,
+        context,
+        provenance.parents(data, context.inputs),
+        metrics,
+        weights=lambda folder: save_causal(model, folder, tokenizer, all_ranks=True),
+        write=lambda folder: write_rows(folder, held_out.rows_by_pair(*rewards)),
+    )
 
 
 def encode_pairs(tokenizer: Any, rows: Sequence[Preference], max_length: int) -> list[Pair]:

@@ -39,7 +39,7 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
         link_tree(trainer.best_folder, folder)
         held_out.write(folder, rows)
 
-    return provenance.commit(config, context, write, provenance.parents(data, context.inputs), metrics)
+    return provenance.commit(config, context, provenance.parents(data, context.inputs), metrics, write=write)
 
 
 def _report(

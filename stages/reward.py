@@ -7,7 +7,6 @@ Llama 2, §3.2.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ from rlhf.chat import format_of
 from rlhf.config import RunConfig
 from rlhf.data import draw_rows, encode_demonstrations, encode_preferences, mix_preferences, pad
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import end_sharded_loading, full_state, sharded_loading
+from rlhf.distributed.engine import end_sharded_loading, sharded_loading
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import write as write_rows
 from rlhf.evaluation.reward_report import pair_rows, reward_report, wins
@@ -203,12 +202,13 @@ def _commit(
     metrics: dict[str, Any],
     rows: list[dict[str, Any]],
 ) -> Artifact:
-    state = full_state(scorer, keep=context.is_writer)
     end_sharded_loading()
     scorer.scalar.offset = metrics["offset"]
-
-    def write(folder: Path) -> None:
-        scorer.scalar.save(folder, tokenizer, {name.removeprefix("scalar."): tensor for name, tensor in state.items()})
-        write_rows(folder, rows)
-
-    return provenance.commit(config, context, write, parents, metrics)
+    return provenance.commit(
+        config,
+        context,
+        parents,
+        metrics,
+        weights=lambda folder: scorer.scalar.save(folder, tokenizer, all_ranks=True),
+        write=lambda folder: write_rows(folder, rows),
+    )

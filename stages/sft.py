@@ -22,7 +22,7 @@ from trl.data_utils import pack_dataset
 from rlhf.config import RunConfig, SFTConfig
 from rlhf.data import encode_demonstrations
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import end_sharded_loading, full_state, sharded_loading
+from rlhf.distributed.engine import end_sharded_loading, sharded_loading
 from rlhf.distributed.means import Means
 from rlhf.kernels.logprobs import logprobs_from_hidden
 from rlhf.models import (
@@ -178,10 +178,9 @@ def _commit(
     parents: dict[str, str],
     metrics: dict[str, Any],
 ) -> Artifact:
-    state = full_state(model, keep=context.is_writer)
     end_sharded_loading()
     return provenance.commit(
-        config, context, lambda folder: save_causal(model, folder, tokenizer, state), parents, metrics
+        config, context, parents, metrics, weights=lambda folder: save_causal(model, folder, tokenizer, all_ranks=True)
     )
 
 

@@ -225,15 +225,6 @@ def full_parameters(module: nn.Module, trainable_only: bool = False) -> Iterator
             yield from ((name, parameter.detach()) for name, parameter in bucket)
 
 
-def full_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """All parameters on the CPU if `keep`, else an empty dict. All ranks must call it."""
-    state = {}
-    for name, tensor in full_parameters(module):
-        if keep:
-            state[name] = tensor.to("cpu", copy=True)
-    return state
-
-
 def zero_config(hardware: HardwareConfig, max_grad_norm: float) -> dict[str, Any]:
     """DeepSpeed's settings for `ZeroEngine`."""
     zero: dict[str, Any] = {"stage": hardware.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET_ELEMENTS}

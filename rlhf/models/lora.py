@@ -47,8 +47,15 @@ def _wrap(model: Any, settings: LoraConfig, task_type: str, seed: int) -> PeftMo
 
 
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + scaling · B·A for each adapted weight, under the names of the model without adapters; all in float32."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    """W + scaling · B·A for each adapted weight, under the names of the model without adapters; all in float32.
+
+    `state`: weights of whole layers of `model`, not necessarily of all.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and f"{name}.base_layer.weight" in state
+    }
     whole = {
         name.replace(".base_layer.", ".").replace(PREFIX, "", 1): tensor.float()
         for name, tensor in state.items()

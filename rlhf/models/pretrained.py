@@ -24,11 +24,10 @@ from rlhf.kernels.norm import tune_norms
 from rlhf.models import lora
 from rlhf.models.folders import LOAD_ERRORS, adapter_base, find_model, has_tokenizer, is_adapter, why
 from rlhf.models.packing import pack
+from rlhf.models.saving import State, first_rank, save_weights
 from rlhf.models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
-
-SHARD = "2GB"  # size of a weights file: safetensors may copy what it writes, and files are hashed in parallel
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -175,27 +174,31 @@ def read_weight(folder: Path, name: str) -> Tensor | None:
     return None
 
 
-def save_causal(
-    model: nn.Module, folder: str | Path, tokenizer: Any, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """Saves an ordinary AutoModelForCausalLM folder with safetensors. `state_dict`: whole weights if `model` is
-    sharded.
+def save_causal(model: nn.Module, folder: str | Path, tokenizer: Any, *, all_ranks: bool = False) -> None:
+    """Saves an ordinary AutoModelForCausalLM folder with safetensors.
 
-    A model with LoRA is saved merged, so that any library loads it, and the adapter alone in `adapter/`.
+    `all_ranks`: all ranks call it, and each writes some of the files of `model`, which may be sharded. Otherwise this
+    process writes alone. A model with LoRA is saved merged, so that any library loads it, and the adapter alone in
+    `adapter/`.
     """
-    folder = Path(folder)
-    state = dict(model.state_dict() if state_dict is None else state_dict)
-    if isinstance(model, PeftModel):
-        lora.save_adapter(model, folder / "adapter", state)
-        state = lora.merged(model, state)
-    causal = without_adapter_wrapper(model)
+    folder, causal = Path(folder), without_adapter_wrapper(model)
     for settings in (causal.config.get_text_config(), causal.generation_config):
         settings.pad_token_id = tokenizer.pad_token_id
     if ends := format_of(tokenizer).stop_ids:
         causal.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+    def finish(state: State) -> State:
+        return lora.merged(model, state) if isinstance(model, PeftModel) else state
+
     with quiet():
-        causal.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
-    tokenizer.save_pretrained(folder)
+        adapter = save_weights(model, causal, folder, finish, all_ranks=all_ranks)
+
+    def rest() -> None:
+        if isinstance(model, PeftModel):
+            lora.save_adapter(model, folder / "adapter", adapter)
+        tokenizer.save_pretrained(folder)
+
+    first_rank(rest, f"saving a model to {folder}", all_ranks)
 
 
 def without_adapter_wrapper(model: nn.Module) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from rlhf.errors import UserError
 from rlhf.models import lora
 from rlhf.models.folders import adapter_base, find_model, is_adapter
 from rlhf.models.pretrained import (
-    SHARD,
     hidden_states,
     load_causal,
     load_complete,
@@ -33,6 +33,9 @@ from rlhf.models.pretrained import (
     quiet,
     read_weight,
 )
+from rlhf.models.saving import State, first_rank, save_weights
+
+HEAD = "head.weight"  # of a ScalarModel
 
 
 class Float32Head(nn.Module):
@@ -75,25 +78,37 @@ class ScalarModel(nn.Module):
         """scores_B, float32: the value at the last real token minus the offset."""
         return last_value(self(tokens_BT, mask_BT), mask_BT) - self.offset
 
-    def save(self, folder: str | Path, tokenizer: Any, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save(self, folder: str | Path, tokenizer: Any, *, all_ranks: bool = False) -> None:
         """Saves an ordinary AutoModelForSequenceClassification folder with one label and safetensors.
 
-        `state_dict`: whole weights if the module is sharded. The offset is `reward_offset` in config.json; other
-        readers ignore it. A backbone with LoRA is saved merged, and the adapter with the head in `adapter/`.
+        `all_ranks` as in `save_causal`. The offset is `reward_offset` in config.json; other readers ignore it. A
+        backbone with LoRA is saved merged, and the adapter with the head in `adapter/`.
         """
         folder = Path(folder)
-        state = dict(self.state_dict() if state_dict is None else state_dict)
-        head_1H = state.pop("head.weight")
-        backbone = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
-        if isinstance(self.backbone, lora.PeftModel):
-            lora.save_adapter(self.backbone, folder / "adapter", backbone, head_1H)
-            backbone = lora.merged(self.backbone, backbone)
         classifier = _empty_classifier(self.config, tokenizer.pad_token_id, self.offset)
-        prefix = classifier.base_model_prefix
-        weights = {f"{prefix}.{name}": tensor for name, tensor in backbone.items()} | {"score.weight": head_1H}
+        finish = partial(self._as_classifier, classifier.base_model_prefix)
         with quiet():
-            classifier.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD)
-        tokenizer.save_pretrained(folder)
+            aside = save_weights(self, classifier, folder, finish, all_ranks=all_ranks)
+
+        def rest() -> None:
+            if isinstance(self.backbone, lora.PeftModel):
+                head_1H, adapter = aside.pop(HEAD), {_in_backbone(name): tensor for name, tensor in aside.items()}
+                lora.save_adapter(self.backbone, folder / "adapter", adapter, head_1H)
+            tokenizer.save_pretrained(folder)
+
+        first_rank(rest, f"saving a model to {folder}", all_ranks)
+
+    def _as_classifier(self, prefix: str, state: State) -> State:
+        """Some of this module's weights under the names of transformers' classifier, with adapters merged."""
+        head = {"score.weight": state[HEAD]} if HEAD in state else {}
+        backbone = {_in_backbone(name): tensor for name, tensor in state.items() if name != HEAD}
+        if isinstance(self.backbone, lora.PeftModel):
+            backbone = lora.merged(self.backbone, backbone)
+        return {f"{prefix}.{name}": tensor for name, tensor in backbone.items()} | head
+
+
+def _in_backbone(name: str) -> str:
+    return name.removeprefix("backbone.")
 
 
 def new_critic(reward_model: ScalarModel) -> ScalarModel:

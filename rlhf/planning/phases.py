@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ CONTEXT_BYTES = 1.5e9  # CUDA, NCCL and loaded kernels on a GPU
 PROCESS_BYTES = {True: 0.6e9, False: 4e9}  # Python and its libraries in main memory, without and with CUDA
 FRAGMENTATION = 0.05  # of everything else, because free memory comes in pieces
 CACHE_FRACTION, CACHE_FRACTION_IN_BACKGROUND = 0.8, 0.4  # of free memory: rlhf.generation.in_process
-FILE_BYTES = 2e9  # one weights file in the making: rlhf.models.pretrained.SHARD
+FILE_BYTES = 2e9  # of a weights file: rlhf.models.saving.FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,22 @@ def host_of(layout: Layout, local: int, models: Sequence[Model], *more: Part) ->
     return (process, *shards, *(part for part in more if part.bytes))
 
 
-def save_parts(model: Model, layout: Layout) -> tuple[list[Part], list[Part]]:
-    """(device, host of the first worker): weights are gathered in buckets, and one whole model is written in float32.
+def save_parts(model: Model, layout: Layout, local: int) -> tuple[list[Part], list[Part]]:
+    """(device, host of a node with `local` workers): weights are gathered in buckets, and files are dealt out to the
+    workers, each of which fills one while it writes another.
 
-    An adapted model is whole as it is and once more with its adapter merged."""
-    bucket = min(GATHER_BYTES + model.shape.largest * FLOAT, model.weight_bytes(layout))
+    An adapted model's are there as they are and once more with the adapter merged. safetensors copies what it writes."""
+    weights = model.weight_bytes(layout)
+    bucket = min(GATHER_BYTES + model.shape.largest * FLOAT, weights)
     device = [Part(model.role, "bucket of gathered weights", bucket if layout.gathers else 0)]
-    merged = model.base * FLOAT if model.adapted else 0
-    written = min(FILE_BYTES, model.base * FLOAT)
-    host = [Part(model.role, "whole weights", model.weight_bytes(layout) + merged), Part(model.role, "file", written)]
+    files = math.ceil(weights / FILE_BYTES)
+    at_once = min(2 * local, math.ceil(files / layout.workers) * local, files)
+    merged = model.base * FLOAT / files if model.adapted else 0
+    writers = min(local, files)
+    host = [
+        Part(model.role, "files of weights", at_once * weights / files + writers * merged),
+        Part(model.role, "file", writers * min(FILE_BYTES, model.base * FLOAT)),
+    ]
     return device, host
 
 
@@ -175,7 +183,7 @@ class PPOPhases:
     def saving(self) -> tuple[list[Part], list[Part]]:
         device, host = [], []
         for model in self.trained:
-            parts = save_parts(model, self.layout)
+            parts = save_parts(model, self.layout, self.local)
             device, host = (max(a, b, key=_total) for a, b in zip((device, host), parts, strict=True))
         return [*self.rest(), *device], host
 

@@ -30,7 +30,7 @@ def phases(stage: str, config: RunConfig, shape: ModelShape, layout: Layout, loc
     learning = training_parts(model, layout, tokens, tokens, config.model.gradient_checkpointing)
     if len(models) > 1:
         learning = max(learning, _reads(models[1], layout, tokens), key=lambda parts: sum(p.bytes for p in parts))
-    bucket, written = save_parts(model, layout)
+    bucket, written = save_parts(model, layout, local)
     order = Part("worker", "shards in order", local * model.trained / layout.workers * FLOAT if layout.sharded else 0)
     return [
         Phase("opening", with_allowance(opened, layout), host_of(layout, local, models, order)),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
-
 from reward_data import Prompt, normalised_prompt
 from rlhf.distributed import collectives
-from rlhf.distributed.engine import full_state
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import rows_of
 from rlhf.evaluation.policy_report import HeldOutResponses, gain, policy_report, values_by_prompt
@@ -43,19 +40,10 @@ def keep(checkpoints: Path, models: Models, iteration: int) -> Path:
 def save(folder: Path, models: Models) -> None:
     """Policy and, if there is one, critic in the new `folder`, each an ordinary folder of transformers. All ranks must
     call it.
-
-    One at a time, so that the writer's main memory holds one model.
     """
-    policy = cast(PolicyModel, models.policy.module)
-
-    def save_policy(state: dict[str, Tensor]) -> None:
-        plain = {name.removeprefix("causal."): tensor for name, tensor in state.items()}
-        save_causal(policy.causal, folder, models.tokenizer, plain)
-
-    _with_full_state(policy, save_policy, folder)
+    save_causal(cast(PolicyModel, models.policy.module).causal, folder, models.tokenizer, all_ranks=True)
     if models.critic is not None:
-        critic = cast(ScalarModel, models.critic.module)
-        _with_full_state(critic, lambda state: critic.save(folder / "critic", models.tokenizer, state), folder)
+        cast(ScalarModel, models.critic.module).save(folder / "critic", models.tokenizer, all_ranks=True)
 
 
 SAVED = "ppo_trainer.json"
@@ -98,12 +86,6 @@ def rows_by_prompt(prompts: Sequence[Prompt], responses: Mapping[str, HeldOutRes
         for name, column in values_by_prompt(own, prompts).items()
     }
     return rows_of(texts, texts, values)
-
-
-def _with_full_state(module: nn.Module, use: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
-    """The whole weights of a module, which may be sharded, on the first rank."""
-    state = full_state(module, keep=collectives.rank() == 0)
-    collectives.rank_zero_only(lambda: use(state), f"saving a model to {folder}")
 
 
 def _as_dicts(report: Mapping[str, Estimate]) -> dict[str, Any]:

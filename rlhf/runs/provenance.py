@@ -114,22 +114,31 @@ def verified(folder: Path) -> Artifact:
 def commit(
     config: RunConfig,
     context: StageContext,
-    write: Callable[[Path], None],
     parents: Mapping[str, str],
     metrics: Mapping[str, Any],
+    *,
+    weights: Callable[[Path], None] = lambda folder: None,
+    write: Callable[[Path], None] = lambda folder: None,
 ) -> Artifact:
-    """Commits the stage's artifact: rank 0 calls `write` to fill its folder, adds the manifest, and removes
-    checkpoints."""
+    """Commits the stage's artifact. All ranks must call it.
+
+    All ranks fill its folder with `weights`; then rank 0 adds the other files with `write`, adds the manifest, and
+    removes checkpoints.
+    """
     folder = context.artifact_folder
     digest = settings_digest(config, context.stage, context.roles)
 
-    def work() -> None:
+    def begin() -> None:
         claim.require()
         artifacts.begin(folder)
+
+    def complete() -> None:
         write(folder)
         claim.require()
         artifacts.complete(folder, context.stage, parents, digest, metrics)
         shutil.rmtree(context.checkpoint_folder, ignore_errors=True)
 
-    collectives.rank_zero_only(work, f"writing {folder}")
+    collectives.rank_zero_only(begin, f"emptying {folder}")
+    weights(folder)
+    collectives.rank_zero_only(complete, f"writing {folder}")
     return collectives.broadcast_result(lambda: artifacts.load(folder))

@@ -283,7 +283,7 @@ def test_a_new_stage_is_a_module_and_a_line_of_the_registry(
         def write(folder: Path) -> None:
             (folder / "count").write_text(str(len(data["preferences"].train)))
 
-        return provenance.commit(config, context, write, provenance.parents(data, context.inputs), {})
+        return provenance.commit(config, context, provenance.parents(data, context.inputs), {}, write=write)
 
     monkeypatch.setitem(sys.modules, "stages.tune", SimpleNamespace(main=main))
     monkeypatch.setitem(base.STAGES, "tune", Stage("tune", ("preferences",), inputs=lambda config: ["sft"]))

@@ -150,10 +150,10 @@ def prompts() -> list[Prompt]:
 
 
 def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
-    from rlhf.distributed.engine import full_state
     from rlhf.ppo.models import open_models
     from rlhf.ppo.setup import Setup, reward_set
     from rlhf.ppo.trainer import PPOTrainer
+    from tests.whole import full_state
 
     config, found = settings(layout), Trajectory()
     inputs: Any = {name: SimpleNamespace(path=folder / name) for name in MODELS}
@@ -170,7 +170,7 @@ def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
     learners = models.engines()
 
     def weights() -> dict[str, Tensor]:
-        states = {name: full_state(engine.module, keep=True) for name, engine in learners.items()}
+        states = {name: full_state(engine.module) for name, engine in learners.items()}
         return {f"{model}.{name}": tensor for model, state in states.items() for name, tensor in state.items()}
 
     for name, engine in learners.items():

@@ -91,7 +91,9 @@ def test_tools_that_the_system_message_describes_are_read(tmp_path):
 
 @pytest.mark.parametrize("kind", ["preferences", "demonstrations"])
 def test_transcripts_of_both_sides_are_read(tmp_path, kind):
-    turns = "\n\nHuman: what is one plus two?\n\nAssistant: it is three.\n\nHuman: and two plus two?\n\nAssistant: it is "
+    turns = (
+        "\n\nHuman: what is one plus two?\n\nAssistant: it is three.\n\nHuman: and two plus two?\n\nAssistant: it is "
+    )
     row = {"chosen": f"{turns}four, of course.", "rejected": f"{turns}five, of course."}
     assert read(tmp_path, [row, row], kind).findings == []
 

@@ -198,7 +198,7 @@ def sealed(folder: Path) -> Any:
         artifact_folder=folder / "sft", stage="sft", checkpoint_folder=folder / "none", roles=()
     )
     write: Any = lambda path: write_json(path / "weights.json", {})
-    made = provenance.commit(SimpleNamespace(), context, write, {}, {})  # type: ignore[arg-type]
+    made = provenance.commit(SimpleNamespace(), context, {}, {}, write=write)  # type: ignore[arg-type]
     return made and made.kind
 
 

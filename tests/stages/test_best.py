@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.generation import InProcessSampler, open_sampler, sampler_of
-from rlhf.models import load_causal, load_tokenizer
+from rlhf.models import load_causal, load_tokenizer, saving
 from rlhf.ppo import best, trainer
 from stages import ppo
 
@@ -22,16 +22,16 @@ ALL_BUT_PPO = "reward/safety"
 
 
 class LiveBytes:
-    """Bytes of all parameters, and of all whole states that were gathered: at the worst moment of each phase."""
+    """Bytes of all parameters, and of all weights that were gathered to be written: at the worst moment of each phase."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.refs: list[weakref.ref] = []
         self.peaks: dict[str, int] = {}
         self.phase = "other"  # a check loads a reward model once more
-        gather = best.full_state
+        write = saving.write_file
         make: Any = nn.Parameter.__new__
         patch.setattr(nn.Parameter, "__new__", staticmethod(lambda *a, **k: self.noted(make(*a, **k))))
-        patch.setattr(best, "full_state", lambda *a, **k: {n: self.noted(t) for n, t in gather(*a, **k).items()})
+        patch.setattr(saving, "write_file", lambda path, state, end: write(path, self.all_noted(state), end))
         phases = {"opening": (ppo, "open_models"), "iterations": (trainer.PPOTrainer, "step")}
         phases |= {"saving": (best, "keep"), "end": (ppo, "_report")}
         for phase, (owner, name) in phases.items():
@@ -43,6 +43,9 @@ class LiveBytes:
         self.refs.append(weakref.ref(tensor))
         self.measure()
         return tensor
+
+    def all_noted(self, state):
+        return {name: self.noted(tensor) for name, tensor in state.items()}
 
     def note(self, module):
         if isinstance(module, nn.Embedding):  # once a pass

@@ -9,9 +9,10 @@ from torch import nn
 from rlhf.config import HardwareConfig, LoraConfig, OptimConfig
 from rlhf.data.batches import select
 from rlhf.distributed import engine as module
-from rlhf.distributed.engine import LocalEngine, full_parameters, full_state, learning_rate_fraction
+from rlhf.distributed.engine import LocalEngine, full_parameters, learning_rate_fraction
 from rlhf.models import add_lora
 from rlhf.models.policy import PolicyModel
+from tests.whole import full_state
 
 HARDWARE = HardwareConfig()
 
@@ -246,14 +247,5 @@ def test_all_parameters_of_a_whole_module(monkeypatch):
         parameter.requires_grad_(name.startswith("0."))
     for size in (1, 100, 1 << 20):
         monkeypatch.setattr(module, "BUCKET_BYTES", size)
-        assert_same(full_state(net, keep=True), weights(net), atol=0, rtol=0)
+        assert_same(full_state(net), weights(net), atol=0, rtol=0)
         assert [name for name, _ in full_parameters(net, trainable_only=True)] == ["0.weight", "0.bias"]
-    assert full_state(net, keep=False) == {}
-
-
-def test_a_kept_state_does_not_change_with_the_module():
-    net = network()
-    state = full_state(net, keep=True)
-    with torch.no_grad():
-        next(net.parameters()).zero_()
-    assert state["0.weight"].abs().sum() > 0

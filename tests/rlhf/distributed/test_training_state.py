@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from rlhf.config import HardwareConfig, OptimConfig
 from rlhf.distributed import engine as module
-from rlhf.distributed.engine import LocalEngine, full_state, open_engine
+from rlhf.distributed.engine import LocalEngine, open_engine
 from rlhf.errors import UserError
+from tests.whole import full_state
 from tests.worker_group import leave, run_ranks
 
 OPTIM = OptimConfig(lr=0.05, schedule="cosine", min_warmup_steps=2, max_grad_norm=0.3)
@@ -100,7 +101,7 @@ def test_one_process_goes_on(written: Path, stage: int | str) -> None:
     engine = opened(0, local=True)
     engine.load(written / f"{stage}")
     train(engine, range(BEFORE, BEFORE + AFTER), 0, 1)
-    assert_near(full_state(engine.module, keep=True), never_stopped())
+    assert_near(full_state(engine.module), never_stopped())
 
 
 @pytest.mark.integration
@@ -148,7 +149,7 @@ def main(folder: Path) -> None:
             engine = opened(stage, local=False)
             engine.load(folder / f"{saved}")
             train(engine, range(BEFORE, BEFORE + AFTER), rank, ranks)
-            found[f"{saved} -> {stage}"] = full_state(engine.module, keep=True)
+            found[f"{saved} -> {stage}"] = full_state(engine.module)
     if rank == 0 and found:
         torch.save(found, folder / "found.pt")
 

@@ -12,8 +12,9 @@ import torch
 
 from rlhf.config import HardwareConfig, OptimConfig
 from rlhf.distributed import engine as module
-from rlhf.distributed.engine import full_parameters, full_state, open_engine
+from rlhf.distributed.engine import full_parameters, open_engine
 from rlhf.models.policy import PolicyModel
+from tests.whole import full_state
 from tests.worker_group import leave, run_ranks
 
 HARDWARE = HardwareConfig()
@@ -68,8 +69,8 @@ def after_update(given, hardware, is_local):
     critic = open_engine(copy.deepcopy(given["critic"]), OPTIM, STEPS, hardware, is_local)
     metrics = update(policy, critic, given["experience"], given["config"], (0, 1), kl_loss_coef=0.0)
     return {
-        "policy": full_state(policy.module, keep=True),
-        "critic": full_state(critic.module, keep=True),
+        "policy": full_state(policy.module),
+        "critic": full_state(critic.module),
         "metrics": metrics,
         "engines": (policy, critic),
     }
@@ -189,7 +190,7 @@ def resume(engine, folder, given, hardware):
         logprobs, _ = each(rollout.tokens_BT, rollout.mask_BT, 9, 0.7)
         each.backward(logprobs.sum(), 72, last=True)
         each.step()
-        after.append(full_state(each.module, keep=True))
+        after.append(full_state(each.module))
     return {"next": after[0], "resumed": after[1]}
 
 
@@ -210,7 +211,7 @@ def gather(sharded, given):
             yield name.removeprefix("causal."), tensor
 
     sampler.load_weights(watched())
-    return {"sampler": full_state(sampler.model, keep=True), "gathered_at_once": most, "bucket_bytes": 4096}
+    return {"sampler": full_state(sampler.model), "gathered_at_once": most, "bucket_bytes": 4096}
 
 
 def in_bf16(given):

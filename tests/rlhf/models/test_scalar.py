@@ -75,11 +75,6 @@ def test_saved_model_comes_back_with_its_offset(scalar, right_padded, tokenizer,
     assert torch.equal(again.score(*right_padded), scalar.score(*right_padded))
 
 
-def test_given_weights_are_saved_instead_of_the_models_own(scalar, tokenizer, tmp_path):
-    scalar.save(tmp_path, tokenizer, scalar.state_dict() | {"head.weight": torch.full((1, 32), 7.0)})
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["score.weight"], torch.full((1, 32), 7.0))
-
-
 def test_any_one_label_classifier_loads(classifier_folder, right_padded):
     scores = load_scalar(classifier_folder).score(*right_padded)
     torch.testing.assert_close(scores, plain_scores(classifier_folder, *right_padded))

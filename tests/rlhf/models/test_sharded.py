@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rlhf.config import HardwareConfig, LoraConfig
-from rlhf.models import add_lora, load_causal, load_scalar, load_tokenizer, save_causal
+from rlhf.models import add_lora, load_causal, load_scalar, load_tokenizer, save_causal, saving
 from tests.worker_group import leave, run_ranks
 
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
@@ -50,13 +50,17 @@ def test_sharded_models_load_score_and_save_as_whole_ones_do(folder):
     torch.testing.assert_close(read["adapter"], causal(TOKENS).logits)
     torch.testing.assert_close(read["zero head"], torch.zeros(TOKENS.shape))
     assert (read["lora"] - read["reward"]).abs().max() > 1e-2
-    for name in ("saved", "saved/adapter"):
+    for name in ("saved", "saved/adapter", "in files"):
         torch.testing.assert_close(load_scalar(folder / name)(TOKENS, MASK), read["lora"], atol=1e-4, rtol=1e-4)
+    writers = [set(found) for found in read["written"]]
+    assert all(writers) and not writers[0] & writers[1]
+    assert {file.name for file in (folder / "in files").glob("*.safetensors")} == writers[0] | writers[1]
 
 
 @torch.no_grad()
 def main(folder: Path) -> None:
-    from rlhf.distributed.engine import full_state, open_engine, sharded_loading
+    from rlhf.distributed.collectives import gather_objects
+    from rlhf.distributed.engine import open_engine, sharded_loading
 
     hardware = HardwareConfig()
     with sharded_loading(hardware, local=False):
@@ -71,11 +75,14 @@ def main(folder: Path) -> None:
     engines = {name: open_engine(model, None, 1, hardware, local=False) for name, model in models.items()}
     read = {name: engines[name](TOKENS, MASK) for name in ("reward", "zero head", "lora")}
     read |= {name: engines[name](TOKENS).logits for name in ("causal", "adapter")}
-    writer = torch.distributed.get_rank() == 0
-    state = full_state(models["lora"], keep=writer)
-    if writer:
+    tokenizer, written, write_file = load_tokenizer(folder / "reward"), [], saving.write_file
+    models["lora"].save(folder / "saved", tokenizer, all_ranks=True)
+    saving.FILE_BYTES = 20_000
+    saving.write_file = lambda path, *given: written.append(path.name) or write_file(path, *given)
+    models["lora"].save(folder / "in files", tokenizer, all_ranks=True)
+    read["written"] = gather_objects(written)
+    if torch.distributed.get_rank() == 0:
         torch.save(read, folder / "read.pt")
-        models["lora"].save(folder / "saved", load_tokenizer(folder / "reward"), state)
 
 
 if __name__ == "__main__":

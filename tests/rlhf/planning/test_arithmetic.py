@@ -12,7 +12,7 @@ from rlhf.config import LoraConfig, ModelConfig
 from rlhf.distributed import engine
 from rlhf.generation import in_process
 from rlhf.kernels import logprobs
-from rlhf.models import pretrained
+from rlhf.models import saving
 from rlhf.planning import activations, engines, phases
 from rlhf.planning.engines import Layout, Model, offloaded, resting
 from rlhf.planning.shapes import TABLE, ModelShape, from_config, shape_of
@@ -71,7 +71,7 @@ def test_constants_are_those_of_the_code_that_allocates():
     assert phases.CACHE_FRACTION_IN_BACKGROUND == in_process.CACHE_FRACTION_IN_BACKGROUND
     assert activations.PREFILL_TOKENS == in_process.PREFILL_TOKENS
     assert {"cpu": activations.LOGIT_BLOCK[True], "cuda": activations.LOGIT_BLOCK[False]} == logprobs.BLOCK_BYTES
-    assert f"{phases.FILE_BYTES / 1e9:.0f}GB" == pretrained.SHARD
+    assert phases.FILE_BYTES == saving.FILE_BYTES
 
 
 def layout(workers, **own):
