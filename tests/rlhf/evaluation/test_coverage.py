@@ -172,6 +172,7 @@ def test_intervals_cover_the_truth(case: str) -> None:
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 def test_intervals_cover_the_truth_of_2000_samples(case: str) -> None:
     assert 0.93 <= coverage(case, 2000) <= 0.97
