@@ -16,6 +16,7 @@ from launch.terminal import StageBars
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import claim, stopping
+from rlhf.tracking import status_of
 from stages.base import parts_of, stage_of
 
 POLL_S = 0.3
@@ -95,15 +96,20 @@ class Driver(Generic[Run]):
 
         UserError (130, 143) when all have ended that ran when somebody stopped them.
         """
-        with signals.gentle(self._ask_to_stop):
-            yield from self._until_stopped()
-        self.end("KILLED" if signals.pending() else "FINISHED", "")
-        if number := signals.pending():
-            between = UserError(f"stopped by {signal.Signals(number).name} between two stages", 128 + number)
-            raise self._stopped[0] if self._stopped else between
+        try:
+            with signals.gentle(self._ask_to_stop):
+                yield from self._until_stopped()
+            if number := signals.pending():
+                between = UserError(f"stopped by {signal.Signals(number).name} between two stages", 128 + number)
+                raise self._stopped[0] if self._stopped else between
+        except GeneratorExit:  # a run has failed, and said so
+            raise
+        except BaseException as error:
+            self._end(status_of(error), error.message if isinstance(error, UserError) else type(error).__name__)
+            raise
+        self._end("FINISHED", "")
 
-    def end(self, status: str, reason: str) -> None:
-        """Says in the status of every run that this is the end."""
+    def _end(self, status: str, reason: str) -> None:
         for one in self._statuses.values():
             one.end(status, reason)
 
@@ -145,6 +151,7 @@ class Driver(Generic[Run]):
                 yield Ended(run, stage, shared=known)
         except UserError as error:
             run.waiting.clear()
+            self._status(run).end("FAILED", error.message)
             yield Ended(run, stage, failure=error)
 
     def _start(self, run: Run, stage: str, own: str) -> None:
@@ -185,6 +192,7 @@ class Driver(Generic[Run]):
             return
         self._bars.finish(label, "failed" if failure else "done")
         if failure is not None:
+            self._status(run).end("FAILED", failure.message)
             self._known[part.recipe] = failure
             run.waiting.clear()
         yield Ended(run, stage, failure=failure)

@@ -177,10 +177,8 @@ def _run_under_torchrun(config: RunConfig, stages: Sequence[str]) -> None:
 def _drive(config: RunConfig, waiting: list[str], data: Data, bars: StageBars) -> dict[str, float]:
     """Seconds of each stage."""
     run = DrivenRun(config, data, waiting)
-    driver = Driver([run], bars)
-    for ended in driver.ended():
+    for ended in Driver([run], bars).ended():
         if ended.failure:
-            driver.end("FAILED", ended.failure.message)
             raise ended.failure from None
     return run.seconds
 

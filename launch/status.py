@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Status:
     def __init__(self, run_folder: Path, bars: StageBars) -> None:
         self._path, self._bars = run_folder / FILE, bars
         self._stages: dict[str, dict[str, Any]] = {}
+        self._ended: dict[str, str] | None = None
         self._written: Any = None
         self._waits: dict[str, tuple[str, float, bool]] = {}  # stage → whom it waits for, since when, was it said
 
@@ -38,15 +40,19 @@ class Status:
         self._write()
 
     def end(self, status: str, reason: str) -> None:
+        """The first end of a run is its end."""
+        if self._ended is not None:
+            return
         for values in self._stages.values():
             values["waits_for"] = ""
-        self._write({"status": status, "reason": reason})
+        self._ended = {"status": status, "reason": reason}
+        self._write()
 
-    def _write(self, ended: dict[str, str] | None = None) -> None:
-        content = {"stages": self._stages, "ended": ended}
+    def _write(self) -> None:
+        content = {"stages": self._stages, "ended": self._ended}
         if content == self._written:
             return
-        self._written = {"stages": {name: dict(values) for name, values in self._stages.items()}, "ended": ended}
+        self._written = deepcopy(content)
         driver = {"host": socket.gethostname(), "pid": os.getpid()}
         with suppress(OSError):  # storage may be away for a while
             write_json(self._path, content | {"driver": driver, "time": time.time()}, durable=False)

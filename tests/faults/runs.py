@@ -77,6 +77,11 @@ def checkpoints(stage_folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def newest_checkpoint(stage_folder: Path) -> int:
+    """Its step or iteration, -1 if there is none."""
+    return max((int(path.name.rpartition("-")[2]) for path in checkpoints(stage_folder)), default=-1)
+
+
 def steps(stage_folder: Path) -> list[int]:
     """The step of every line of metrics.jsonl, as it was written."""
     return [json.loads(line)["step"] for line in (stage_folder / "metrics.jsonl").read_text().splitlines()]

@@ -190,6 +190,8 @@ def test_a_stage_that_fails_says_why_and_those_before_it_stay(
     with pytest.raises(UserError, match="reward/safety failed: rank 0 on here was killed") as end:
         again("--reward.models.safety.safety_loss_weight", "0.4")
     assert end.value.exit_code == 6
+    ended = json.loads((tmp_path / "smoke/status.json").read_text())["ended"]
+    assert ended == {"status": "FAILED", "reason": end.value.message}
     assert started == ["reward/safety"]
     FakeWorkerGroup.meets.clear()
     assert again("--reward.models.safety.safety_loss_weight", "0.4") == ["reward/safety", "ppo"]

@@ -1,4 +1,4 @@
-"""Bugs in what is decided before and around a run: launch/doctor, launch/elastic, launch/drive.py, launch/sweep."""
+"""Bugs in what is decided before and around a run: launch/doctor, launch/elastic, launch/supervision, launch/drive.py, launch/sweep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from tests.mutants.bug import Bug, bugs_in
 
 TESTS = ["launch/test_doctor.py"]
 SWEEP = ["launch/test_sweep.py"]
+DECISIONS, GROUP = ["launch/test_supervision.py"], ["launch/test_restarts.py"]
 
 BUGS = [
     *bugs_in(
@@ -38,6 +39,32 @@ BUGS = [
         ["launch/test_elastic.py"],
         Bug("as few workers as may be go on", "sized", "range(A, B - 1, -1)", "range(B, A + 1)"),
         Bug("micro-batches stay too large for fewer workers", "with_workers", "A.with_fitting_micro_batches()", "A"),
+    ),
+    *bugs_in(
+        "launch/supervision.py",
+        DECISIONS,
+        Bug("no checkpoint refills the budget", "Budget.allows", "A > self._reached", "False"),
+        Bug("every death refills the budget", "Budget.allows", "A > self._reached", "True"),
+        Bug("one restart too many", "Budget.allows", "self.used == self._restarts", "self.used > self._restarts"),
+        Bug("a mistake of the user is tried again", "cause", "A.exit_code != UNEXPECTED", "False"),
+        Bug("the echo is the cause", "cause", "A or B or C", "B or A or C"),
+        Bug("a death that only a peer saw is none", "_accident", "_dead_peers(A) or B", "B"),
+        Bug("want of memory is a kill", "_accident", "any(...)", "False"),
+        Bug("a crash of an earlier attempt counts", "_tail", "A.rpartition(ATTEMPT_MARK)[2]", "A"),
+        Bug("a rank is silent for ever", "Watch.look", "A or B not in C or D != E", "A or B not in C"),
+        Bug("ranks are silent while the storage is", "Watch.look", "A or B not in C or D != E", "B not in C or D != E"),
+        Bug("a rank that has ended is silent", "Watch.silent", "A and B not in self._ended", "A"),
+        Bug("the download counts as the start", "Watch.overdue", "self._placing is not None and A - self._placing > B", "A - self._begun > B"),
+        Bug("a damaged checkpoint is the newest", "newest_checkpoint", "not A.startswith(...)", "True"),
+    ),
+    *bugs_in(
+        "launch/worker_group.py",
+        GROUP,
+        Bug("a mistake starts the group again", "WorkerGroup._has_ended", "not A.can_restart or B or C", "B or C"),
+        Bug("a silent rank goes on", "WorkerGroup._give_up", "os.kill(...)", "None"),
+        Bug("what Ray does not see is waited for", "WorkerGroup._end_for_good", "ray.cancel(...)", "None"),
+        Bug("the room of a killed attempt stays taken", "WorkerGroup.done", "attempt.free_places()", "None"),
+        Bug("fewer workers go on at once", "WorkerGroup._with_room", "A - self._due < self._limit_s", "False"),
     ),
     *bugs_in(
         "launch/drive.py",
