@@ -146,17 +146,17 @@ def assert_same(run: Path, calm: Path) -> None:
         assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items()), stage
 
 
-def test_deaths_in_every_stage_and_phase_cost_nothing(tmp_path: Path, calm: Path) -> None:
+def test_deaths_in_every_stage_and_phase_cost_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     process, run = rlhf(tmp_path, *OWN), tmp_path / "runs/smoke"
     for fault in FAULTS:
         strike(fault, run, process)
     shown, _ = process.communicate(timeout=2400)
     assert process.returncode == 0, shown
     assert shown.count("was killed (signal 9); ") == sum(number == KILL for *_, number in FAULTS)
-    assert_same(run, calm)
+    assert_same(run, request.getfixturevalue("calm"))
 
 
-def test_a_driver_killed_in_every_stage_costs_nothing(tmp_path: Path, calm: Path) -> None:
+def test_a_driver_killed_in_every_stage_costs_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     run = tmp_path / "runs/smoke"
     for name in ("sft", "reward/helpfulness", "ppo"):
         process, stage = rlhf(tmp_path, *OWN), run / name
@@ -174,4 +174,4 @@ def test_a_driver_killed_in_every_stage_costs_nothing(tmp_path: Path, calm: Path
     process = rlhf(tmp_path, *OWN)
     shown, _ = process.communicate(timeout=2400)
     assert process.returncode == 0, shown
-    assert_same(run, calm)
+    assert_same(run, request.getfixturevalue("calm"))
