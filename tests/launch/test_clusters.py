@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,97 +17,6 @@ from launch.settings import load
 ROOT = Path(__file__).parents[2]
 CLUSTERS = ROOT / "launch/clusters"
 CLUSTER = yaml.safe_load((ROOT / "configs/hardware/cluster-64.yaml").read_text())
-
-# --- Slurm: the real script, with stand-ins for Slurm, Ray and rlhf that write down what they were called with ---------
-
-CALLED = 'echo "$(basename "$0") $RAY_AUTH_MODE $(cat "$RAY_AUTH_TOKEN_PATH") $*" >>"$CALLS"\n'
-STAND_INS = {
-    "scontrol": 'printf "n%s\\n" $(seq "$NODES")\n',
-    "srun": CALLED + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
-    "ray": CALLED + "exec sleep 60\n",
-    "rlhf": CALLED + 'exit "$RLHF_EXIT"\n',
-    "python": 'if [[ $1 == - ]]; then until (($(grep -c ^ray "$CALLS") == (NODES > 1) + 1)); do sleep 0.05; done\n'
-    'else echo secret; fi\n',
-}  # fmt: skip
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder in which everything that the script calls is a stand-in."""
-    folder = tmp_path / ".venv/bin"
-    folder.mkdir(parents=True)
-    for name, text in STAND_INS.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}")
-        (folder / name).chmod(0o755)
-    (tmp_path / "calls").touch()
-    return tmp_path
-
-
-def submit(project: Path, nodes: int, exit_code: int, *command: str) -> tuple[int, list[list[str]]]:
-    """Exit code of the job, and the words of every call: who, authentication, token, arguments."""
-    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[1-9]", "SLURM_CPUS_PER_TASK": "32"}
-    settings = {"NODES": str(nodes), "RLHF_EXIT": str(exit_code), "CALLS": str(project / "calls")}
-    environment = os.environ | job | settings | {"PATH": f"{project / '.venv/bin'}:{os.environ['PATH']}"}
-    script = ["bash", str(CLUSTERS / "slurm.sh"), *command]
-    done = subprocess.run(script, cwd=project, env=environment, check=False, capture_output=True, text=True, timeout=30)
-    return done.returncode, [line.split() for line in (project / "calls").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("code", [0, 6])
-def test_a_slurm_job_ends_with_the_exit_code_of_rlhf(project: Path, code: int) -> None:
-    assert submit(project, 8, code, "run", "llama2-chat")[0] == code
-
-
-def test_a_slurm_job_hands_its_arguments_and_its_cluster_to_rlhf(project: Path) -> None:
-    _, calls = submit(project, 8, 0, "run", "llama2-chat", "--data.root", "FOLDER")
-    driver = next(words for words in calls if words[0] == "rlhf")
-    assert driver[3:7] == ["run", "llama2-chat", "--data.root", "FOLDER"]
-    assert driver[-2:] == ["--hardware.ray_address", "n1:24711"]
-
-
-@pytest.mark.parametrize(
-    ("server", "given", "uri"),
-    [("", "", "null"), ("http://m:5000", "", "http://m:5000"), ("http://m:5000", "http://n:1", "http://n:1")],
-)
-def test_a_slurm_job_keeps_no_database_on_shared_storage(
-    project: Path, monkeypatch: pytest.MonkeyPatch, server: str, given: str, uri: str
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-    _, calls = submit(project, 1, 0, "run", "quickstart", *(["--tracking.uri", given] if given else []))
-    driver = next(words for words in calls if words[0] == "rlhf")
-    assert driver.count("--tracking.uri") == 1 and driver[driver.index("--tracking.uri") + 1] == uri
-
-
-def test_a_slurm_job_starts_one_head_and_the_other_nodes(project: Path) -> None:
-    _, calls = submit(project, 8, 0, "run", "llama2-chat")
-    steps = sorted(" ".join(words) for words in calls if words[0] == "srun")
-    assert [re.findall(r"--(?:nodes|ntasks|nodelist|exclude|address|port)=\S+|--head", step) for step in steps] == [
-        ["--nodes=1", "--ntasks=1", "--nodelist=n1", "--head", "--port=24711"],
-        ["--nodes=7", "--ntasks=7", "--exclude=n1", "--address=n1:24711"],
-    ]
-
-
-def test_a_slurm_job_of_one_node_starts_a_head_alone(project: Path) -> None:
-    _, calls = submit(project, 1, 0, "run", "quickstart")
-    assert [words[0] for words in calls].count("srun") == 1
-
-
-def test_everyone_in_a_slurm_job_has_its_token_which_then_goes(project: Path) -> None:
-    _, calls = submit(project, 8, 0, "run", "llama2-chat")
-    assert {tuple(words[:3]) for words in calls} == {(who, "token", "secret") for who in ("srun", "ray", "rlhf")}
-    assert not list((project / "runs").glob("*.token"))
-
-
-def test_a_slurm_job_has_the_whole_memory_of_its_nodes() -> None:
-    """Without it Slurm gives memory by the number of CPUs where that is its default."""
-    assert "#SBATCH --mem=0\n" in (CLUSTERS / "slurm.sh").read_text()
-
-
-def test_a_slurm_job_has_the_room_of_its_workers() -> None:
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", (CLUSTERS / "slurm.sh").read_text(), re.MULTILINE))
-    assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == CLUSTER["workers"] * CLUSTER["gpus_per_worker"]
-    assert int(asked["nodes"]) * int(asked["cpus-per-task"]) >= CLUSTER["workers"] * CLUSTER["cpus_per_worker"]
-
 
 # --- Ray's cluster launcher -------------------------------------------------------------------------------------------
 
@@ -129,9 +36,11 @@ def refused_by_ray(config: dict[str, Any]) -> str | None:
     return None
 
 
-def test_ray_accepts_its_cluster_file(ray_cluster: dict[str, Any]) -> None:
-    assert refused_by_ray(ray_cluster) is None
-    assert refused_by_ray(ray_cluster | {"worker_start_commands": []})
+@pytest.mark.parametrize("file", sorted(CLUSTERS.glob("ray-*.yaml")), ids=lambda file: file.stem)
+def test_ray_accepts_its_cluster_files(file: Path) -> None:
+    config = yaml.safe_load(file.read_text())
+    assert refused_by_ray(config) is None
+    assert refused_by_ray(config | {"worker_start_commands": []})
 
 
 def test_every_machine_of_the_cluster_file_is_started(ray_cluster: dict[str, Any]) -> None:
@@ -154,7 +63,7 @@ def nodes_to_launch(cluster: dict[str, Any], second: bool) -> int:
     kind = prepared["head_node_type"]
     if not second:
         types, most = prepared["available_node_types"], prepared["max_workers"]
-        return _add_min_workers_nodes([{}], {kind: 1}, types, most, kind, [], lambda *_: None)[2][kind]
+        return sum(_add_min_workers_nodes([{}], {kind: 1}, types, most, kind, [], lambda *_: None)[2].values())
     config = AutoscalingConfig(cluster, skip_content_hash=True)
     node = NodeState(ray_node_type_name=kind, status=NodeStatus.RUNNING, instance_id="head", node_id=b"head")
     instance = Instance(
@@ -241,6 +150,28 @@ def test_every_volume_that_is_mounted_is_declared(job: dict[str, Any]) -> None:
         pod = group["template"]["spec"]
         mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_volume_and_secrets_are_those_of_the_other_file(job: dict[str, Any]) -> None:
+    storage = (CLUSTERS / "kuberay-storage.yaml").read_text()
+    claim, cluster = yaml.safe_load(storage), job["rayClusterSpec"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    (secret,) = re.findall(r"create secret generic (\S+)", storage)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        claims = [one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"] if "persistentVolumeClaim" in one]
+        assert claims == [claim["metadata"]["name"]]
+        assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": secret, "optional": True}}]
+
+
+def test_the_pods_have_the_user_of_the_image_and_may_run_on_gpu_and_spot_nodes(job: dict[str, Any]) -> None:
+    cluster = job["rayClusterSpec"]
+    (user,) = re.findall(r"^USER (\d+)$", (CLUSTERS / "Dockerfile").read_text(), re.MULTILINE)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert set(group["template"]["spec"]["securityContext"].values()) == {int(user)}
+    (workers,) = cluster["workerGroupSpecs"]
+    tolerated = {one["key"] for one in workers["template"]["spec"]["tolerations"]}
+    assert {"nvidia.com/gpu", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} <= tolerated
 
 
 def test_the_entrypoint_is_a_run_that_loads(job: dict[str, Any]) -> None:
