@@ -1,4 +1,4 @@
-"""`rlhf promote`: a policy becomes the champion if it is better."""
+"""`rlhf promote`: a policy or reward model becomes the champion if it is better."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from launch.commands.arguments import add_tracking, command, silence_deepspeed
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = command(commands, "promote", _promote, "make a policy the champion if it is better than the present one")
+    parser = command(commands, "promote", _promote, "make a model the champion if it is better than the present one")
     parser.add_argument(
         "model",
         metavar="MODEL",
         nargs="?",
-        help="a policy: a folder of a run, models:/NAME@candidate or models:/NAME/3",
+        help="a policy or reward model: a folder of a run, models:/NAME@candidate or models:/NAME/3",
     )
     parser.add_argument("--to", choices=("champion",), default="champion", help="the alias (default champion)")
     parser.add_argument("--undo", action="store_true", help="the champion before the present one takes its place again")
@@ -26,6 +26,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--prompts", nargs="+", metavar="FILE", help="default: the held-out prompts that the run reports on"
+    )
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="FILE",
+        help="of reward models; default: the held-out pairs of the candidate's run",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: beside the artifact)")
     add_tracking(parser)

@@ -63,15 +63,21 @@ def evaluate_reward(arguments: Sequence[str], out: Path, options: Options) -> di
     """
     inputs = sort_inputs(arguments)
     output.check_folder(out)
+    report, _ = evaluate(inputs, out, options)
+    track(out, inputs, report, options)
+    return report
+
+
+def evaluate(inputs: Inputs, out: Path, options: Options, anew: bool = False) -> tuple[dict[str, Any], ScoreFile]:
+    """Writes the report, which is returned with the scores. `anew`: scores of other models or data in `out` may go."""
     count = count_entries(inputs.files, options.bad_rows)
     out.mkdir(parents=True, exist_ok=True)
     digest = digest_of([inputs.digest(), options.precision, options.bad_rows, list(options.train)])
-    scores = ScoreFile(out / "scores.jsonl", digest)
+    scores = ScoreFile(out / "scores.jsonl", digest, anew)
     checks = score_all(scores, inputs, count, options)
     report, page = build(scores, inputs, checks)
     output.write(out, report, page)
-    track(out, inputs, report, options)
-    return report
+    return report, scores
 
 
 def entries(files: Sequence[Path]) -> Iterator[Item | Refused]:

@@ -1,26 +1,24 @@
-"""Compares a candidate with the champion on the same prompts, decides, and records the decision."""
+"""Compares a candidate with the champion on the same data, decides, and records the decision."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.evaluate.policy.evaluate import evaluate
 from launch.lineage.command import artifact_folder
-from launch.promote.plan import Plan, plan
+from launch.promote import policies, reward_models
+from launch.promote.compared import Compared
 from rlhf.errors import UserError
-from rlhf.evaluation.gate import Check, Responses, decide
+from rlhf.evaluation.gate import Check
 from rlhf.evaluation.statistics import Estimate
 from rlhf.runs import artifacts
 from rlhf.tracking import Registry, Version, is_reference
 
 REFUSED = 7
-CANDIDATE, CHAMPION = POLICIES = ("candidate", "champion")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,8 +28,6 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise UserError("name the MODEL to promote, or give --undo")
     candidate = find(registry, args.model)
-    if candidate.tags.get("artifact.kind", "").startswith("reward/"):
-        raise UserError(f"{candidate.uri} is a reward model; only policies are compared by their responses")
     require_whole(candidate)
     champion = registry.champion(candidate.name)
     if champion is None:
@@ -43,29 +39,27 @@ def run(args: argparse.Namespace) -> int:
         print(f"{candidate.uri} is the champion already.")
         return 0
     require_whole(champion)
-    planned = plan(candidate.path, candidate.tags["artifact.kind"], args.prompts, args.reward)
-    return compare(registry, candidate, champion, planned, args.out or candidate.path.parent / "promotion")
+    kind, out = candidate.tags["artifact.kind"], args.out or candidate.path.parent / "promotion"
+    compare = reward_models.compare if kind.startswith("reward/") else policies.compare
+    return conclude(registry, candidate, champion, compare(candidate, champion, args, out), out)
 
 
-def compare(registry: Registry, candidate: Version, champion: Version, planned: Plan, out: Path) -> int:
-    policies = {CANDIDATE: str(candidate.path), CHAMPION: str(champion.path)}
-    evaluate(policies, planned.prompts, planned.rewards, planned.settings, out)
-    try:
-        in_tokens = same_tokenizer(candidate.path, champion.path)
-        checks = decide(*responses_of(out / "responses.jsonl", in_tokens), planned.reward)
-    except ValueError as error:
-        raise UserError(f"{out}: {error}", 3) from None
+def conclude(registry: Registry, candidate: Version, champion: Version, compared: Compared, out: Path) -> int:
+    """Records the decision and shows it; the exit code."""
+    checks = compared.checks
     failed = [check for check in checks if not check.passed]
     verdict = f"refused: {', '.join(check.name for check in failed)}" if failed else "promoted"
     record = {
         "verdict": verdict,
         "candidate": candidate.uri,
         "champion": champion.uri,
+        "notes": list(compared.notes),
         "checks": checks_as_json(checks),
     }
     artifacts.write_json(out / "gate.json", record)
     registry.set_tags(candidate, tags_of(checks, verdict, champion, out))
-    print(f"{candidate.uri} against {champion.uri}, {len(planned.prompts)} prompts:")
+    print(f"{candidate.uri} against {champion.uri}, {compared.on}:")
+    print("".join(f"  {note}\n" for note in compared.notes), end="")
     print("\n".join(map(line, checks)))
     if failed:
         print(f"Not promoted: {', '.join(check.name for check in failed)}. {champion.uri} stays the champion.")
@@ -106,32 +100,6 @@ def require_whole(version: Version) -> None:
             "are gone. Another version can be promoted after `rlhf promote --undo`, if this was the champion.",
             4,
         )
-
-
-def same_tokenizer(a: Path, b: Path) -> bool:
-    one, other = (folder / "tokenizer.json" for folder in (a, b))
-    return one.is_file() and other.is_file() and artifacts.sha256_of(one) == artifacts.sha256_of(other)
-
-
-def responses_of(file: Path, in_tokens: bool) -> tuple[Responses, Responses]:
-    """Those of candidate and champion, where both responded, in the same order."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    of = {name: {(one["prompt"], one["sample"]): one for one in lines if one["model"] == name} for name in POLICIES}
-    both = sorted(of[CANDIDATE].keys() & of[CHAMPION].keys())
-    if not both:
-        raise UserError(f"{file}: no prompt has a response from both policies", 3)
-    candidate, champion = (_responses([of[name][key] for key in both], in_tokens) for name in POLICIES)
-    return candidate, champion
-
-
-def _responses(lines: Sequence[Mapping], in_tokens: bool) -> Responses:
-    return Responses(
-        prompts=[json.dumps(line["messages"]) for line in lines],
-        tags=[line["tag"] for line in lines],
-        texts=[line["response"] for line in lines],
-        lengths=[line["length"] if in_tokens else len(line["response"]) for line in lines],
-        scores={name: [line["scores"][name] for line in lines] for name in lines[0]["scores"]},
-    )
 
 
 def line(check: Check) -> str:

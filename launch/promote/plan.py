@@ -30,8 +30,7 @@ class Plan:
 
 def plan(artifact: Path, kind: str, prompts: Sequence[str] | None, reward: str | None) -> Plan:
     """`artifact`: the candidate's folder. UserError (2, 3, 4) if something is missing."""
-    run = artifact.absolute().parents[1 + kind.count("/")]
-    config = _config(artifact.parent / "config.yaml", run)
+    config = settings_of(artifact, kind)
     rewards = rewards_of(config)
     if reward and "=" in reward:
         rewards |= named([reward])
@@ -66,8 +65,9 @@ def held_out(config: RunConfig) -> list[Prompt]:
     return split_held_out(rows, config.ppo.eval_prompts, config.seed)[1] if "ppo" in config.pipeline else rows
 
 
-def _config(path: Path, run: Path) -> RunConfig:
-    """The settings of the run, which may lie elsewhere now."""
+def settings_of(artifact: Path, kind: str) -> RunConfig:
+    """The settings of the run of an artifact, which may lie elsewhere now. UserError (4) if they are not there."""
+    path, run = artifact.parent / "config.yaml", artifact.absolute().parents[1 + kind.count("/")]
     if not path.exists():
         raise UserError(f"{path} does not exist: the settings of a run lie beside its artifacts", 4)
     config = RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reward_data import Demonstration, Message, Preference, Prompt
+from reward_data import Demonstration, Message, Preference, Prompt, normalised_prompt, prompt_of
 from rlhf.config import RunConfig
 from rlhf.data.loading import load_demonstrations
 from rlhf.data.splitting import Split
@@ -85,8 +85,23 @@ def _write_rows(path: Path, rows: Iterable[Any]) -> None:
 
 def read_rows(path: Path, role: str) -> list[Any]:
     """The records of one of the files that `write` made."""
+    return list(_each_row(path, role))
+
+
+def trained_prompts(config: RunConfig, roles: Iterable[str], wanted: Collection[str]) -> set[str]:
+    """Those of the normalised prompts `wanted` that a training row of one of the roles has."""
+    return {
+        prompt
+        for role in roles
+        for row in _each_row(_folder(config) / f"{role}.train.jsonl", role)
+        if (prompt := normalised_prompt(prompt_of(row))) in wanted
+    }
+
+
+def _each_row(path: Path, role: str) -> Iterator[Any]:
     with path.open(encoding="utf-8", newline="\n") as file:
-        return [_record(role, json.loads(line)) for line in file]
+        for line in file:
+            yield _record(role, json.loads(line))
 
 
 def _record(role: str, row: dict[str, Any]) -> Any:

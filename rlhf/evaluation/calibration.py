@@ -64,16 +64,26 @@ def expected_calibration_error(margin_N: np.ndarray, prompts_N: np.ndarray) -> E
     bootstrap would leave the truth out. The interval has the multiples of the observed gaps under which, with the noise of
     the resamples, an error as large and an error as small as the observed one are not among the rarest 2.5 %.
     """
-    confidence_N = expit(np.abs(margin_N))
-    gaps_NB = np.zeros((len(margin_N), BINS + 1))
-    gaps_NB[np.arange(len(margin_N)), _bins(confidence_N)] = confidence_N - _wins(margin_N)
-    gaps_NB[:, BINS] = 1  # the number of pairs
-    sums_GB = sums_by_cluster(gaps_NB, prompts_N)
+    sums_GB = sums_by_cluster(confidence_gaps(margin_N), prompts_N)
     gap_B = _per_pair(sums_GB.sum(0))
-    value = float(np.abs(gap_B).sum())
+    value = float(error_of(sums_GB.sum(0)))
     noise_RB = (_per_pair(resampled_sums(sums_GB)) - gap_B) * few_clusters(len(sums_GB))
     low, high = (_error_with(gap_B, noise_RB, tail) for tail in (0.975, 0.025))
     return estimate(value, low, high, len(margin_N), within=(0.0, 1.0))
+
+
+def confidence_gaps(margin_N: np.ndarray) -> np.ndarray:
+    """A row per pair: confidence less outcome in the column of its bin, and 1 in the last, which counts the pairs."""
+    confidence_N = expit(np.abs(margin_N))
+    gaps_NB = np.zeros((len(margin_N), BINS + 1))
+    gaps_NB[np.arange(len(margin_N)), _bins(confidence_N)] = confidence_N - _wins(margin_N)
+    gaps_NB[:, BINS] = 1
+    return gaps_NB
+
+
+def error_of(sums: np.ndarray) -> np.ndarray:
+    """The calibration error from sums of such rows."""
+    return np.abs(_per_pair(sums)).sum(-1)
 
 
 def _per_pair(sums: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ BUGS = [
     *bugs_in(
         "rlhf/evaluation/calibration.py",
         ["rlhf/evaluation/test_calibration.py"],
-        Bug("the calibration error is signed", "expected_calibration_error", "np.abs(A).sum()", "A.sum()"),
+        Bug("the calibration error is signed", "error_of", "np.abs(A).sum(-1)", "A.sum(-1)"),
         Bug(
             "the interval of the calibration error knows no noise", "_error_with", "np.abs(A * B + C)", "np.abs(A * B)"
         ),
@@ -118,11 +118,21 @@ BUGS = [
         Bug("a flat proxy is enough", "over_optimization", "A.low > 0", "A.high > 0"),
     ),
     *bugs_in(
+        "launch/evaluate/windows.py",
+        ["launch/test_evaluate_reward.py", "launch/test_policy_resume.py"],
+        Bug("half a window is kept after a kill", "WindowFile.__init__", "stream.truncate(A)", ""),
+        Bug("scores of other data are gone on with", "WindowFile.__init__", "not A and B != C", "False"),
+    ),
+    *bugs_in(
         "launch/evaluate/scores.py",
         ["launch/test_evaluate_reward.py"],
-        Bug("half a window is kept after a kill", "ScoreFile.__init__", "stream.truncate(A)", ""),
-        Bug("scores of other data are gone on with", "ScoreFile.__init__", "not A and B != C", "False"),
-        Bug("windows are scored again", "ScoreFile.fill", "A.windows.get(B, 0)", "0"),
+        Bug("windows are scored again", "ScoreFile.fill", "A.windows.get(B, 0)", "0", nth=0),
+    ),
+    *bugs_in(
+        "launch/evaluate/policy/sampling.py",
+        ["launch/test_policy_resume.py"],
+        Bug("windows are sampled again", "_fill", "A.windows.get(B, 0)", "0"),
+        Bug("every window has the random numbers of the first", "_fill", "range(A, A + len(B))", "range(len(B))"),
     ),
     *bugs_in(
         "launch/evaluate/metrics.py",

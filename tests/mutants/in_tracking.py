@@ -6,6 +6,21 @@ from tests.mutants.bug import Bug, bugs_in
 
 BUGS = [
     *bugs_in(
+        "rlhf/evaluation/reward_gate.py",
+        ["rlhf/evaluation/test_reward_gate.py"],
+        Bug("a higher accuracy is enough", "_more_accurate", "A.low > 0", "A.value >= 0"),
+        Bug(
+            "pairs to one prompt are independent",
+            "_difference",
+            "paired_difference(A, B, _)",
+            "paired_difference(A, B)",
+        ),
+        Bug("shorter is where the rejected response is", "decide", "A < B", "A > B"),
+        Bug("a tag is no guard", "decide", "(A != B).any()", "False"),
+        Bug("calibration is no guard", "_as_calibrated", "A.low <= B", "True"),
+        Bug("the errors are added", "_as_calibrated", "error_of(A) - error_of(B)", "error_of(A) + error_of(B)"),
+    ),
+    *bugs_in(
         "rlhf/evaluation/gate.py",
         ["rlhf/evaluation/test_gate.py"],
         Bug("a higher mean is enough", "_better", "A.low > 0", "A.value > 0"),
@@ -87,9 +102,22 @@ BUGS = [
         Bug("safety is the reward that must rise", "plan", "name != SAFETY", "True"),
     ),
     *bugs_in(
+        "launch/promote/trained_on.py",
+        ["launch/test_promote_reward.py"],
+        Bug("what only the champion trained on stays", "leave_out", "seen |= A or set()", "seen = A or set()"),
+        Bug("few prompts are enough", "leave_out", "remaining < FEWEST", "remaining < 1"),
+        Bug("data that was replaced is believed", "trained_on", "A and B != C", "False"),
+        Bug(
+            "the prompts that chose a policy judge it",
+            "trained_on",
+            "A | parsed.trained_prompts(...)",
+            "parsed.trained_prompts(config, found, prompts)",
+        ),
+    ),
+    *bugs_in(
         "launch/promote/command.py",
         ["launch/test_promote.py"],
-        Bug("a refused policy is promoted", "compare", "if failed: ...\nelse: ...", "registry.promote(candidate)"),
+        Bug("a refused policy is promoted", "conclude", "if failed: ...\nelse: ...", "registry.promote(candidate)"),
     ),
     *bugs_in(
         "rlhf/runs/lineage.py",
