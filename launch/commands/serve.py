@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from launch.commands.arguments import add_tracking, command, positive, silence_deepspeed
+from launch.commands.arguments import above_0, add_tracking, command, not_negative, positive, silence_deepspeed
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -33,13 +34,51 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="most requests of one address in a minute (default 1200; 0: no limit)",
     )
+    parser.add_argument(
+        "--store",
+        metavar="FOLDER|URL",
+        help="where exchanges and votes are kept: a folder, sqlite:///…, postgresql://…, or none "
+        "(default: feedback/ in the run's folder, else here)",
+    )
+    parser.add_argument("--keep-days", type=above_0, metavar="N", help="delete older exchanges (default: keep all)")
+    parser.add_argument(
+        "--redact", action="store_true", help="keep no mail addresses, telephone and card numbers, IBANs, IP addresses"
+    )
     add_tracking(parser)
+    _add_feedback(commands)
+
+
+def _add_feedback(commands: argparse._SubParsersAction) -> None:
+    parser = command(commands, "feedback", _feedback, "what people said and thought of served models")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    delete = actions.add_parser("delete", help="forget a person", allow_abbrev=False)
+    delete.add_argument("--user", required=True, metavar="NAME", help="as in `user` of their requests and votes")
+    export = actions.add_parser("export", help="write votes as data for training", allow_abbrev=False)
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the files")
+    export.add_argument(
+        "--held-out", type=_fraction, default=0.1, metavar="F", help="fraction of the groups held out (default 0.1)"
+    )
+    report = actions.add_parser("report", help="say how far the votes can be trusted", allow_abbrev=False)
+    for each in (delete, export, report):
+        each.add_argument("--store", default="feedback", metavar="FOLDER|URL", help="default: feedback/ here")
+
+
+def _feedback(args: argparse.Namespace, _: list[str]) -> int:
+    from launch.serve.feedback import run
+
+    return run(args)
 
 
 def _port(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) < 1 << 16:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    if (value := not_negative(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def _serve(args: argparse.Namespace, _: list[str]) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rlhf.serving.flow import joined
 from rlhf.serving.model import Ask, ServedModel
 from rlhf.serving.rows import Piece, TokenLogprob
+from rlhf.serving.store import Exchange
 
+Said = Sequence[Mapping[str, str]]
 Kind = Literal["chat", "completion"]
 PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 OBJECT = {"chat": "chat.completion", "completion": "text_completion"}
@@ -21,9 +23,10 @@ CHUNK = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 class Answer:
     """What has been said in answer to one request."""
 
-    def __init__(self, kind: Kind, model: ServedModel, ask: Ask) -> None:
+    def __init__(self, kind: Kind, model: ServedModel, ask: Ask, said: Sequence[Said], user: str | None = None) -> None:
+        """`said`: the messages of each prompt."""
         self.kind: Kind = kind
-        self.model, self.ask = model, ask
+        self.model, self.ask, self.said, self.user = model, ask, said, user
         self.id = PREFIX[kind] + uuid.uuid4().hex
         self.created = int(time.time())
         self.pieces = [Piece() for _ in range(ask.choices)]
@@ -58,6 +61,28 @@ class Answer:
 
     def closing(self) -> dict[str, Any]:
         return {**self._head(CHUNK), "choices": [], "usage": self.usage()}
+
+    def exchanges(self, seconds: float) -> list[Exchange]:
+        """What the store keeps of it."""
+        sampling = self.ask.sampling
+        how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens}
+        return [
+            Exchange(
+                id=f"{self.id}:{number}",
+                kind=self.kind,
+                model=self.model.name,
+                digest=self.model.digest,
+                messages=self.said[number // self.ask.n],
+                response=piece.text,
+                finish=piece.finish or "",
+                prompt_tokens=len(self.ask.prompts[number // self.ask.n]),
+                completion_tokens=piece.tokens,
+                seconds=seconds,
+                sampling=how | ({} if self.ask.seed is None else {"seed": self.ask.seed}),
+                user=self.user,
+            )
+            for number, piece in enumerate(self.pieces)
+        ]
 
     def _head(self, names: dict[str, str]) -> dict[str, Any]:
         return {"id": self.id, "object": names[self.kind], "created": self.created, "model": self.model.name}

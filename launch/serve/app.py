@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -12,13 +12,23 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from launch.serve import errors
-from launch.serve.answers import Answer, Kind
+from launch.serve.answers import Answer, Kind, Said
+from launch.serve.errors import ApiError
 from launch.serve.gate import Gate
 from launch.serve.respond import CLIENT_GONE, at_once, stream, whole
 from launch.serve.service import Service
 from rlhf.serving.engine import Pieces, deliver_here
 from rlhf.serving.model import Ask, ServedModel
-from rlhf.serving.protocol import ChatRequest, CompletionRequest, ErrorResponse, Prediction, PredictRequest, Turn
+from rlhf.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    ErrorResponse,
+    Prediction,
+    PredictRequest,
+    Turn,
+    Voted,
+    VoteRequest,
+)
 from rlhf.serving.rows import Sampling
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -40,12 +50,15 @@ def make_app(service: Service) -> FastAPI:
         yield
         for model in service.models.values():
             await run_in_threadpool(model.engine.close)
+        if service.writer:
+            await run_in_threadpool(service.writer.close)
 
     # Its pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="rlhf serve", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     errors.add_handlers(app)
     app.add_middleware(Gate, service=service)
     _add_openai(app, service)
+    _add_votes(app, service)
     _add_watching(app, service)
     return app
 
@@ -62,14 +75,17 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         model = service.model(asked.model)
-        prompts = [await run_in_threadpool(model.encode_chat, asked.turns(service.system))]
-        return await _respond(service, request, _answer(service, "chat", model, asked, prompts), asked)
+        turns = asked.turns(service.system)
+        prompts = [await run_in_threadpool(model.encode_chat, turns)]
+        answer = _answer(service, model, asked, prompts, [[turn.model_dump() for turn in turns]])
+        return await _respond(service, request, answer, asked)
 
     @app.post("/v1/completions")
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         model = service.model(asked.model)
         prompts = await run_in_threadpool(lambda: [_ids(model, prompt) for prompt in asked.prompts()])
-        return await _respond(service, request, _answer(service, "completion", model, asked, prompts), asked)
+        said = [[{"role": "prompt", "content": str(prompt)}] for prompt in asked.prompts()]
+        return await _respond(service, request, _answer(service, model, asked, prompts, said), asked)
 
     @app.post("/predict", response_model=Prediction)
     async def predict(asked: PredictRequest, request: Request) -> Response:
@@ -79,18 +95,33 @@ def _add_openai(app: FastAPI, service: Service) -> None:
             turns.insert(0, Turn(role="system", content=service.system))
         ids = await run_in_threadpool(model.encode_chat, turns)
         sampling = Sampling(service.length(model, [ids], asked.max_tokens), asked.temperature)
-        answer = Answer("chat", model, Ask([ids], sampling, seed=asked.seed, strip=True))
+        ask = Ask([ids], sampling, seed=asked.seed, strip=True)
+        answer = Answer("chat", model, ask, [[turn.model_dump() for turn in turns]], asked.user)
         if not await at_once(service, request, answer):
             return Response(status_code=CLIENT_GONE)
         (piece,) = answer.pieces
         return JSONResponse(
             {
+                "id": f"{answer.id}:0",
                 "text": piece.text,
                 "model": model.name,
                 "finish_reason": piece.finish,
                 **{key: value for key, value in answer.usage().items() if key != "total_tokens"},
             }
         )
+
+
+def _add_votes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/votes", response_model=Voted)
+    async def vote(asked: VoteRequest) -> Response:
+        if service.writer is None:
+            raise ApiError(404, "this server keeps nothing (--store none)", "no_store")
+        ids = [asked.first] if asked.second is None else [asked.first, asked.second]
+        if not await run_in_threadpool(service.knows, ids):
+            raise ApiError(404, "there is no such response, or it is kept no longer", "response_not_found")
+        if not service.writer.add(asked.vote()):
+            return errors.response(503, "the store takes no more; try again later", "store_full", retry_after=5)
+        return JSONResponse({"kept": True})
 
 
 def _add_watching(app: FastAPI, service: Service) -> None:
@@ -127,11 +158,17 @@ def _ids(model: ServedModel, prompt: str | list[int]) -> list[int]:
 
 
 def _answer(
-    service: Service, kind: Kind, model: ServedModel, asked: ChatRequest | CompletionRequest, prompts: list[list[int]]
+    service: Service,
+    model: ServedModel,
+    asked: ChatRequest | CompletionRequest,
+    prompts: Sequence[list[int]],
+    said: Sequence[Said],
 ) -> Answer:
+    kind: Kind = "chat" if isinstance(asked, ChatRequest) else "completion"
     length = service.length(model, prompts, asked.longest)
     sampling = Sampling(length, asked.temperature, asked.top_p, asked.top)
-    return Answer(kind, model, Ask(prompts, sampling, asked.n, asked.seed, asked.stops, strip=kind == "chat"))
+    ask = Ask(prompts, sampling, asked.n, asked.seed, asked.stops, strip=kind == "chat")
+    return Answer(kind, model, ask, said, asked.user)
 
 
 async def _respond(

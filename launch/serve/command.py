@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import errno
 import ipaddress
+import json
 import os
 import re
 import secrets
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.commands.arguments import tracking_uri
 from launch.model_folder import model_folder
 from rlhf.errors import UserError
+from rlhf.runs import artifacts
+
+if TYPE_CHECKING:
+    from rlhf.serving.store import Writer
 
 TOKEN = "RLHF_SERVE_TOKEN"
 ALIAS = re.compile(r"[^/@\s]+@[\w-]+")
@@ -31,9 +37,11 @@ def run(args: argparse.Namespace) -> int:
     from launch.serve.service import Service
     from rlhf.serving.model import ServedModel
 
-    models = {name: ServedModel(name, folder, args.queue) for name, folder in folders.items()}
-    service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate))
+    writer = _writer(args, next(iter(folders.values())))
+    models = {name: ServedModel(name, folder, args.queue, digest_of(folder)) for name, folder in folders.items()}
+    service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate), writer)
     _announce(args.host, args.port, token, list(models))
+    print(f"kept: {f'exchanges and votes, in {writer.store.shown}' if writer else 'nothing'}", flush=True)
     serve(service, args.host, args.port)
     return 0
 
@@ -50,10 +58,27 @@ def resolved(model: str, uri: str | None) -> Path:
     return model_folder(str(Registry(uri).version(reference).path))
 
 
+def _writer(args: argparse.Namespace, folder: Path) -> Writer | None:
+    from launch.serve.feedback import default_store, store_url
+    from rlhf.serving.store import Store, Writer
+
+    if args.store == "none":
+        return None
+    return Writer(Store(store_url(args.store or str(default_store(folder))), args.redact), args.keep_days)
+
+
+def digest_of(folder: Path) -> str | None:
+    """Of the artifact in this folder, if it is one."""
+    manifest = folder / artifacts.MANIFEST
+    return json.loads(manifest.read_text())["digest"] if manifest.is_file() else None
+
+
 def _check_installed() -> None:
     try:
+        import alembic  # noqa: F401
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
+        import sqlalchemy  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(
@@ -96,7 +121,8 @@ def _check_port(host: str, port: int) -> None:
 def _announce(host: str, port: int, token: str, models: list[str]) -> None:
     """The token is shown where nobody has chosen it."""
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    given = bool(os.environ.get(TOKEN, "").strip())
     print(f"{', '.join(models)}: {address}/v1")
-    if not os.environ.get(TOKEN, "").strip():
+    if not given:
         print(f"token (new at each start; {TOKEN} chooses one): {token}")
     sys.stdout.flush()

@@ -9,14 +9,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rlhf.serving.model import ServedModel
+from rlhf.serving.store import Writer
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+    def __init__(self, models: Mapping[str, ServedModel], writer: Writer | None = None) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Engines(models))
+        if writer is not None:
+            self._registry.register(_Store(writer))
         self.requests = Counter(
             "rlhf_serve_requests", "Requests by route and status", ["route", "status"], registry=self._registry
         )
@@ -62,3 +65,17 @@ class _Engines(Collector):
             up.add_metric([name], engine.up)
             restarts.add_metric([name], engine.restarts)
         return [running, waiting, slots, up, restarts]
+
+
+class _Store(Collector):
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def collect(self) -> Iterable[Metric]:
+        writer = self._writer
+        return [
+            GaugeMetricFamily("rlhf_serve_store_up", "Whether the store answers", float(not writer.away)),
+            GaugeMetricFamily("rlhf_serve_store_queued", "Rows that wait for the store", writer.queued),
+            CounterMetricFamily("rlhf_serve_store_written", "Rows in the store", writer.written),
+            CounterMetricFamily("rlhf_serve_store_dropped", "Rows that the store did not get", writer.dropped),
+        ]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from sqlalchemy.exc import DBAPIError
 
 from launch.serve.answers import Answer
 from launch.serve.errors import ApiError
 from launch.serve.gate import Limits
 from launch.serve.metrics import Metrics
 from rlhf.serving.model import ServedModel
+from rlhf.serving.store import Writer
+
+MOST_RECENT = 20_000
 
 
 @dataclass
@@ -25,12 +31,15 @@ class Service:
     max_output: int = 1024
     """Tokens of a response."""
     limits: Limits = field(default_factory=Limits)
+    writer: Writer | None = None
+    """Keeps exchanges and votes; None: nothing is kept."""
     stopping: bool = False
     active: int = 0
     """Requests that are being answered."""
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.models)
+        self.metrics = Metrics(self.models, self.writer)
+        self._recent: OrderedDict[str, None] = OrderedDict()  # responses that the store may not have yet
 
     def model(self, name: str | None) -> ServedModel:
         if name is None:
@@ -61,6 +70,8 @@ class Service:
         except (asyncio.CancelledError, GeneratorExit):
             self.metrics.gone.labels(name).inc()
             raise
+        else:
+            self._keep(answer, time.monotonic() - start)
         finally:
             self.active -= 1
             self.metrics.prompt_tokens.labels(name).inc(answer.ask.prompt_tokens)
@@ -68,3 +79,22 @@ class Service:
             self.metrics.request_s.labels(name).observe(time.monotonic() - start)
             if answer.first_token_at is not None:
                 self.metrics.first_token_s.labels(name).observe(answer.first_token_at - start)
+
+    def _keep(self, answer: Answer, seconds: float) -> None:
+        if self.writer is None or not all(piece.finish for piece in answer.pieces):
+            return
+        for exchange in answer.exchanges(seconds):
+            if self.writer.add(exchange):
+                self._recent[exchange.id] = None
+        while len(self._recent) > MOST_RECENT:
+            self._recent.popitem(last=False)
+
+    def knows(self, ids: Sequence[str]) -> bool:
+        """Whether these responses are kept, or will be. ApiError (503) while the store does not answer."""
+        if self.writer is None:
+            return False
+        others = [each for each in ids if each not in self._recent]
+        try:
+            return not others or self.writer.store.knows(others)
+        except DBAPIError:
+            raise ApiError(503, "the store does not answer; try again later", "no_store") from None

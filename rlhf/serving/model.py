@@ -43,9 +43,9 @@ class Ask:
 
 
 class ServedModel:
-    def __init__(self, name: str, folder: str | Path, most_waiting: int) -> None:
+    def __init__(self, name: str, folder: str | Path, most_waiting: int, digest: str | None = None) -> None:
         """UserError (4, 5) for a folder without a causal model, and where memory does not hold one row."""
-        self.name, self.created = name, int(time.time())
+        self.name, self.digest, self.created = name, digest, int(time.time())
         self.tokenizer = load_tokenizer(folder)
         self.chat = format_of(self.tokenizer)
         # Tokenizers change their settings while they encode: one thread at a time, and another one to decode.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from rlhf.serving.store.tables import LONGEST_ID, LONGEST_NAME, Label, Rating, Vote
 
 MOST_CHOICES, MOST_STOPS, MOST_MESSAGES, MOST_PROMPTS = 16, 16, 1000, 64
 
@@ -63,7 +65,9 @@ class _Request(_Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=200, description="Who asks: what is kept of a person can be deleted.")
+    user: str | None = Field(
+        None, min_length=1, max_length=LONGEST_NAME, description="Who asks: what is kept of a person can be deleted."
+    )
     # Without effect: about OpenAI's own service, or at values that change nothing.
     store: bool | None = None
     metadata: dict[str, str] | None = None
@@ -140,14 +144,55 @@ class PredictRequest(_Strict):
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     temperature: float = Field(1.0, ge=0, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    user: str | None = Field(None, min_length=1, max_length=LONGEST_NAME)
 
 
 class Prediction(BaseModel):
+    id: str
     text: str
     model: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+
+
+Labels = Annotated[list[Label], Field(max_length=3)]
+
+
+class VoteRequest(_Strict):
+    """What a person thinks of one response (`thumb`, `edit`), or which of two is better (`second`, `chosen`, `rating`).
+
+    The id of a response is the id of its completion, a colon and its index: chatcmpl-…:0.
+    """
+
+    first: str = Field(max_length=LONGEST_ID, description="The response that was shown first, or on the left.")
+    second: str | None = Field(None, max_length=LONGEST_ID)
+    chosen: Literal["first", "second"] | None = None
+    rating: Rating | None = Field(None, description="By how much it is better; negligibly is also unsure.")
+    thumb: Literal["up", "down"] | None = None
+    edit: Text | None = Field(None, description="The first response as the person would have it.")
+    labels: dict[Literal["first", "second"], Labels] = Field(default_factory=dict)
+    user: str | None = Field(None, min_length=1, max_length=LONGEST_NAME)
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> VoteRequest:
+        if self.second is None:
+            if self.chosen or self.rating or "second" in self.labels:
+                raise ValueError("chosen, rating and labels of the second are about two responses: name the second")
+            if not (self.thumb or self.edit or self.labels):
+                raise ValueError("say something about the response: thumb, edit or labels")
+        elif self.chosen is None or self.rating is None or self.thumb or self.edit:
+            raise ValueError("a comparison has chosen and rating, and neither thumb nor edit")
+        elif self.first == self.second:
+            raise ValueError("first and second are the same response")
+        return self
+
+    def vote(self) -> Vote:
+        return Vote(**self.model_dump())
+
+
+class Voted(BaseModel):
+    kept: bool
 
 
 class ErrorBody(BaseModel):

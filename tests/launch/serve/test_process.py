@@ -16,6 +16,7 @@ import pytest
 
 from launch import cli
 from launch.serve.command import TOKEN
+from rlhf.serving.store import Store
 from tests.launch.serve.servers import free_port, until
 
 ROOT = Path(__file__).parents[3]
@@ -37,12 +38,17 @@ def test_one_command_serves_until_it_is_told_to_stop(folder: Path, tmp_path: Pat
             assert token, log.read_text()
             assert _ask(port, "/ready", token[1]) == 200
             assert _ask(port, "/v1/models", "") == 401
-            assert _ask(port, "/predict", token[1], {"text": "a secret of a person", "max_tokens": 3}) == 200
+            assert (
+                _ask(port, "/predict", token[1], {"text": "a secret of a person", "max_tokens": 3, "user": "ann"})
+                == 200
+            )
             process.send_signal(number)
             assert process.wait(60) == 0
+            (kept,) = Store(f"sqlite:///{tmp_path}/feedback/feedback.db").exchanges().values()
+            assert (kept.messages[-1]["content"], kept.user) == ("a secret of a person", "ann")
         finally:
             process.kill()
-    assert log.read_text().count("\n") == 2  # no line about a request, and nothing of its text
+    assert log.read_text().count("\n") == 3  # no line about a request, and nothing of its text
 
 
 def _ask(port: int, path: str, token: str, body: dict | None = None) -> int:
