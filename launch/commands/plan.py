@@ -16,7 +16,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gpu", metavar="NAME", help="the machine, one of configs/machines.yaml (default: this one, else h100-80g)"
     )
-    parser.add_argument("--nodes", type=positive, metavar="N", help="use all GPUs of so many of these machines")
+    parser.add_argument(
+        "--nodes",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="use all GPUs of so many of these machines; with several numbers, show how an iteration of PPO grows with them",
+    )
     parser.add_argument("--price", type=above_0, metavar="$", help="of a GPU for an hour")
     parser.add_argument("--json", action="store_true", help="every part in bytes, for programs")
 

@@ -26,7 +26,7 @@ def memory(plan: RunPlan, stage: StagePlan) -> str:
     lines.append(["left", *(_gb(plan.machine.host_memory - total) for total in hosts)])
     rows = "" if stage.rows is None else f"; the sampler has {stage.rows} rows at once"
     title = f"{stage.stage}, {stage.workers} workers, GB{rows}"
-    return _table([title, *names], lines)
+    return aligned([title, *names], lines)
 
 
 def _of_worker(stage: StagePlan, plan: RunPlan) -> str:
@@ -123,7 +123,7 @@ def as_json(plan: RunPlan, costs: Sequence[Cost], change: Change | None) -> dict
     return dict(found)
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in (head, *lines)) for column in range(len(head))]
     shown = [
         row[0].ljust(widths[0])

@@ -87,3 +87,55 @@ def test_the_shipped_recipes_fit(capsys, recipe, gpu):
 def test_a_sampler_larger_than_a_gpu_fits_with_no_change(capsys):
     code, shown = plan(capsys, "--gpu", "h100-80g", "--model", "llama-2-70b")
     assert (code, shown.rstrip().endswith("no change of these settings fits")) == (5, True)
+
+
+LARGE = ["--sft.batch_size", "512", "--reward.batch_size", "512", "--ppo.minibatch_size", "512"]
+
+
+def grown(capsys, *arguments):
+    """Exit code, nodes → cells of the table, and the last line."""
+    code, shown = plan(capsys, *arguments)
+    lines = [line.split() for line in shown.splitlines()]
+    return (
+        code,
+        {int(cells[0]): cells[1:] for cells in lines if len(cells) > 3 and cells[0].isdigit() and cells[1].isdigit()},
+        shown,
+    )
+
+
+def test_growth_is_compared_with_the_first_size_that_fits(capsys):
+    code, rows, shown = grown(capsys, "--gpu", "h100-80g", "--nodes", "32", "2", "4", *LARGE)
+    assert code == 0 and list(rows) == [2, 4, 32]
+    seconds = {}
+    for nodes in rows:
+        _, alone = plan(capsys, "--gpu", "h100-80g", "--nodes", str(nodes), *LARGE, "--json")
+        seconds[nodes] = sum(json.loads(alone)["seconds"]["ppo"].values())
+        assert float(rows[nodes][1]) == pytest.approx(seconds[nodes], rel=0.01)
+    assert rows[4][2:4] == ["1.0", "100%"] and "2: does not fit: ppo" in shown
+    faster = seconds[4] / seconds[32]
+    assert rows[32][2:4] == [f"{faster:.1f}", f"{faster / 8:.0%}"]
+    assert shown.rstrip().splitlines()[-1].startswith("32 nodes lose more than half of the GPUs' time against 4")
+
+
+def test_growth_names_the_settings_that_more_nodes_cannot_have(capsys):
+    code, rows, shown = grown(capsys, "--gpu", "h100-80g", "--nodes", "4", "16")
+    assert code == 0 and list(rows) == [4]
+    assert "16: 2 mistakes in the settings" in shown and "sft.batch_size: is 64" in shown
+
+
+def test_no_time_is_spent_on_the_way_inside_a_network_without_limits(capsys, monkeypatch):
+    from launch.plan import command, growth
+    from rlhf.planning.machines import machine_named
+
+    machine = machine_named("h100-80g")
+    config = command.load("llama2-chat", ["--hardware.workers", "8", "--hardware.workers_per_reward_model", "4"])
+    fast = growth.replace(machine, link_bandwidth=1e30, network_bandwidth=1e30)
+    shape = command._shape(config)
+    slow, ideal = (growth.size_of(config, shape, each, 1) for each in (machine, fast))
+    assert slow.seconds - slow.moving == pytest.approx(ideal.seconds)
+    assert slow.moving > 0 and ideal.moving == pytest.approx(0)
+
+
+def test_growth_where_nothing_fits_ends_with_5(capsys):
+    code, _, shown = grown(capsys, "--model", "llama-2-70b", "--gpu", "h100-80g", "--nodes", "1", "2")
+    assert (code, shown.rstrip().splitlines()[-1]) == (5, "it fits on none of them")
