@@ -102,7 +102,8 @@ def test_every_link_leads_somewhere(name: str) -> None:
 
 def command_lines(page: str) -> Iterator[list[str]]:
     """The words of every command in `sh` blocks, and of inline code that begins with `rlhf `."""
-    lines = [line for block in blocks(page) if block.language == "sh" for line in block.text.splitlines()]
+    texts = [block.text.replace("\\\n", " ") for block in blocks(page) if block.language == "sh"]
+    lines = [line for text in texts for line in text.splitlines()]
     for line in [*lines, *(span for span in spans(page) if span.startswith("rlhf "))]:
         for part in line.split(" | ") if "rlhf" in line.partition(" | ")[2] else [line]:
             if words := shlex.split(part, comments=True):
