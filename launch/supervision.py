@@ -46,6 +46,8 @@ class Watch:
         self._placing: float | None = None  # since when the workers could be placed
         self._heard: dict[int, tuple[float, float]] = {}  # rank → its file's time, and when that changed
         self._ended: set[int] = set()  # ranks that have done their work, and removed their file
+        self._ranks: dict[int, life.Rank] = {}
+        self.gone: list[int] = []  # those on this host that were the first to be dead
 
     def look(self, now: float, storage_fault: str = "") -> None:
         """Nobody counts as silent while the storage cannot be written."""
@@ -54,6 +56,9 @@ class Watch:
             self._placing = now
         if self._folder.is_dir():
             self._ended |= self._heard.keys() - beats.keys()
+        if self._ranks.keys() != beats.keys():
+            self._ranks = life.read(self._folder)
+        self.gone = self.gone or [rank for rank, one in self._ranks.items() if one.is_gone]
         for rank, beat in beats.items():
             if storage_fault or rank not in self._heard or self._heard[rank][0] != beat:
                 self._heard[rank] = (beat, now)
@@ -76,9 +81,8 @@ class Watch:
 
     def waits_for(self, now: float, limit_s: float) -> str:
         """Whom the group waits for, since when, and how long at most; "" if all ranks are heard."""
-        ranks = life.read(self._folder)
         if silent := self.silent(now, WATCHED_S):
-            named = ", ".join(str(ranks.get(rank, f"rank {rank}")) for rank in silent)
+            named = ", ".join(str(self._ranks.get(rank, f"rank {rank}")) for rank in silent)
             return f"a sign of life of {named}, {since(max(silent.values()), SILENT_S)}"
         if self._placing is None:
             return f"its base model on every node, since {_clock(now - self._begun)}"

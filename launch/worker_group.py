@@ -23,7 +23,7 @@ from launch.elastic import fits, needed, sized
 from launch.environment import carried
 from launch.existing_cluster import require_answer
 from launch.supervision import Budget, Watch, cause, newest_checkpoint, since
-from launch.worker import FAILURE, memory_remedy
+from launch.worker import FAILURE, memory_remedy, read_failure
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import claim, life
@@ -260,6 +260,8 @@ class WorkerGroup:
         ranks = self._given_up[0] if self._given_up else []
         if attempt.memory_kills() > self._killed_for_memory:
             ended = replace(ended, text=f"out of memory\n{ended.text}")
+        if not ended.died and read_failure(self._folder) is None:  # Ray says less of a death while the group opens
+            ended = replace(ended, died=dict.fromkeys(self._watch.gone, ""))
         found = cause(self._folder, self._place, ended, ranks, memory_remedy(self._config, self._stage))
         checkpoint = newest_checkpoint(self._folder)
         if not found.can_restart or signals.pending() or not self._budget.allows(checkpoint):

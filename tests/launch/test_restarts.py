@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -192,6 +193,23 @@ def test_a_silent_rank_is_ended_and_the_group_started_again(
     ray.outcomes = [RuntimeError("cancelled")]
     assert not group.done(0) and "gave no sign of life for 45 s" in group.news[0]
     assert len(ray.attempts) == 2
+
+
+def test_a_death_of_which_ray_says_nothing_is_named_by_the_driver(
+    group: WorkerGroup, ray: Ray, config: RunConfig, sleeper: subprocess.Popen[bytes]
+) -> None:
+    place = next((config.folder / "sft/ranks").iterdir())
+    life.show(place, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(life.os, "getpid", lambda: sleeper.pid)
+        life.show(place, 1)
+    assert not group.done(0)
+    sleeper.kill()
+    sleeper.wait()
+    assert not group.done(0)
+    ray.outcomes = [Ended("At least one of the worker actors failed to initialize.")]
+    assert not group.done(0)
+    assert group.news[0].startswith(f"rank 1 on {os.uname().nodename} was killed (signal 9); ")
 
 
 def test_a_restart_waits_for_storage_that_is_away(group: WorkerGroup, ray: Ray) -> None:

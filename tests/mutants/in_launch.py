@@ -64,6 +64,7 @@ BUGS = [
         Bug("a silent rank goes on", "WorkerGroup._give_up", "os.kill(...)", "None"),
         Bug("what Ray does not see is waited for", "WorkerGroup._end_for_good", "ray.cancel(...)", "None"),
         Bug("the room of a killed attempt stays taken", "WorkerGroup.done", "attempt.free_places()", "None"),
+        Bug("a death of which Ray says nothing has no name", "WorkerGroup._has_ended", "self._watch.gone", "()"),
         Bug("fewer workers go on at once", "WorkerGroup._with_room", "A - self._due < self._limit_s", "False"),
     ),
     *bugs_in(
