@@ -11,7 +11,7 @@ from launch.base_model import RECORD
 from rlhf.config import RunConfig, public
 from rlhf.data import Split
 from rlhf.errors import UserError
-from rlhf.runs import provenance
+from rlhf.runs import artifacts, provenance
 from rlhf.runs.artifacts import digest_of
 from rlhf.runs.claim import CLAIM
 from rlhf.tracking import NOTHING, Tracker, catch_up, keep_earlier, mark_ended, open_parent, status_of
@@ -19,6 +19,7 @@ from stages.base import STAGES, parts_of, stage_of
 
 KEPT = ("earlier", CLAIM, RECORD)  # when a run starts over
 OF_NO_RESULT = ("name", "runs_dir", "tracking")
+RESPONSES = "held_out_answers"  # table; that of the PPO stage has the same name
 DESCRIPTION, LONGEST_DESCRIPTION = "mlflow.note.content", 8000  # MLflow's limit for a tag
 
 
@@ -61,15 +62,25 @@ def fail(config: RunConfig, tracker: Tracker, error: BaseException) -> None:
 
 
 def finish(config: RunConfig, tracker: Tracker, result: Mapping[str, Any]) -> None:
-    """Ends the run with its headline metrics, its curves, and the report as its description."""
+    """Ends the run with its headline metrics, its curves, the report as its description, and responses that MLflow's view
+    of tables sets beside those of other runs.
+    """
     tracker.rewind(NOTHING)  # a run whose stages were all complete records the same again
     tracker.metrics(report.headline(result), step=0)
     for line in report.curves(config.folder, result):
         tracker.metrics(line, int(line["step"]))
     tracker.tags({DESCRIPTION: described(report.markdown(result, {}, []))})
+    if rows := responses_of(config):
+        tracker.table(RESPONSES, rows)
     for path in (*config.folder.glob("report.*"), *sorted((config.folder / "plots").glob("*.png"))):
         tracker.artifact(path)
     tracker.close()
+
+
+def responses_of(config: RunConfig) -> list[Mapping[str, Any]]:
+    """To held-out prompts, as PPO's artifact has them."""
+    folder = config.folder / "ppo" / "artifact"
+    return artifacts.load(folder).metrics.get("samples", []) if "ppo" in config.pipeline else []
 
 
 def described(text: str) -> str:

@@ -13,6 +13,7 @@ from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.data import Split
 from rlhf.errors import UserError
+from rlhf.runs import artifacts
 from rlhf.tracking import open_tracker
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
@@ -120,6 +121,18 @@ def test_a_long_description_ends_with_a_whole_line_and_says_where_the_rest_is() 
     assert 7900 < len(cut) <= 8000
     assert all(len(line) == 9 for line in shown.splitlines()) and "report.md" in rest
     assert parent_run.described("short\n") == "short\n"
+
+
+def test_the_parent_has_the_responses_to_held_out_prompts_once(tmp_path: Path) -> None:
+    """Also where a run that is complete is repeated."""
+    config, rows = config_in(tmp_path), [{"prompt": "p", "sft": "before", "ppo": "after"}]
+    (artifacts.begin(config.folder / "ppo/artifact") / "model.safetensors").write_text("")
+    artifacts.complete(config.folder / "ppo/artifact", "ppo", {}, "", {"samples": rows})
+    result = {"run": config.name, "mlflow": {"run_id": None, "tracking_uri": None}, "artifacts": {}, "seconds": {}}
+    for _ in range(2):
+        parent_run.finish(config, parent_run.begin(config, data_of("a")), result)
+    (table,) = events(config.folder, "table")
+    assert table["name"] == "held_out_answers" and table["rows"] == rows
 
 
 def test_the_parent_has_the_curves_of_dpo(tmp_path: Path) -> None:
