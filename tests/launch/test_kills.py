@@ -161,11 +161,13 @@ def test_a_driver_killed_in_every_stage_costs_nothing(tmp_path: Path, request: p
     for name in ("sft", "reward/helpfulness", "ppo"):
         process, stage = rlhf(tmp_path, *OWN), run / name
         wait(lambda: newest_checkpoint(stage) > 0, process)  # noqa: B023
-        reached = max(steps_done(stage))
+        reached, earlier = max(steps_done(stage)), pid_of(stage, 0)
         process.kill()
         process.wait()
-        written, start = (stage / "metrics.jsonl").stat().st_size, time.monotonic()
+        start = time.monotonic()
         process = rlhf(tmp_path, *OWN)
+        wait(lambda: pid_of(stage, 0) not in (0, earlier), process)  # noqa: B023
+        written = (stage / "metrics.jsonl").stat().st_size
         wait(lambda: goes_on(stage, written), process)  # noqa: B023
         lost = reached - newest_checkpoint(stage)
         print(f"{name} | the driver | SIGKILL | - | {time.monotonic() - start:.1f} | {lost} steps", flush=True)
