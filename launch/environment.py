@@ -1,14 +1,14 @@
-"""What workers on other machines need of the driver's environment: settings of the hub and of the communication."""
+"""What workers on other machines need of the driver's environment: settings of the hub, of the
+communication and of the MLflow server."""
 
 from __future__ import annotations
 
 import os
 import re
 
-from rlhf.config import without_secrets
+from rlhf.config import names_secret, without_secrets
 
-CARRIED = re.compile(r"(HF|NCCL|GLOO|TORCH_NCCL)_\w+")
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+CARRIED = re.compile(r"(HF|NCCL|GLOO|TORCH_NCCL|MLFLOW_TRACKING)_\w+")
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in a job of Ray, whose workers have the job's own variables
 
 
@@ -21,4 +21,4 @@ def carried(secret: bool) -> dict[str, str]:
 
 
 def _holds_secret(name: str, value: str) -> bool:
-    return SECRET.search(name) is not None or without_secrets(value) != value
+    return names_secret(name) or without_secrets(value) != value

@@ -36,7 +36,9 @@ head=${nodes[0]} others=$((${#nodes[@]} - 1)) port=$((20000 + SLURM_JOB_ID % 100
 
 # `ray start` on each node, until the job ends. Not `ray symmetric-run`: its exit code is not that of the command.
 step=(srun --export=ALL --overlap --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK")
-ray=("$bin/ray" start --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK")
+# Ray gives itself 30 s, too few on a busy machine or where its files come over a slow network: so several tries.
+tries='for _ in 1 2 3; do "$@" && exit; done; exit 1'
+ray=(bash -c "$tries" tries "$bin/ray" start --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK")
 start_head=("${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head" "${ray[@]}" --head --port="$port"
     --include-dashboard=false)
 start_others=("${step[@]}" --nodes="$others" --ntasks="$others" --exclude="$head" "${ray[@]}" --address="$head:$port")

@@ -18,7 +18,7 @@ from rlhf.config.run import (
     TrackingConfig,
     public,
 )
-from rlhf.config.secrets import without_secrets
+from rlhf.config.secrets import names_secret, without_secrets
 from rlhf.config.supervised import RewardConfig, RewardModelConfig, SFTConfig, SupervisedConfig
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "Tag",
     "TinyConfig",
     "TrackingConfig",
+    "names_secret",
     "public",
     "without_secrets",
 ]

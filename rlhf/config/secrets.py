@@ -15,9 +15,14 @@ VARIABLE = re.compile(r"(?:TOKEN|PASSWORD|PASSWD|PASS|SECRET|KEY|KEY_ID|CREDENTI
 SHORTEST = 6  # characters; a shorter value would be found in ordinary text
 
 
+def names_secret(variable: str) -> bool:
+    """Whether a variable of the environment is named like one that holds a secret, such as HF_TOKEN."""
+    return VARIABLE.search(variable) is not None
+
+
 def without_secrets(value: Any) -> Any:
     """`value` without secrets: user name and password in addresses, values of keys such as `token` after a `?`, tokens of
-    known forms, and the values of variables of the environment that are named like a secret, such as HF_TOKEN."""
+    known forms, and the values of variables of the environment that are named like a secret."""
     if isinstance(value, str):
         text = SECRET_KEY.sub(r"\1***", CREDENTIALS.sub("", value))
         text = KNOWN.sub("***", BEARER.sub(r"\1***", text))
@@ -31,5 +36,5 @@ def without_secrets(value: Any) -> Any:
 
 def _of_environment() -> list[str]:
     """The longest first, as one may hold another."""
-    values = {value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= SHORTEST}
+    values = {value for name, value in os.environ.items() if names_secret(name) and len(value) >= SHORTEST}
     return sorted(values, key=len, reverse=True)

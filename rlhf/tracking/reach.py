@@ -25,7 +25,7 @@ def why_unreachable(settings: TrackingConfig) -> tuple[str, str] | None:
         if any(code in text for code in ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED")):
             return (
                 f"it refuses the credentials: {text}",
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, at `ray start`",
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for `rlhf`",
             )
         text = text.partition("failed with exception ")[2] or text
         return f"it cannot be reached: {text}", "start the server, or set tracking.uri; null writes files alone"

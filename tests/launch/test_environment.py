@@ -13,13 +13,18 @@ from launch.worker_group import ray_arguments
 from rlhf.config import RunConfig
 from tests.rlhf.test_config import run_config
 
-GIVEN = {"HF_HOME": "/shared/hub", "NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0"}
-SECRETS = {"HF_TOKEN": "hf_planted", "HF_ENDPOINT": "https://me:planted@hub"}
+GIVEN = {
+    "HF_HOME": "/shared/hub",
+    "NCCL_SOCKET_IFNAME": "ib0",
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "MLFLOW_TRACKING_USERNAME": "me",
+}
+SECRETS = {"HF_TOKEN": "hf_planted", "HF_ENDPOINT": "https://me:planted@hub", "MLFLOW_TRACKING_PASSWORD": "plant"}
 
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    for name in [name for name in os.environ if name.startswith(("HF_", "NCCL_", "GLOO_"))]:
+    for name in [name for name in os.environ if name.startswith(("HF_", "NCCL_", "GLOO_", "MLFLOW_TRACKING_"))]:
         monkeypatch.delenv(name)
     for name, value in {**GIVEN, **SECRETS, "AWS_SECRET": "planted", "MY_HF_HOME": "x"}.items():
         monkeypatch.setenv(name, value)

@@ -15,6 +15,7 @@ from launch import worker
 from launch.settings import load
 from rlhf.config import TrackingConfig, without_secrets
 from rlhf.tracking import base, fill_in, open_tracker
+from tests.rlhf.test_config import run_config
 
 ROOT = Path(__file__).parents[2]
 MARK = "pl4nted"  # in every planted value
@@ -103,7 +104,8 @@ def test_ordinary_text_stays(text: str) -> None:
 
 def test_an_error_that_tells_a_key_is_kept_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", PLANTED["OPENAI_API_KEY"])
-    worker.note_failure(tmp_path, RuntimeError(f"key {PLANTED['OPENAI_API_KEY']} was refused"))
+    config = run_config().model_copy(update={"runs_dir": tmp_path})
+    worker.note_failure(config, "sft", RuntimeError(f"key {PLANTED['OPENAI_API_KEY']} was refused"))
     kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) == 2 and all("was refused" in text and MARK not in text for text in kept)
 

@@ -70,8 +70,9 @@ def test_a_fault_of_the_program_is_told_and_kept_without_it(
 def test_the_worker_that_fails_notes_the_reason_without_it(tmp_path: Path) -> None:
     from launch import worker
 
-    worker.note_failure(tmp_path, RuntimeError(f"no answer from http://{PLACE}"))
-    failure = read_failure(tmp_path)
+    config = load(SMOKE, ["--runs_dir", str(tmp_path)])
+    worker.note_failure(config, "sft", RuntimeError(f"no answer from http://{PLACE}"))
+    failure = read_failure(config.folder / "sft")
     assert failure is not None and "127.0.0.1" in failure.message
     assert [p for p in tmp_path.rglob("*") if p.is_file() and SECRET in p.read_text()] == []
 

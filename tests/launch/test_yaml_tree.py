@@ -109,8 +109,8 @@ def test_an_empty_file_is_an_empty_mapping(tmp_path: Path) -> None:
 
 
 def test_merging_goes_into_mappings_and_replaces_the_rest() -> None:
-    base, over = tree("a: {b: 1, c: [1, 2], d: {e: 1}}\nx: 1"), tree("a: {c: [3], d: null}\ny: 2")
-    assert plain(merge(base, over)) == {"a": {"b": 1, "c": [3], "d": None}, "x": 1, "y": 2}
+    base, over = tree("a: {b: 1, c: [1, 2], d: {e: 1}, f: 0}\nx: 1"), tree("a: {c: [3], d: null, f: 9}\ny: 2")
+    assert plain(merge(base, over)) == {"a": {"b": 1, "c": [3], "d": None, "f": 9}, "x": 1, "y": 2}
 
 
 def test_put_reaches_into_lists_and_through_what_is_no_mapping() -> None:
