@@ -3,5 +3,5 @@
 command.py  from arguments to a server     server.py   uvicorn, and how it stops    app.py      the routes
 gate.py     token, size, rate and stop     errors.py   errors in OpenAI's form      answers.py  pieces to responses
 metrics.py  what Prometheus reads          feedback.py `rlhf feedback`
-service.py  what the routes share          respond.py  at once, or as a stream
+service.py  what the routes share          respond.py   at once, or as a stream   pages.py    the page at /, in page/
 """

@@ -15,6 +15,7 @@ from launch.serve import errors
 from launch.serve.answers import Answer, Kind, Said
 from launch.serve.errors import ApiError
 from launch.serve.gate import Gate
+from launch.serve.pages import add_page
 from launch.serve.respond import CLIENT_GONE, at_once, stream, whole
 from launch.serve.service import Service
 from rlhf.serving.engine import Pieces, deliver_here
@@ -60,6 +61,7 @@ def make_app(service: Service) -> FastAPI:
     _add_openai(app, service)
     _add_votes(app, service)
     _add_watching(app, service)
+    add_page(app)
     return app
 
 

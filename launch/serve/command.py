@@ -123,6 +123,7 @@ def _announce(host: str, port: int, token: str, models: list[str]) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     given = bool(os.environ.get(TOKEN, "").strip())
     print(f"{', '.join(models)}: {address}/v1")
+    print(f"page: {address}/?token={'…' if given else token}")
     if not given:
         print(f"token (new at each start; {TOKEN} chooses one): {token}")
     sys.stdout.flush()

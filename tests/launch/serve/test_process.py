@@ -48,7 +48,7 @@ def test_one_command_serves_until_it_is_told_to_stop(folder: Path, tmp_path: Pat
             assert (kept.messages[-1]["content"], kept.user) == ("a secret of a person", "ann")
         finally:
             process.kill()
-    assert log.read_text().count("\n") == 3  # no line about a request, and nothing of its text
+    assert log.read_text().count("\n") == 4  # no line about a request, and nothing of its text
 
 
 def _ask(port: int, path: str, token: str, body: dict | None = None) -> int:
