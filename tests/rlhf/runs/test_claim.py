@@ -99,6 +99,15 @@ def test_of_many_drivers_that_find_a_stale_claim_one_gets_the_folder(tmp_path: P
     assert held.count(True) == 1
 
 
+def test_the_claim_of_a_driver_that_was_quicker_stays(tmp_path: Path) -> None:
+    path = foreign_claim(tmp_path, 90)
+    stale, _ = claim._read(path)
+    assert stale is not None
+    path.write_text(path.read_text().replace(stale.key, "quicker"))
+    claim._remove(path, stale)
+    assert [file.name for file in tmp_path.iterdir()] == ["driver.json"] and "quicker" in path.read_text()
+
+
 def test_the_claim_is_touched_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "BEAT_S", 0.02)
     with claim.hold(tmp_path):
