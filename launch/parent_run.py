@@ -78,9 +78,11 @@ def finish(config: RunConfig, tracker: Tracker, result: Mapping[str, Any]) -> No
 
 
 def responses_of(config: RunConfig) -> list[Mapping[str, Any]]:
-    """To held-out prompts, as PPO's artifact has them."""
-    folder = config.folder / "ppo" / "artifact"
-    return artifacts.load(folder).metrics.get("samples", []) if "ppo" in config.pipeline else []
+    """To held-out prompts, as PPO's artifact has them; the final policy's first, because MLflow shows that column."""
+    if "ppo" not in config.pipeline:
+        return []
+    samples = artifacts.load(config.folder / "ppo" / "artifact").metrics.get("samples", [])
+    return [{"prompt": sample["prompt"], "ppo": sample["ppo"], **sample} for sample in samples]
 
 
 def described(text: str) -> str:

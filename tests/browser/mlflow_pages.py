@@ -132,6 +132,10 @@ class Pages:
     def open_models(self) -> None:
         self._go(f"/experiments/{self._experiment}/models")
 
+    def open_responses(self) -> None:
+        """The tables of the runs, side by side by prompt."""
+        self._go(f"/experiments/{self._experiment}/runs?compareRunsMode=ARTIFACT")
+
     def has(self, text: str) -> bool:
         return text in self._driver.find_element(By.TAG_NAME, "body").text
 
@@ -162,7 +166,7 @@ class Pages:
 
 
 def take_pictures(uri: str, out: Path) -> None:
-    """The five views of the how-to, of the two newest runs."""
+    """The views of the how-to, of the two newest runs."""
     client = MlflowClient(uri)
     experiment = next(e for e in client.search_experiments() if e.name == "rlhf").experiment_id
     runs = [r for r in client.search_runs([experiment]) if "mlflow.parentRunId" not in r.data.tags][:2]
@@ -183,6 +187,9 @@ def take_pictures(uri: str, out: Path) -> None:
         pages.open_models()
         pages.until(lambda: pages.has(f"{runs[0].info.run_name}-ppo"))
         pages.picture(out / "mlflow-models.png")
+        pages.open_responses()
+        pages.until(lambda: pages.has("held_out_answers.json"))
+        pages.picture(out / "mlflow-responses.png")
     print(json.dumps(sorted(path.name for path in out.glob("mlflow-*.png"))))
 
 

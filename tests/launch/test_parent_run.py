@@ -133,6 +133,7 @@ def test_the_parent_has_the_responses_to_held_out_prompts_once(tmp_path: Path) -
         parent_run.finish(config, parent_run.begin(config, data_of("a")), result)
     (table,) = events(config.folder, "table")
     assert table["name"] == "held_out_answers" and table["rows"] == rows
+    assert list(table["rows"][0]) == ["prompt", "ppo", "sft"]
 
 
 def test_the_parent_has_the_curves_of_dpo(tmp_path: Path) -> None:
