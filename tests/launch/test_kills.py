@@ -156,9 +156,9 @@ def test_deaths_in_every_stage_and_phase_cost_nothing(tmp_path: Path, request: p
     assert_same(run, request.getfixturevalue("calm"))
 
 
-def test_a_driver_killed_in_every_stage_costs_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_driver_killed_in_sft_and_in_ppo_costs_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     run = tmp_path / "runs/smoke"
-    for name in ("sft", "reward/helpfulness", "ppo"):
+    for name in ("sft", "ppo"):  # a reward model is done before the next driver is there
         process, stage = rlhf(tmp_path, *OWN), run / name
         wait(lambda: newest_checkpoint(stage) > 0, process)  # noqa: B023
         reached, earlier = max(steps_done(stage)), pid_of(stage, 0)
