@@ -45,7 +45,7 @@ def test_one_command_serves_until_it_is_told_to_stop(folder: Path, tmp_path: Pat
             process.send_signal(number)
             assert process.wait(60) == 0
             (kept,) = Store(f"sqlite:///{tmp_path}/feedback/feedback.db").exchanges().values()
-            assert (kept.messages[-1]["content"], kept.user) == ("a secret of a person", "ann")
+            assert (kept.messages[-1]["content"], kept.user_id) == ("a secret of a person", 1)
         finally:
             process.kill()
     assert log.read_text().count("\n") == 4  # no line about a request, and nothing of its text
