@@ -98,7 +98,7 @@ def panels(curves: Mapping[str, Mapping[str, Points]]) -> Iterator[tuple[str, st
 
 def colours_of(report: Report) -> dict[str, Any]:
     """Run → colour; the runs of a variant share theirs."""
-    groups = report["seeds"].get("variants") or {run["name"]: [run["name"]] for run in report["runs"]}
+    groups = _groups(report)
     colours: list[Any] = list(COLOURS)
     if len(groups) > len(COLOURS):
         from matplotlib import colormaps
@@ -107,9 +107,15 @@ def colours_of(report: Report) -> dict[str, Any]:
     return {run: colour for runs, colour in zip(groups.values(), colours, strict=False) for run in runs}
 
 
+def _groups(report: Report) -> Mapping[str, Sequence[str]]:
+    """What has a colour of its own: a variant, or a run where all are seeds of one variant."""
+    variants = report["seeds"].get("variants", {})
+    return variants if len(variants) > 1 else {run["name"]: [run["name"]] for run in report["runs"]}
+
+
 def labels_of(report: Report) -> dict[str, str]:
     """Run → its place in the legend: its variant where there are seeds."""
-    groups = report["seeds"].get("variants") or {run["name"]: [run["name"]] for run in report["runs"]}
+    groups = _groups(report)
     return {run: group for group, runs in groups.items() for run in runs}
 
 

@@ -139,6 +139,11 @@ def test_runs_of_a_variant_share_a_colour(seeds: list[Path]) -> None:
     assert len({*map(str, colours.values())}) == 2 and colours["kl-05-0"] == colours["kl-05-2"]
 
 
+def test_seeds_of_the_only_variant_have_colours_of_their_own() -> None:
+    report = {"seeds": {"variants": {"one": ["one", "two"]}}, "runs": [{"name": "one"}, {"name": "two"}]}
+    assert len({*map(str, colours_of(report).values())}) == 2
+
+
 # --- what people see --------------------------------------------------------------------------------------------------
 
 
