@@ -26,7 +26,7 @@ def test_predict_answers_a_text(server: Running) -> None:
     with server.http() as http:
         found = http.post("/predict", json={"text": "hello", "max_tokens": 4, "seed": 1})
         assert found.status_code == 200
-        assert found.json().keys() == {"text", "model", "finish_reason", "prompt_tokens", "completion_tokens"}
+        assert found.json().keys() == {"id", "text", "model", "finish_reason", "prompt_tokens", "completion_tokens"}
         assert found.json()["completion_tokens"] == 4
         again = http.post("/predict", json={"text": "hello", "max_tokens": 4, "seed": 1})
         assert again.json()["text"] == found.json()["text"]
