@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.commands.arguments import command, silence_deepspeed
+from launch.commands.arguments import command, silence_deepspeed, tracking_uri
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -29,5 +29,5 @@ def _compare(args: argparse.Namespace, _: list[str]) -> int:
 
     if args.renamed is not None:
         raise UserError(f"--tracking is renamed to --tracking-uri {args.renamed}")
-    compare_runs(args.runs, args.tracking_uri, args.experiment, args.out)
+    compare_runs(args.runs, tracking_uri(args), args.experiment, args.out)
     return 0
