@@ -137,4 +137,4 @@ def test_no_disk_space(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     message = refused(5)
     assert "are needed in" in message and "0.0 GB are free" in message
-    assert "free some space or set runs_dir to another disk" in message
+    assert "free some space, or set runs_dir to another disk" in message
