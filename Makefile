@@ -15,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint docs nodes proofs mutants install vllm clean
+.PHONY: help quickstart test check lint ruff docs nodes proofs mutants install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,13 +28,15 @@ test: lint docs  ## lint, type-check, build the API reference, run the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes"
 	$(BIN)/pytest -n 2 --dist loadfile -m "integration and not proof and not nodes"
 
-check: lint  ## lint, type-check, run the quick tests: for daily work
+check: ruff  ## ruff and the quick tests: for daily work; the types are checked by `make lint` and `make test`
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes" tests/rlhf tests/reward_data tests/launch tests/test_*.py
 
-lint: $(STAMP)  ## ruff and pyright
+lint: ruff  ## ruff and pyright
+	$(BIN)/pyright --threads 2
+
+ruff: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 
 docs: $(STAMP)  ## the API reference, as build/api/index.html; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/api/mkdocs.yml

@@ -47,6 +47,7 @@ def short(prompts, responses, **columns):
     return [-len(response) / 100 for response in responses]
 
 
+@pytest.mark.integration  # a process of its own
 def test_importing_loads_no_library_and_changes_nothing():
     code = (
         "import os, sys; before = dict(os.environ), list(sys.path); import rlhf; "

@@ -182,6 +182,7 @@ def test_layers_of_other_shapes_are_left_to_torch(flash, K, D, of_values, T):
     assert not flash
 
 
+@pytest.mark.integration  # a process of its own
 def test_transformers_knows_it_once_it_is_switched_on_and_not_before():
     show = "from transformers.modeling_utils import AttentionInterface as A; print(A()['sdpa'].__module__)"
     code = f"import rlhf.models, rlhf.ppo.trainer; {show}; import rlhf; print(len(rlhf.enable_kernels())); {show}"

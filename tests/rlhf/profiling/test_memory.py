@@ -46,6 +46,7 @@ def test_memory_that_is_needed_again_is_not_given_back():
     assert kept < given_back / 5
 
 
+@pytest.mark.integration  # a process of its own
 def test_the_users_own_setting_goes_before():
     assert faults(MALLOC_TRIM_THRESHOLD_="4096", MALLOC_MMAP_THRESHOLD_="65536")[1] > 2**13
 
