@@ -198,7 +198,7 @@ def save_causal(model: nn.Module, folder: str | Path, tokenizer: Any, *, all_ran
             lora.save_adapter(model, folder / "adapter", adapter)
         tokenizer.save_pretrained(folder)
 
-    first_rank(rest, f"saving a model to {folder}", all_ranks)
+    first_rank(rest, folder, all_ranks)
 
 
 def without_adapter_wrapper(model: nn.Module) -> Any:

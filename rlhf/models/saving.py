@@ -16,10 +16,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import full_parameters
-from rlhf.errors import UserError
 
 FILE_BYTES = 2_000_000_000  # safetensors may copy what it writes, and files are hashed in parallel
 INDEX = "model.safetensors.index.json"
+HEAD = "head.weight"  # of a ScalarModel
 State = dict[str, Tensor]
 
 
@@ -34,7 +34,7 @@ def save_weights(
     Otherwise this process writes alone, and `module` must be whole.
     """
     rank, ranks = (collectives.rank(), collectives.world_size()) if all_ranks else (0, 1)
-    first_rank(lambda: model.save_pretrained(folder, state_dict={}), f"saving a model to {folder}", all_ranks)
+    first_rank(lambda: model.save_pretrained(folder, state_dict={}), folder, all_ranks)
     files = planned_files(sizes_of(module), FILE_BYTES)
     names = file_names(len(files))
     mine = {names[number]: files[number] for number in range(rank, len(files), ranks)}
@@ -47,14 +47,14 @@ def save_weights(
             raise RuntimeError(f"rank {number} failed while saving a model to {folder}: {text}")
     entries = [place for places, _ in said for place in places.items()]
     if len(files) > 1:
-        first_rank(lambda: write_index(folder, entries), f"saving a model to {folder}", all_ranks)
+        first_rank(lambda: write_index(folder, entries), folder, all_ranks)
     return aside
 
 
-def first_rank(work: Callable[[], Any], doing: str, all_ranks: bool) -> None:
-    """`work` on the first of all ranks while the others wait, or here alone."""
+def first_rank(work: Callable[[], Any], folder: Path, all_ranks: bool) -> None:
+    """`work` on `folder`, on the first of all ranks while the others wait, or here alone."""
     if all_ranks:
-        collectives.rank_zero_only(work, doing)
+        collectives.rank_zero_only(work, f"saving a model to {folder}")
     else:
         work()
 
@@ -79,7 +79,7 @@ def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 def kept(weights: Iterable[tuple[str, Tensor]], aside: State | None) -> Iterator[tuple[str, Tensor]]:
     """The same weights; those of adapters and of a score head are also copied to `aside`."""
     for name, tensor in weights:
-        if aside is not None and (".lora_" in name or name == "head.weight"):
+        if aside is not None and (".lora_" in name or name == HEAD):
             aside[name] = tensor.to("cpu", copy=True)
         yield name, tensor
 
@@ -140,7 +140,6 @@ def write_files(
             if len(state) == len(files[file]):
                 fault = collect(writing, placed)
                 writing = pool.submit(write_file, folder / file, filling.pop(file), finish)
-                del state
         fault = fault or collect(writing, placed)
     return placed, fault
 
@@ -149,8 +148,6 @@ def collect(writing: Future[dict[str, tuple[str, int]]] | None, placed: dict[str
     """Waits for a file and adds its weights to `placed`; returns what went wrong."""
     try:
         placed.update(writing.result() if writing else {})
-    except UserError as error:
-        return error.message
     except Exception as error:  # noqa: BLE001  every rank raises it
         return repr(error)
     return ""
@@ -166,8 +163,7 @@ def write_file(path: Path, state: State, finish: Callable[[State], State]) -> di
 
 
 def write_index(folder: Path, entries: Sequence[tuple[str, tuple[str, int]]]) -> None:
-    """Which file holds which weight, in the form of transformers, which has made an empty file without an index."""
-    (folder / "model.safetensors").unlink(missing_ok=True)
+    """Which file holds which weight, in the form of transformers."""
     index = {
         "metadata": {"total_size": sum(size for _, (_, size) in entries)},
         "weight_map": dict(sorted((name, file) for name, (file, _) in entries)),

@@ -33,9 +33,7 @@ from rlhf.models.pretrained import (
     quiet,
     read_weight,
 )
-from rlhf.models.saving import State, first_rank, save_weights
-
-HEAD = "head.weight"  # of a ScalarModel
+from rlhf.models.saving import HEAD, State, first_rank, save_weights
 
 
 class Float32Head(nn.Module):
@@ -96,7 +94,7 @@ class ScalarModel(nn.Module):
                 lora.save_adapter(self.backbone, folder / "adapter", adapter, head_1H)
             tokenizer.save_pretrained(folder)
 
-        first_rank(rest, f"saving a model to {folder}", all_ranks)
+        first_rank(rest, folder, all_ranks)
 
     def _as_classifier(self, prefix: str, state: State) -> State:
         """Some of this module's weights under the names of transformers' classifier, with adapters merged."""

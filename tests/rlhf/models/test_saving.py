@@ -51,6 +51,7 @@ def test_the_index_is_that_of_transformers(deep, tokenizer, tmp_path, monkeypatc
     assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
     for name, file in ours["weight_map"].items():
         assert name in load_file(tmp_path / "ours" / file)
+    assert {file.name for file in (tmp_path / "ours").glob("*.safetensors")} == set(ours["weight_map"].values())
 
 
 def test_tied_weights_are_written_once(tokenizer, tmp_path):
