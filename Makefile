@@ -26,7 +26,7 @@ quickstart: $(STAMP)  ## train on the shipped data, from base model to closing r
 # Tests that start processes wait for them much of their time; none of the quick ones is timed beside them.
 test: lint docs  ## lint, type-check, build the API reference, run the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes"
-	$(BIN)/pytest -n 2 --dist loadfile -m "integration and not proof and not nodes"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "integration and not proof and not nodes"
 
 check: ruff  ## ruff and the quick tests: for daily work; the types are checked by `make lint` and `make test`
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes" tests/rlhf tests/reward_data tests/launch tests/test_*.py

@@ -31,6 +31,28 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize=True, p
 hypothesis.settings.load_profile("house")
 
 
+# With these first, two workers end together: the runs below take minutes each, most other files seconds.
+LONGEST_FIRST = [
+    "launch/test_worker_group.py",
+    "launch/test_deaths.py",
+    "launch/test_base_model.py",
+    "launch/test_stop.py",
+    "launch/test_dpo_run.py",
+    "launch/test_sweep_run.py",
+    "launch/test_evaluate_reward.py",
+    "launch/test_function_reward.py",
+    "launch/test_listening.py",
+    "proofs/test_layout.py",
+    "proofs/test_resume.py",
+]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     random.seed(0)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_FIRST
+
 ROOT = Path(__file__).parent.parent
 OURS = ("rlhf", "stages", "launch", "reward_data", "configs", "benchmarks")
 
@@ -294,3 +296,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     code = f"import sys, launch.cli; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
     assert (shown.stdout.strip(), shown.returncode) == ("[]", 0), shown.stderr
+
+
+def test_the_files_that_are_started_first_exist() -> None:
+    assert [name for name in LONGEST_FIRST if not (ROOT / "tests" / name).is_file()] == []
