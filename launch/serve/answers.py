@@ -62,7 +62,7 @@ class Answer:
     def closing(self) -> dict[str, Any]:
         return {**self._head(CHUNK), "choices": [], "usage": self.usage()}
 
-    def exchanges(self, seconds: float) -> list[Exchange]:
+    def exchanges(self, seconds: float, first_token_s: float | None = None) -> list[Exchange]:
         """What the store keeps of it."""
         sampling = self.ask.sampling
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens}
@@ -78,6 +78,7 @@ class Answer:
                 prompt_tokens=len(self.ask.prompts[number // self.ask.n]),
                 completion_tokens=piece.tokens,
                 seconds=seconds,
+                first_token_s=first_token_s,
                 sampling=how | ({} if self.ask.seed is None else {"seed": self.ask.seed}),
                 user=self.user,
             )

@@ -71,7 +71,7 @@ class Service:
             self.metrics.gone.labels(name).inc()
             raise
         else:
-            self._keep(answer, time.monotonic() - start)
+            self._keep(answer, start)
         finally:
             self.active -= 1
             self.metrics.prompt_tokens.labels(name).inc(answer.ask.prompt_tokens)
@@ -80,10 +80,11 @@ class Service:
             if answer.first_token_at is not None:
                 self.metrics.first_token_s.labels(name).observe(answer.first_token_at - start)
 
-    def _keep(self, answer: Answer, seconds: float) -> None:
+    def _keep(self, answer: Answer, start: float) -> None:
         if self.writer is None or not all(piece.finish for piece in answer.pieces):
             return
-        for exchange in answer.exchanges(seconds):
+        first_token_s = None if answer.first_token_at is None else answer.first_token_at - start
+        for exchange in answer.exchanges(time.monotonic() - start, first_token_s):
             if self.writer.add(exchange):
                 self._recent[exchange.id] = None
         while len(self._recent) > MOST_RECENT:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from rlhf.config import without_secrets
 from rlhf.errors import UserError
 from rlhf.serving.store.redact import redacted
-from rlhf.serving.store.tables import Exchange, Vote, exchanges, scores, users, votes
+from rlhf.serving.store.tables import Exchange, Score, Vote, exchanges, scores, users, votes
 
 DAY_S = 86_400
 BUSY_S = 30  # how long SQLite waits for another process
@@ -77,11 +77,10 @@ class Store:
             values["edit"] = None if row.edit is None else self._clean(row.edit)
             connection.execute(insert(votes), values)
 
-    def score(self, exchange_id: str, values: dict[str, float]) -> None:
-        now = time.time()
-        rows = [{"exchange_id": exchange_id, "name": n, "value": v, "created": now} for n, v in values.items()]
+    def add_scores(self, rows: Sequence[Score]) -> None:
+        """IntegrityError where a response is kept no longer."""
         with self.engine.begin() as connection:
-            connection.execute(insert(scores), rows)
+            connection.execute(insert(scores), [asdict(row) for row in rows])
 
     def knows(self, ids: Sequence[str]) -> bool:
         """Whether all these exchanges are kept."""
@@ -137,8 +136,9 @@ class Store:
             return {row.id: row for row in connection.execute(select(exchanges).order_by(exchanges.c.created))}
 
     def scores(self) -> list[Row[Any]]:
+        """Of the responses that a reward model could read, the oldest first."""
         with self.engine.connect() as connection:
-            return list(connection.execute(select(scores).order_by(scores.c.id)))
+            return list(connection.execute(select(scores).where(scores.c.value.is_not(None)).order_by(scores.c.id)))
 
     def close(self) -> None:
         self.engine.dispose()

@@ -42,6 +42,7 @@ exchanges = Table(
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
     Column("seconds", Float, nullable=False),
+    Column("first_token_s", Float),
     Column("sampling", JSON, nullable=False),
     Column("created", Float, nullable=False, index=True),
 )
@@ -51,7 +52,9 @@ scores = Table(
     Column("id", Integer, primary_key=True),
     _exchange("exchange_id", nullable=False),
     Column("name", Text, nullable=False),
-    Column("value", Float, nullable=False),
+    Column("value", Float),
+    Column("raw", Float),
+    Column("digest", String(64)),
     Column("created", Float, nullable=False),
 )
 votes = Table(
@@ -67,6 +70,18 @@ votes = Table(
     Column("edit", Text),
     Column("labels", JSON, nullable=False),
     Column("created", Float, nullable=False),
+)
+alarms = Table(
+    "alarms",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("rule", Text, nullable=False),
+    Column("value", Float, nullable=False),
+    Column("low", Float),
+    Column("high", Float),
+    Column("n", Integer, nullable=False),
+    Column("began", Float, nullable=False, index=True),
+    Column("ended", Float),
 )
 
 
@@ -84,7 +99,24 @@ class Exchange:
     completion_tokens: int
     seconds: float
     sampling: Mapping[str, Any]
+    first_token_s: float | None = None
+    """From the request to its first token."""
     user: str | None = None
+    created: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward model says of a response."""
+
+    exchange_id: str
+    name: str
+    value: float | None
+    """None: the model cannot read this response."""
+    raw: float | None = None
+    """The logit before the mean over SFT responses is subtracted."""
+    digest: str | None = None
+    """Of the reward model."""
     created: float = field(default_factory=time.time)
 
 

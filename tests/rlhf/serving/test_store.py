@@ -6,17 +6,20 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from rlhf.errors import UserError
-from rlhf.serving.store import Exchange, Store, Vote, Writer, redacted
+from rlhf.serving.store import Exchange, Score, Store, Vote, Writer, redacted
 from rlhf.serving.store import writer as writer_module
 from rlhf.serving.store.tables import metadata
 from tests.rlhf.tracking.stores import postgresql, postgresql_programs
@@ -73,7 +76,7 @@ def test_what_is_put_in_comes_out(store: Store) -> None:
     labels: Any = {"first": ["helpful", "safe"], "second": ["unsafe"]}
     pair = Vote("chatcmpl-1:0", "chatcmpl-2:0", "second", "slightly", labels=labels, user="ann")
     store.add([exchange(1, "ann"), exchange(2, "ann"), pair, Vote("chatcmpl-1:0", thumb="up", edit="中文 🙂")])
-    store.score("chatcmpl-1:0", {"helpful": 0.25})
+    store.add_scores([Score("chatcmpl-1:0", "helpful", 0.25)])
     found = store.exchanges()["chatcmpl-1:0"]
     assert found.messages == [{"role": "user", "content": "question 1"}]
     assert (found.response, found.sampling, found.digest) == ("answer 1", {"temperature": 0.7}, "d" * 64)
@@ -93,12 +96,46 @@ def test_migrations_make_the_tables_that_the_code_names(store: Store) -> None:
     Store(shown.replace("+psycopg", "")).close()  # a second time there is nothing to do
 
 
+def test_a_response_that_no_model_can_read_has_no_score(store: Store) -> None:
+    store.add([exchange(1, first_token_s=0.25)])
+    store.add_scores(
+        [Score("chatcmpl-1:0", "safety", 1.5, raw=5.0, digest="e" * 64), Score("chatcmpl-1:0", "other", None)]
+    )
+    (row,) = store.scores()
+    assert (row.name, row.value, row.raw, row.digest) == ("safety", 1.5, 5.0, "e" * 64)
+    assert store.exchanges()["chatcmpl-1:0"].first_token_s == 0.25
+
+
+def test_a_store_of_the_first_form_keeps_what_it_has(store: Store) -> None:
+    with store.engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(resources.files("rlhf.serving.store") / "migrations"))
+        config.attributes["connection"] = connection
+        metadata.drop_all(connection)
+        connection.execute(text("delete from alembic_version"))
+        command.upgrade(config, "0001")
+        connection.execute(
+            text(
+                "insert into exchanges (id, kind, model, messages, response, finish, prompt_tokens, completion_tokens, "
+                "seconds, sampling, created) values ('a', 'chat', 'm', '[]', 'old', 'stop', 1, 2, 0.5, '{}', 7)"
+            )
+        )
+        connection.execute(
+            text("insert into scores (exchange_id, name, value, created) values ('a', 'helpful', 0.5, 8)")
+        )
+    shown = store.engine.url.render_as_string(hide_password=False)
+    later = Store(shown.replace("+psycopg", ""))
+    assert [(row.id, row.response, row.first_token_s) for row in later.exchanges().values()] == [("a", "old", None)]
+    assert [(row.exchange_id, row.value, row.digest) for row in later.scores()] == [("a", 0.5, None)]
+    later.close()
+
+
 def test_a_person_is_forgotten_and_others_are_not(store: Store) -> None:
     store.add([exchange(1, "ann"), exchange(2, "bob"), exchange(3)])
     store.add([Vote("chatcmpl-1:0", thumb="up", user="bob"), Vote("chatcmpl-2:0", thumb="up", user="ann")])
     store.add([Vote("chatcmpl-3:0", thumb="down", user="bob"), Vote("chatcmpl-3:0", "chatcmpl-1:0", "first")])
-    store.score("chatcmpl-1:0", {"helpful": 1.0})
-    store.score("chatcmpl-2:0", {"helpful": 2.0})
+    store.add_scores([Score("chatcmpl-1:0", "helpful", 1.0)])
+    store.add_scores([Score("chatcmpl-2:0", "helpful", 2.0)])
     assert store.delete_user("ann") == (1, 3)
     assert set(store.exchanges()) == {"chatcmpl-2:0", "chatcmpl-3:0"}
     assert [(row.first, row.user) for row in store.votes()] == [("chatcmpl-3:0", "bob")]
@@ -112,7 +149,7 @@ def test_what_is_old_is_forgotten(store: Store) -> None:
     now = time.time()
     store.add([exchange(1, "ann", created=now - 3 * 86_400), exchange(2, "bob", created=now - 86_400)])
     store.add([Vote("chatcmpl-1:0", thumb="up", user="cid"), Vote("chatcmpl-2:0", thumb="up", user="bob")])
-    store.score("chatcmpl-1:0", {"helpful": 1.0})
+    store.add_scores([Score("chatcmpl-1:0", "helpful", 1.0)])
     assert store.delete_older(2) == (1, 1)
     assert set(store.exchanges()) == {"chatcmpl-2:0"}
     assert store.scores() == []
