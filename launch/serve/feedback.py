@@ -71,9 +71,7 @@ def _report(args: argparse.Namespace) -> int:
     found = raters(store.votes(), store.exchanges(), store.scores())
     store.close()
     print(f"votes on pairs: {found.votes}, of {found.raters} people with a name")
-    alpha = (
-        "unknown: no pair has votes of two people that could differ" if found.alpha is None else f"{found.alpha:.3f}"
-    )
+    alpha = "unknown: no pair has votes of two people that could differ" if found.alpha is None else _shown(found.alpha)
     print(f"agreement (Krippendorff's alpha, ordinal): {alpha}")
     if found.first_chosen:
         print(f"the response that is shown first is chosen: {_shown(found.first_chosen)}; without a bias of place 0.5")

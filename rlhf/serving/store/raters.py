@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf.evaluation.statistics import Estimate, proportion
+from rlhf.evaluation.statistics import Estimate, bootstrap, proportion
 
 GRADES = {"negligibly": 1, "slightly": 2, "better": 3, "significantly": 4}
 
@@ -17,7 +18,7 @@ class Raters(NamedTuple):
     votes: int
     raters: int
     """With a name."""
-    alpha: float | None
+    alpha: Estimate | None
     """Krippendorff's, of the grades; None where no pair has votes of two people, or all grades are equal."""
     first_chosen: Estimate | None
     """Position bias: how often what was shown first is chosen. ½: none."""
@@ -48,27 +49,36 @@ def grade(vote: Any) -> int:
     return GRADES[vote.rating] if chosen < other else -GRADES[vote.rating]
 
 
-def krippendorff_alpha(units: Sequence[Sequence[float]]) -> float | None:
+def krippendorff_alpha(units: Sequence[Sequence[float]]) -> Estimate | None:
     """Agreement on an ordinal scale (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"): 1 where all agree,
     0 where they agree as often as by chance. `units`: the values that each unit got; units with one value say nothing.
+    The interval is that of a bootstrap over units.
 
-    c, k values; coincidences_CC counts pairs of values within units, each unit weighted by 1 / (its values - 1).
+    U units; c, k values; coincidences_UCC counts pairs of values within a unit, weighted by 1 / (its values - 1).
     """
     paired = [unit for unit in units if len(unit) > 1]
     scale = sorted({value for unit in paired for value in unit})
     if len(scale) < 2:
         return None
     place = {value: index for index, value in enumerate(scale)}
-    coincidences_CC = np.zeros((len(scale), len(scale)))
-    for unit in paired:
+    coincidences_UCC = np.zeros((len(paired), len(scale), len(scale)))
+    for number, unit in enumerate(paired):
         counts_C = np.bincount([place[value] for value in unit], minlength=len(scale))
-        coincidences_CC += (np.outer(counts_C, counts_C) - np.diag(counts_C)) / (len(unit) - 1)
-    n_C = coincidences_CC.sum(1)
+        coincidences_UCC[number] = (np.outer(counts_C, counts_C) - np.diag(counts_C)) / (len(unit) - 1)
+    return bootstrap(coincidences_UCC.reshape(len(paired), -1), None, _alpha)
+
+
+def _alpha(sums_K: np.ndarray) -> np.ndarray:
+    """Of sums of coincidences, (…, C · C) → (…); NaN where all values are equal."""
+    C = math.isqrt(sums_K.shape[-1])
+    coincidences_CC = sums_K.reshape(*sums_K.shape[:-1], C, C)
+    n_C = coincidences_CC.sum(-1)
     # The distance of two ranks: values from one to the other, each end counted half.
-    middle_C = n_C.cumsum() - n_C / 2
-    distance_CC = np.subtract.outer(middle_C, middle_C) ** 2
-    expected = (np.outer(n_C, n_C) * distance_CC).sum() / (n_C.sum() - 1)
-    return float(1 - (coincidences_CC * distance_CC).sum() / expected)
+    middle_C = n_C.cumsum(-1) - n_C / 2
+    distance_CC = (middle_C[..., :, None] - middle_C[..., None, :]) ** 2
+    expected = (n_C[..., :, None] * n_C[..., None, :] * distance_CC).sum((-2, -1)) / (n_C.sum(-1) - 1)
+    with np.errstate(invalid="ignore"):
+        return 1 - (coincidences_CC * distance_CC).sum((-2, -1)) / expected
 
 
 def _reward_agrees(votes: Iterable[Any], exchanges: Mapping[str, Any], scores: Iterable[Any]) -> dict[str, Estimate]:
