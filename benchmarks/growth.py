@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.plan import tables
@@ -18,7 +18,12 @@ SETTINGS: dict[str, Any] = {
     "ppo.max_prompt_length": 1024,
     "ppo.sampling.max_new_tokens": 1024,
     "hardware.offload_to_cpu": "true",
+    "reward.micro_batch_size": 1,
+    "ppo.sampling.engine": "vllm",
 }
+
+
+HOST_MEMORY = 2e12  # bytes of a node; the source does not say
 
 
 @dataclass(frozen=True)
@@ -30,26 +35,28 @@ class Published:
 
     model: str
     gpus: int
+    tensor_parallel: int  # of our sampler; 70B needs it, and OpenRLHF's had 4
     deepspeed_chat: float
     openrlhf: float
 
 
 PUBLISHED = (
-    Published("llama-2-7b", 16, 855.09, 471.11),
-    Published("llama-2-13b", 32, 1528.93, 608.93),
-    Published("llama-2-70b", 32, 10407.0, 4488.53),
+    Published("llama-2-7b", 16, 1, 855.09, 471.11),
+    Published("llama-2-13b", 32, 1, 1528.93, 608.93),
+    Published("llama-2-70b", 32, 8, 10407.0, 4488.53),
 )
 
 
 def settings_of(published: Published) -> RunConfig:
     own = {"model": published.model, "hardware": "cluster-64"} | SETTINGS
     own |= {"hardware.workers": published.gpus, "hardware.workers_per_reward_model": published.gpus // 2}
+    own |= {"ppo.sampling.tensor_parallel": published.tensor_parallel}
     return load("llama2-chat", [word for name, value in own.items() for word in (f"--{name}", str(value))])
 
 
 def predicted(published: Published) -> float | None:
     """Seconds by the cost model; None where the run does not fit."""
-    config, machine = settings_of(published), machine_named("a100-80g")
+    config, machine = settings_of(published), replace(machine_named("a100-80g"), host_memory=HOST_MEMORY)
     shape = shape_of(config.model)
     assert shape is not None
     plan = plan_run(config, shape, machine)

@@ -38,7 +38,7 @@ from rlhf.config import SamplingConfig
 from rlhf.data import pad, prompt_batch, short_prompts
 from rlhf.data.batches import PromptBatch, select, to
 from rlhf.generation import InProcessSampler
-from rlhf.generation.vllm import VLLMSampler
+from rlhf.generation.vllm import Capacity, VLLMSampler
 from rlhf.models import load_causal, load_tokenizer
 from rlhf.profiling.memory import keep_freed_memory
 from rlhf.profiling.roofline import size_of
@@ -206,7 +206,9 @@ def open_vllm(subject: Subject, precision: str, count: int, longest: int) -> VLL
     with tempfile.TemporaryDirectory() as folder:
         subject.model.config.save_pretrained(folder)
         device = subject.model.device
-        sampler = VLLMSampler(Path(folder), [subject.eos_id], subject.pad_id, precision, device, count, longest)
+        sampler = VLLMSampler(
+            Path(folder), [subject.eos_id], subject.pad_id, precision, device, Capacity(count, longest)
+        )
     sampler.load_weights(subject.model.named_parameters())
     sampler.sleeps = False  # no trainer wants its memory
     return sampler

@@ -19,7 +19,7 @@ from reward_data.files import is_hub_name
 from rlhf import hub
 from rlhf.config import RunConfig, SourceConfig
 from rlhf.errors import UserError
-from rlhf.planning import disk_bytes, parameters_of
+from rlhf.planning import disk_bytes, parameters_of, shape_of
 
 BAD_SETTING, BAD_DATA, MISSING_MODEL, MACHINE_TOO_SMALL = 2, 3, 4, 5
 LEAST_DISK = 500_000_000  # bytes: logs, MLflow, tiny models
@@ -209,6 +209,17 @@ def _sampling(config: RunConfig) -> Iterator[PreflightError]:
         )
         where = ", or change model.tiny.heads" if config.model.path == "tiny" else ""
         yield PreflightError(f"ppo.sampling.engine: {text}{where}", BAD_SETTING)
+    yield from _undivided_heads(config)
+
+
+def _undivided_heads(config: RunConfig) -> Iterator[PreflightError]:
+    """vLLM gives each rank of an engine the same number of heads, or several ranks the same head of keys."""
+    parts, shape = config.ppo.sampling.tensor_parallel, shape_of(config.model)
+    if shape is None:
+        return
+    if shape.heads % parts or (shape.kv_heads % parts and parts % shape.kv_heads):
+        text = f"{parts} workers cannot divide {shape.heads} attention heads with {shape.kv_heads} heads of keys"
+        yield PreflightError(f"ppo.sampling.tensor_parallel: {text}: set a divisor of both", BAD_SETTING)
 
 
 def head_size(config: RunConfig) -> int | None:

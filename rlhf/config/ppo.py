@@ -18,6 +18,8 @@ class SamplingConfig(Settings):
     temperature: Positive = 1.0  # [O]
     max_new_tokens: Count = 512  # [O]
     batch_size: Count = 64  # rows sampled together on one worker
+    tensor_parallel: Count = 1
+    """Workers that share one engine of vLLM: each holds a part of every weight, and all their prompts are its."""
     one_step_off_policy: bool = False
     """Samples the responses of the next iteration during the update, with the policy before it; importance weights
     correct for the difference."""

@@ -107,6 +107,7 @@ class RunConfig(Settings):
         if "ppo" in self.pipeline:
             misfits += [*self._unknown_reward_models(), *self._uneven_minibatches()]
             misfits += [*self._unshared_prompts(), *self._adapters_for_vllm(), *self._late_rewards()]
+            misfits += self._undivided_samplers()
         if misfits:
             raise ValueError("\n".join(misfits))
         return self
@@ -130,6 +131,18 @@ class RunConfig(Settings):
     def _adapters_for_vllm(self) -> Iterator[str]:
         if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:
             yield "ppo.sampling.engine is vllm, which samples from full weights only, but model.lora is set; use inprocess"
+
+    def _undivided_samplers(self) -> Iterator[str]:
+        sampling, workers = self.ppo.sampling, self.hardware.workers
+        parts, key = sampling.tensor_parallel, "ppo.sampling.tensor_parallel"
+        if parts == 1:
+            return
+        if sampling.engine != "vllm":
+            yield f"{key} is {parts}, but only vllm divides a model (ppo.sampling.engine is {sampling.engine})"
+        if workers % parts:
+            yield f"{key} is {parts}, which does not divide the {workers} workers (hardware.workers)"
+        if sampling.one_step_off_policy:
+            yield f"{key} is {parts}: workers that sample together cannot train meanwhile (ppo.sampling.one_step_off_policy)"
 
     def _too_many_at_least(self) -> Iterator[str]:
         least, workers = self.hardware.min_workers, self.hardware.workers

@@ -22,22 +22,21 @@ def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.
     ppo, precision = config.ppo, config.hardware.precision
     ends = format_of(tokenizer).stop_ids, tokenizer.pad_token_id
     if ppo.sampling.engine == "vllm":
-        from rlhf.generation.vllm import VLLMSampler
+        from rlhf.generation.vllm import Capacity, VLLMSampler
 
         longest = ppo.max_prompt_length + ppo.sampling.max_new_tokens
-        return VLLMSampler(folder, *ends, precision, device, ppo.sampling.batch_size, longest)
+        capacity = Capacity(ppo.sampling.batch_size, longest, ppo.sampling.tensor_parallel)
+        return VLLMSampler(folder, *ends, precision, device, capacity)
     model: Any = load_causal(folder, attention=config.model.attention)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "causal", config.seed)
     return InProcessSampler(model, *ends, precision, device)
 
 
-def sampler_of(
-    path: Path, sampler: Sampler, config: RunConfig, tokenizer: Any, device: torch.device
-) -> InProcessSampler:
-    """An in-process sampler with the model in `path`: `sampler` itself with these weights if the shape fits, else a new
-    one after `sampler` has freed its weights, so that two never exist at once."""
-    if isinstance(sampler, InProcessSampler) and sampler.take(path):
+def sampler_of(path: Path, sampler: Sampler, config: RunConfig, tokenizer: Any, device: torch.device) -> Sampler:
+    """A sampler with the model in `path`: `sampler` itself with these weights if the shape fits, else a new one in
+    process after `sampler` has freed its weights, so that two never exist at once. All ranks must call it."""
+    if sampler.take(path):
         return sampler
     sampler.close()
     model: Any = load_causal(path, attention=config.model.attention)

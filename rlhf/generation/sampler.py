@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -28,6 +29,10 @@ class Sampler(Protocol):
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
         """Takes weights with their names in transformers; each tensor may be freed after its turn. Returns bytes
         copied."""
+        ...
+
+    def take(self, path: str | Path) -> bool:
+        """Loads the weights of the model in `path`. Returns False if that model has another shape."""
         ...
 
     def sample(

@@ -9,6 +9,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from rlhf.data.batches import PromptBatch, Rollout
 from rlhf.distributed import collectives
 from rlhf.generation.counter_rng import keyed_seed
 from rlhf.generation.sampler import rollout_of
-from rlhf.models import load_config
-from rlhf.profiling.roofline import ModelSize, size_of
+from rlhf.models import load_config, weights_that_fit
+from rlhf.profiling.roofline import size_of
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so that it can be given tensors
@@ -35,12 +36,34 @@ CACHE_FRACTION = 0.25  # maximum fraction of free memory for keys and values
 BLOCK = 128  # tokens per block of vLLM's cache on a CPU; fewer on a GPU
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """Of an engine: rows that each of its ranks samples at once, tokens of a row (prompt and response), and the ranks,
+    one after another, that share the engine."""
+
+    rows: int
+    max_length: int
+    tensor_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt; `mine`: of this rank, whose row it is, and not of another one of the engine."""
+
+    row: int
+    tokens: list[int]
+    seed: int
+    mine: bool
+
+
 class VLLMSampler:
     """Samples with vLLM from the architecture in `folder`. Its weights are not read: call `load_weights` first.
 
-    All ranks must make their samplers at the same time. Rows have at most `max_length` tokens (prompt and response),
-    and `rows` of them are sampled at once. On a GPU the engine frees its memory after each `sample`. A response depends
-    on the batch only by rounding of the logits.
+    All ranks must make their samplers at the same time. On a GPU the engine frees its memory after each `sample`. A
+    response depends on the batch only by rounding of the logits.
+
+    Ranks that share an engine keep a part of every weight each, and sample the rows of all of them. They must load and
+    sample at the same time.
     """
 
     def __init__(
@@ -50,15 +73,16 @@ class VLLMSampler:
         pad_id: int,
         precision: str,
         device: torch.device,
-        rows: int,
-        max_length: int,
+        capacity: Capacity,
     ) -> None:
-        self.stop_ids, self.pad_id = stop_ids, pad_id
+        self.stop_ids, self.pad_id, self.tensor_parallel = stop_ids, pad_id, capacity.tensor_parallel
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(folder), dtype=self.dtype).requires_grad_(False)
         self.size, self.tied = size_of(model), tied_names(model)
-        self.vocab_size = model.config.get_text_config().vocab_size
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        text = model.config.get_text_config()
+        self.vocab_size = text.vocab_size
         self.positions = (0, 0)
         self.in_group = dist.is_initialized()
         self.sleeps = device.type == "cuda"
@@ -72,13 +96,14 @@ class VLLMSampler:
             # On a CPU vLLM packs the head, but not again after a reload if the head is tied to the embedding.
             hf_overrides={"tie_word_embeddings": False},
             logprobs_mode="processed_logprobs",  # after the temperature
-            max_num_seqs=rows,
-            max_model_len=max_length,
-            kv_cache_memory_bytes=_cache_bytes(self.size, device, rows, max_length),
+            max_num_seqs=capacity.rows * capacity.tensor_parallel,
+            max_model_len=capacity.max_length,
+            kv_cache_memory_bytes=_cache_bytes(self.size.cache_bytes, text.num_key_value_heads, device, capacity),
+            tensor_parallel_size=capacity.tensor_parallel,
             enable_prefix_caching=False,  # cached prefixes would outlive the weights
             enable_sleep_mode=self.sleeps,
             gpu_memory_utilization=_share_free(device),
-            # With several ranks the process group exists, and each engine is a group of one rank in it.
+            # With several ranks the process group exists, and each engine is a group in it.
             distributed_executor_backend="external_launcher" if collectives.world_size() > 1 else "uni",
         )
         self._sleep()
@@ -100,6 +125,14 @@ class VLLMSampler:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies()})
         return total
 
+    def take(self, path: str | Path) -> bool:
+        """Loads the weights of the model in `path`, tensor by tensor. Returns False, and reads nothing, if that model has
+        another shape."""
+        named = weights_that_fit(path, self.shapes)
+        if named is not None:
+            self.load_weights(named)
+        return named is not None
+
     @torch.no_grad()
     def sample(
         self,
@@ -120,47 +153,68 @@ class VLLMSampler:
 
         self._wake("weights", "kv_cache")
         try:
-            for row, tokens, logprobs in self._responses(prompts, settings, seed, iteration):
+            for row, tokens, logprobs in self._responses(self._requests(prompts, settings, seed, iteration), settings):
                 length_B[row] = n = len(tokens)
                 tokens_BR[row, :n], logprobs_BR[row, :n] = torch.tensor(tokens), torch.tensor(logprobs)
                 if go_on is not None:
                     go_on()
-        finally:  # else, after an error of `go_on`, the other rows would be left for the next call
-            self.llm.llm_engine.abort_request([str(row) for row in (length_B == 0).nonzero()[:, 0].tolist()])
+        finally:
             self._sleep()
         self.positions = (int(prompts.mask_BP.sum()), int((length_B - 1).sum()))
         return rollout_of(prompts, tokens_BR.to(device), logprobs_BR.to(device), length_B.to(device), self.stop_ids)
 
+    def _requests(self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int) -> list[Request]:
+        """Those of all ranks of the engine, in the order of the ranks."""
+        seeds = keyed_seed(seed, iteration, prompts.ids_B).tolist()
+        rows = enumerate(zip(prompts.tokens_BP, prompts.mask_BP, seeds, strict=True))
+        mine = [Request(row, tokens_P[mask_P].tolist(), seed, mine=True) for row, (tokens_P, mask_P, seed) in rows]
+        if self.tensor_parallel == 1:
+            return mine
+        from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+        group = get_tp_group()
+        of_ranks: list[Any] = [None] * self.tensor_parallel
+        dist.all_gather_object(of_ranks, mine, group.cpu_group)
+        return [
+            replace(request, mine=rank == group.rank_in_group)
+            for rank, requests in enumerate(of_ranks)
+            for request in requests
+        ]
+
     def _responses(
-        self, prompts: PromptBatch, settings: SamplingConfig, seed: int, iteration: int
+        self, requests: Sequence[Request], settings: SamplingConfig
     ) -> Iterator[tuple[int, list[int], list[float]]]:
-        """(row, tokens, logprobs) of every response when it ends."""
+        """(row, tokens, logprobs) of every response of this rank when it ends."""
+        engine, waiting = self.llm.llm_engine, {}
+        try:
+            for number, request in enumerate(requests):
+                waiting[str(number)] = request
+                engine.add_request(str(number), {"prompt_token_ids": request.tokens}, self._params(request, settings))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    request, completion = waiting.pop(output.request_id), output.outputs[0]
+                    if not request.mine:
+                        continue
+                    tokens = list(completion.token_ids)
+                    of_each = zip(completion.logprobs, tokens, strict=True)
+                    yield request.row, tokens, [of_token[token].logprob for of_token, token in of_each]
+        finally:  # else, where the caller ends it, the other rows would be left for the next call
+            engine.abort_request(list(waiting))
+
+    def _params(self, request: Request, settings: SamplingConfig) -> Any:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
-        engine = self.llm.llm_engine
-        ends = [
-            stop for stop in self.stop_ids if stop < self.vocab_size
-        ]  # vLLM refuses stop ids outside the vocabulary
-        seeds = keyed_seed(seed, iteration, prompts.ids_B).tolist()
-        for row, (tokens_P, mask_P) in enumerate(zip(prompts.tokens_BP, prompts.mask_BP, strict=True)):
-            params = SamplingParams(
-                temperature=settings.temperature,
-                max_tokens=settings.max_new_tokens,
-                seed=seeds[row],
-                logprobs=0,  # of the sampled token alone
-                ignore_eos=True,  # the model's own EOS; ours is the next line
-                stop_token_ids=ends,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            engine.add_request(str(row), {"prompt_token_ids": tokens_P[mask_P].tolist()}, params)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                completion = output.outputs[0]
-                tokens = list(completion.token_ids)
-                of_each = [of_token[token].logprob for of_token, token in zip(completion.logprobs, tokens, strict=True)]
-                yield int(output.request_id), tokens, of_each
+        return SamplingParams(
+            temperature=settings.temperature,
+            max_tokens=settings.max_new_tokens,
+            seed=request.seed,
+            logprobs=0,  # of the sampled token alone
+            ignore_eos=True,  # the model's own EOS; ours is the next line
+            stop_token_ids=[stop for stop in self.stop_ids if stop < self.vocab_size],  # vLLM refuses others
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def _wake(self, *parts: str) -> None:
         if sleeping := self.asleep.intersection(parts):
@@ -185,7 +239,8 @@ def _open(**settings: Any) -> Any:
     with _process_kept():
         from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
-        return LLM(**settings)
+        with _no_shared_memory():
+            return LLM(**settings)
 
 
 @contextmanager
@@ -202,6 +257,20 @@ def _process_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
             os.environ.clear()
             os.environ.update(environment)
+
+
+@contextmanager
+def _no_shared_memory() -> Iterator[None]:
+    """On a CPU vLLM gives the shared memory of its ranks the same name in every run, so that a second one on the machine,
+    or one after a killed one, cannot start. Without it the ranks use their process group."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+    share = CpuCommunicator._all_group_ranks_share_shm_group_name
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    try:
+        yield
+    finally:
+        CpuCommunicator._all_group_ranks_share_shm_group_name = share
 
 
 @contextmanager
@@ -236,8 +305,12 @@ def _share_free(device: torch.device) -> float:
     return 0.98 * free / total
 
 
-def _cache_bytes(size: ModelSize, device: torch.device, rows: int, max_length: int) -> int:
-    """Memory for the keys and values of all rows at full length, if available; with less, vLLM lets rows wait."""
-    wanted = size.cache_bytes * BLOCK * (rows * -(-max_length // BLOCK) + 1)
+def _cache_bytes(of_token: int, kv_heads: int, device: torch.device, capacity: Capacity) -> int:
+    """Memory of one rank for the keys and values of all rows at full length, if available; with less, vLLM lets rows
+    wait. Ranks divide the heads of a row, and all have the same amount. `of_token`: bytes of all its keys and values."""
+    ranks = capacity.tensor_parallel
+    blocks = capacity.rows * ranks * -(-capacity.max_length // BLOCK) + 1
+    wanted = of_token * BLOCK * blocks // min(ranks, kv_heads)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return min(wanted, int(CACHE_FRACTION * free))
+    there = int(CACHE_FRACTION * free)
+    return min(wanted, there if ranks == 1 else -collectives.largest(-there))

@@ -35,7 +35,7 @@ class Change:
 def nearest_change(config: RunConfig, shape: ModelShape, machine: Machine) -> Change | None:
     """None if no change of these fits: then it needs more or larger machines, or a smaller model."""
     plan = plan_run(config, shape, machine)
-    groups = [*_micro_batches(config, plan), *_others(config)]
+    groups = [*_micro_batches(config, plan), *_others(config), *_shared_samplers(config, shape, machine)]
     for count in range(1, min(MOST_TOGETHER, len(groups)) + 1):
         for chosen in combinations(groups, count):
             for settings in product(*chosen):
@@ -75,6 +75,18 @@ def _others(config: RunConfig) -> Iterator[list[dict[str, Any]]]:
         yield [{"hardware.offload_to_cpu": True}]
     if config.model.lora is None and config.ppo.sampling.engine == "inprocess":
         yield [{"model.lora": LoraConfig()}]
+
+
+def _shared_samplers(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[list[dict[str, Any]]]:
+    """vLLM, with an engine for 2, 4 or 8 workers of a node."""
+    hardware, sampling = config.hardware, config.ppo.sampling
+    if not hardware.gpus_per_worker or config.model.lora is not None or sampling.one_step_off_policy:
+        return
+    engine = {} if sampling.engine == "vllm" else {"ppo.sampling.engine": "vllm"}
+    on_node = machine.workers(hardware, hardware.workers)
+    numbers = [k for k in (2, 4, 8) if k > sampling.tensor_parallel and on_node % k == shape.heads % k == 0]
+    if numbers:
+        yield [engine | {"ppo.sampling.tensor_parallel": k} for k in numbers]
 
 
 def _with(settings: Any, keys: list[str], value: Any) -> Any:

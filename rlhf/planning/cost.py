@@ -14,6 +14,7 @@ from rlhf.planning.engines import FLOAT, MOMENTS, Layout, Model, layout_of
 from rlhf.planning.machines import Machine
 from rlhf.planning.phases import PPOPhases
 from rlhf.planning.plan import StagePlan
+from rlhf.planning.sampler import Sampler
 from rlhf.planning.shapes import ModelShape
 from rlhf.planning.supervised import TEXTS
 
@@ -51,6 +52,7 @@ class Rates:
     flops: float
     memory: float  # bytes/s
     link: float  # bytes/s of a collective of all workers
+    near: float  # bytes/s between workers of a node
     host: float
     optimizer: float  # bytes/s of an optimizer in main memory
 
@@ -62,7 +64,10 @@ class Rates:
             if workers <= local
             else min(machine.link_bandwidth, machine.network_bandwidth / local)
         )
-        return cls(machine.flops, machine.memory_bandwidth, link, machine.host_bandwidth, HOST_MEMORY_BANDWIDTH / local)
+        optimizer = HOST_MEMORY_BANDWIDTH / local
+        return cls(
+            machine.flops, machine.memory_bandwidth, link, machine.link_bandwidth, machine.host_bandwidth, optimizer
+        )
 
 
 def cost_of(config: RunConfig, shape: ModelShape, machine: Machine, plan: StagePlan) -> Cost | None:
@@ -80,7 +85,7 @@ def cost_of(config: RunConfig, shape: ModelShape, machine: Machine, plan: StageP
 
 
 def _iteration(ppo: PPOConfig, phases: PPOPhases, rates: Rates, rows: int) -> dict[str, float]:
-    layout, shape, P, R = phases.layout, phases.shape, phases.prompt, phases.response
+    layout, P, R = phases.layout, phases.prompt, phases.response
     n = phases.rows_of_worker
     micro = max(phases.tokens // (P + R), 1)
     passes = -(-n // micro)
@@ -94,21 +99,25 @@ def _iteration(ppo: PPOConfig, phases: PPOPhases, rates: Rates, rows: int) -> di
     sync = policy.trained * FLOAT / rates.link if layout.gathers else policy.trained * FLOAT / rates.memory
     return {
         "sync": sync,
-        "sampling": _sample(shape, layout, rates, (n, rows), (P, R)),
+        "sampling": _sample(phases.sampler, rates, (n, rows), (P, R)),
         "scoring": scoring,
         "update": update,
     }
 
 
-def _sample(shape: ModelShape, layout: Layout, rates: Rates, rows: tuple[int, int], lengths: tuple[int, int]) -> float:
-    """`rows`: of the worker, and at once. Prompts are arithmetic; a step reads all weights and the keys and values."""
-    (n, slots), (P, R), b = rows, lengths, layout.number
+def _sample(sampler: Sampler, rates: Rates, rows: tuple[int, int], lengths: tuple[int, int]) -> float:
+    """`rows`: of a worker, and of an engine at once. Prompts are arithmetic; a step reads all weights and the keys and
+    values. Workers that share an engine divide all of this, and add up what every layer gives twice."""
+    k, shape, b = sampler.workers, sampler.shape, sampler.layout.number
+    (own, slots), (P, R) = rows, lengths
+    n = own * k
     slots = min(n, slots)
     weights = shape.backbone_products + shape.table
-    prompts = n * (2 * shape.backbone_products * P + _attention(shape, P)) / rates.flops
-    each = max(2 * weights * slots / rates.flops, weights * b / rates.memory)
-    reading = slots * (P + R / 2) * shape.cached_numbers * b / rates.memory
-    return prompts / REACHED["scoring"] + -(-n * R // slots) * (each + reading) / REACHED["sampling"]
+    prompts = n * (2 * shape.backbone_products * P + _attention(shape, P)) / rates.flops / k
+    each = max(2 * weights * slots / rates.flops, weights * b / rates.memory) / k
+    reading = slots * (P + R / 2) * shape.cached_numbers * b / min(k, shape.kv_heads) / rates.memory
+    summed = 2 * shape.layers * shape.hidden * b * n * (P + R) * 2 * (k - 1) / k / rates.near
+    return prompts / REACHED["scoring"] + -(-n * R // slots) * (each + reading) / REACHED["sampling"] + summed
 
 
 def _forward(model: Model, rows: int, length: int) -> float:

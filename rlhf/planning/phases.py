@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from rlhf.config import RunConfig
 from rlhf.planning import activations
 from rlhf.planning.engines import FLOAT, GATHER_BYTES, MAX_LIVE, Layout, Model, Part, gathered, offloaded, resting
+from rlhf.planning.sampler import Sampler
 from rlhf.planning.shapes import ModelShape
 
 CONTEXT_BYTES = 1.5e9  # CUDA, NCCL and loaded kernels on a GPU
 PROCESS_BYTES = {True: 0.6e9, False: 4e9}  # Python and its libraries in main memory, without and with CUDA
 FRAGMENTATION = 0.05  # of everything else, because free memory comes in pieces
-CACHE_FRACTION, CACHE_FRACTION_IN_BACKGROUND = 0.8, 0.4  # of free memory: rlhf.generation.in_process
 FILE_BYTES = 2e9  # of a weights file: rlhf.models.saving.FILE_BYTES
 
 
@@ -91,6 +91,7 @@ class PPOPhases:
         self.trained = [Model("policy", shape, learns=True, lora=lora), *critic]
         self.frozen = [Model("reference", shape), *rewards]
         self.models = [*self.trained, *self.frozen]
+        self.sampler = Sampler(shape, layout, ppo.sampling, lora)
         self.prompt, self.response = ppo.max_prompt_length, ppo.sampling.max_new_tokens
 
     @property
@@ -103,46 +104,35 @@ class PPOPhases:
     def predicted(self) -> int:
         return round(self.tokens * self.response / (self.prompt + self.response))
 
-    def sampler(self) -> list[Part]:
-        """Whole weights, and the copies that a plain Llama's sampler makes while it samples."""
-        adapter = 0 if self.config.model.lora is None else self.shape.adapter(self.config.model.lora)
-        return [Part("sampler", "weights", (self.shape.parameters + adapter) * self.layout.number)]
-
-    def packed(self) -> float:
-        """Copies of weights while sampling: on a GPU query, key and value as one; on a CPU all in oneDNN's layout."""
-        if self.config.model.lora is not None:
-            return 0.0
-        shape, b = self.shape, self.layout.number
-        if self.layout.cpu:
-            return (shape.backbone_products + shape.table) * b
-        return shape.layers * shape.hidden * (shape.query + 2 * shape.kv) * b
-
     def rest(self) -> list[Part]:
-        return [*(part for model in self.models for part in resting(model, self.layout)), *self.sampler()]
+        return [*(part for model in self.models for part in resting(model, self.layout)), *self.sampler.resting()]
+
+    def awake(self) -> list[Part]:
+        """What rests, and a sampler that sleeps otherwise."""
+        return [*self.rest(), *self.sampler.asleep()]
 
     def rows(self) -> int:
-        """Rows that are sampled together; 0 if not even one fits."""
-        ppo = self.config.ppo
-        fraction = CACHE_FRACTION_IN_BACKGROUND if ppo.sampling.one_step_off_policy else CACHE_FRACTION
+        """Rows that an engine samples together; 0 if not even one fits."""
+        sampler, workers = self.sampler, self.sampler.workers
         context = 0.0 if self.layout.cpu else CONTEXT_BYTES
-        free = self.free - context - self.packed() - sum(part.bytes for part in self.rest())
-        each = self.cache(1)
-        return max(0, min(int(fraction * free // each), ppo.sampling.batch_size, self.rows_of_worker))
+        free = self.free - context - sampler.packed() - sum(part.bytes for part in self.awake())
+        fitting = int(sampler.fraction * free // sampler.cache(1, self.prompt + self.response))
+        return max(0, min(fitting, workers * self.config.ppo.sampling.batch_size, workers * self.rows_of_worker))
 
     @property
     def rows_of_worker(self) -> int:
         return -(-self.config.ppo.batch_size // self.layout.workers)
 
-    def cache(self, rows: int) -> float:
-        """Keys and values; one tensor more, because the cache moves tensor by tensor."""
-        numbers = self.shape.cached_numbers * (1 + 1 / (2 * self.shape.layers))
-        return rows * (self.prompt + self.response) * numbers * self.layout.number
-
     def sampling(self) -> list[Part]:
-        rows = max(self.rows(), 1)
-        passing, drawn = activations.sampling(self.shape, self.layout, rows, self.prompt, self.prompt + self.response)
-        kinds = {"packed weights": self.packed(), "KV cache": self.cache(rows), "activations": passing, "logits": drawn}
-        return [*self.rest(), *(Part("sampler", kind, bytes) for kind, bytes in kinds.items())]
+        rows, length, sampler = max(self.rows(), 1), self.prompt + self.response, self.sampler
+        passing, drawn = activations.sampling(self.shape, self.layout, rows, self.prompt, length)
+        kinds = {
+            "packed weights": sampler.packed(),
+            "KV cache": sampler.cache(rows, length),
+            "activations": passing,
+            "logits": drawn,
+        }
+        return [*self.awake(), *(Part("sampler", kind, bytes) for kind, bytes in kinds.items())]
 
     def scoring(self) -> list[Part]:
         return [*self.rest(), *self._worst(self.models, self._reads)]
@@ -158,7 +148,7 @@ class PPOPhases:
         ]
 
     def update(self) -> list[Part]:
-        background = self.sampling()[len(self.rest()) :] if self.config.ppo.sampling.one_step_off_policy else []
+        background = self.sampling()[len(self.awake()) :] if self.config.ppo.sampling.one_step_off_policy else []
         return [*self.rest(), *background, *self._worst(self.trained, self._learns)]
 
     def _learns(self, model: Model) -> list[Part]:
@@ -177,7 +167,7 @@ class PPOPhases:
             "small weights, whole",
             "optimizer" if self.layout.local else "",
         }  # plain torch makes it at its first step
-        kept = [part for part in self.rest() if part.kind not in later]
+        kept = [part for part in self.awake() if part.kind not in later]
         return [*kept, Part("worker", "first gradients", first), Part("worker", "weight in reading", reading)]
 
     def saving(self) -> tuple[list[Part], list[Part]]:
@@ -200,7 +190,12 @@ class PPOPhases:
             else max(model.trained / self.layout.workers * FLOAT for model in self.trained)
         )
         opened = [*reading, Part("worker", "shards in order", self.local * defragmented)]
-        layout, host = self.layout, lambda *more: host_of(self.layout, self.local, self.models, *more)
+        layout = self.layout
+        asleep = [Part(part.role, part.kind, self.local * part.bytes) for part in self.sampler.asleep()]
+
+        def host(*more: Part) -> tuple[Part, ...]:
+            return host_of(layout, self.local, self.models, *asleep, *more)
+
         return [
             Phase("opening", with_allowance(self.opening(), layout), host(*opened)),
             Phase("sampling", with_allowance(self.sampling(), layout), host()),

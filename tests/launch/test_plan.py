@@ -76,6 +76,7 @@ def test_a_model_of_unknown_sizes_is_refused(capsys):
         "--hardware gpu-8-offload",
         "--model llama-2-7b --hardware gpu-8",
         "--model llama-2-7b --model.lora.rank 16 --hardware gpu-1-offload",
+        "--model llama-2-70b --reward.micro_batch_size 1 --ppo.sampling.engine vllm --ppo.sampling.tensor_parallel 8",
     ],
 )
 @pytest.mark.parametrize("gpu", ["a100-80g", "h100-80g"])
@@ -84,9 +85,42 @@ def test_the_shipped_recipes_fit(capsys, recipe, gpu):
     assert (code, "fits: a GPU has at least" in shown) == (0, True), shown
 
 
-def test_a_sampler_larger_than_a_gpu_fits_with_no_change(capsys):
+def test_a_sampler_larger_than_a_gpu_is_divided_among_the_gpus_of_a_node(capsys):
     code, shown = plan(capsys, "--gpu", "h100-80g", "--model", "llama-2-70b")
+    divided = "--ppo.sampling.engine vllm --ppo.sampling.tensor_parallel 8"
+    assert (code, shown.rstrip().endswith(f"--reward.micro_batch_size 1 {divided}")) == (5, True)
+
+
+def test_a_model_larger_than_a_node_fits_with_no_change(capsys):
+    code, shown = plan(capsys, "--gpu", "rtx-24g", "--model", "llama-2-70b")
     assert (code, shown.rstrip().endswith("no change of these settings fits")) == (5, True)
+
+
+def test_workers_that_share_an_engine_hold_a_part_of_it(capsys):
+    """70B in bf16 is 137.95 GB; it has eight heads of keys, each of 80 layers of 128 numbers, and as many of values."""
+    more = ["--ppo.sampling.engine", "vllm", "--ppo.sampling.tensor_parallel", "8"]
+    _, shown = plan(capsys, "--gpu", "h100-80g", "--model", "llama-2-70b", *more, "--json")
+    found = json.loads(shown)
+    phases = next(p for p in found["stages"] if p["stage"] == "ppo")["phases"]
+    held = {
+        name: {part["kind"]: part["bytes"] for part in phase["device"] if part["role"] == "sampler"}
+        for name, phase in phases.items()
+    }
+    asleep = [part["bytes"] for part in phases["update"]["host"] if part["role"] == "sampler"]
+    assert held["sampling"]["weights"] == held["opening"]["weights"] == 2 * 68976648192 / 8
+    assert held["scoring"] == held["update"] == held["saving"] == {}
+    assert asleep == [2 * 68976648192]  # all eight parts, on a node of eight
+    each = 2 * 2 * 80 * 128 * (2048 + 512)  # of a row, in bf16
+    assert held["sampling"]["KV cache"] % each == 0 and 0 < held["sampling"]["KV cache"] / each <= 64
+
+
+def test_an_engine_of_several_workers_samples_faster_and_adds_up_between_them(capsys):
+    def seconds(*more):
+        _, shown = plan(capsys, "--gpu", "h100-80g", "--ppo.sampling.engine", "vllm", *more, "--json")
+        return json.loads(shown)["seconds"]["ppo"]["sampling"]
+
+    alone, four = seconds(), seconds("--ppo.sampling.tensor_parallel", "4")
+    assert alone / 4 < four < alone
 
 
 LARGE = ["--sft.batch_size", "512", "--reward.batch_size", "512", "--ppo.minibatch_size", "512"]

@@ -177,6 +177,33 @@ def test_a_head_size_without_a_kernel_is_told(tmp_path: Path) -> None:
         assert (preflight_errors(settings(*vllm, "--model.path", "model")) == []) == known
 
 
+@pytest.mark.usefixtures("vllm_is_there")
+def test_heads_that_workers_cannot_divide_are_told(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    shape = {"vocab_size": 64, "hidden_size": 384, "intermediate_size": 64, "num_hidden_layers": 1}
+    for heads, kv_heads, workers, fitting in ((6, 6, 2, True), (6, 6, 4, False), (12, 2, 4, True), (12, 3, 2, False)):
+        own = shape | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 32}
+        (tmp_path / "model/config.json").write_text(json.dumps(own | {"model_type": "llama"}))
+        sampling = f"{{engine: vllm, tensor_parallel: {workers}}}"
+        given = ["--model.path", "model", "--ppo.sampling", sampling, "--hardware.workers", "4"]
+        errors = [error.text for error in preflight_errors(settings(*given)) if "tensor_parallel" in error.text]
+        assert (errors == []) == fitting
+        assert fitting or f"{workers} workers cannot divide {heads} attention heads with {kv_heads}" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ("{tensor_parallel: 2}", "only vllm divides a model"),
+        ("{engine: vllm, tensor_parallel: 3}", "does not divide the 2 workers"),
+        ("{engine: vllm, tensor_parallel: 2, one_step_off_policy: true}", "cannot train meanwhile"),
+    ],
+)
+def test_samplers_that_cannot_be_divided_are_told(sampling: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"ppo.sampling.tensor_parallel.*{said}"):
+        settings("--ppo.sampling", sampling, "--hardware.workers", "2")
+
+
 def test_vllm_and_adapters_do_not_go_together() -> None:
     with pytest.raises(UserError, match="ppo.sampling.engine: is vllm, which samples from full weights only"):
         settings("--ppo.sampling.engine", "vllm", "--model.lora.rank", "4")

@@ -152,6 +152,6 @@ BUGS = [
             "self._wake('weights')",
             "self._wake()",
         ),
-        Bug("rows that nobody takes stay in the engine", "VLLMSampler.sample", "A == 0", "A < 0"),
+        Bug("rows that nobody takes stay in the engine", "VLLMSampler._responses", "list(waiting)", "[]"),
     ),
 ]

@@ -31,6 +31,19 @@ BUGS = [
         Bug("one GPU is paid", "Cost.dollars", "A * self.gpus * B", "A * B"),
     ),
     *bugs_in(
+        "rlhf/planning/sampler.py",
+        ["launch/test_plan.py", "rlhf/planning/test_arithmetic.py"],
+        Bug("each worker holds the whole sampler", "Sampler.weights", "A * B / self.workers", "A * B"),
+        Bug("a sampler that sleeps stays on the device", "Sampler.resting", "[] if A else B", "B"),
+        Bug("it sleeps nowhere", "Sampler.asleep", "A if B else []", "[]"),
+        Bug("heads of keys are divided without end", "Sampler.cache", "min(self.workers, A)", "self.workers"),
+    ),
+    *bugs_in(
+        "rlhf/planning/change.py",
+        ["launch/test_plan.py"],
+        Bug("samplers are never divided", "_shared_samplers", "k > A", "False"),
+    ),
+    *bugs_in(
         "launch/plan/command.py",
         ["launch/test_plan.py"],
         Bug("what does not fit ends with 0", "run", "return 0 if A else CANNOT", "return 0"),

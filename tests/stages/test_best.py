@@ -118,7 +118,7 @@ def test_the_resident_sampler_becomes_that_of_another_folder(run, lora_run, adap
     tokenizer, cpu = load_tokenizer(sft), torch.device("cpu")
     sampler = open_sampler(config, sft, tokenizer, cpu)
     for folder in (base, sft):
-        again = sampler_of(folder, sampler, config, tokenizer, cpu)
+        again: Any = sampler_of(folder, sampler, config, tokenizer, cpu)
         expected = dict(load_causal(folder).named_parameters())
         assert again is sampler
         assert {n: p.tolist() for n, p in again.model.named_parameters()} == {
@@ -131,7 +131,7 @@ def test_a_model_of_another_shape_gets_a_sampler_of_its_own_when_the_other_has_l
     folder = config.folder / "sft/artifact"
     tokenizer, cpu = load_tokenizer(folder), torch.device("cpu")
     sampler = InProcessSampler(small_model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
-    another = sampler_of(folder, sampler, config, tokenizer, cpu)
+    another: Any = sampler_of(folder, sampler, config, tokenizer, cpu)
     assert another is not sampler and list(sampler.model.parameters()) == []
     assert sum(p.numel() for p in another.model.parameters()) == sum(
         p.numel() for p in load_causal(folder).parameters()

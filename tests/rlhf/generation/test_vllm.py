@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from launch import preflight
 from rlhf.data.batches import select
 from rlhf.generation import InProcessSampler, vllm
-from rlhf.generation.vllm import VLLMSampler
+from rlhf.generation.vllm import Capacity, VLLMSampler
 from rlhf.models.policy import PolicyModel
 from rlhf.ppo import preflight_checks
 from tests.worker_group import leave, run_ranks
@@ -81,7 +81,7 @@ def engines(tmp_path_factory):
         if precision not in made:
             folder = tmp_path_factory.mktemp(precision)
             make(5, tied=precision == "bf16").save_pretrained(folder)
-            made[precision] = VLLMSampler(folder, [EOS], PAD, precision, torch.device("cpu"), SLOTS, 7 + R)
+            made[precision] = VLLMSampler(folder, [EOS], PAD, precision, torch.device("cpu"), Capacity(SLOTS, 7 + R))
         return made[precision]
 
     with torch._dynamo.config.patch(disable=True):
@@ -245,18 +245,30 @@ def test_the_trainer_keeps_its_threads_environment_and_random_numbers(tmp_path, 
     make(0).save_pretrained(tmp_path)
     before = torch.set_num_threads, torch.get_num_threads(), dict(os.environ), os.sched_getaffinity(0)
     state = torch.get_rng_state()
-    VLLMSampler(tmp_path, [EOS], PAD, "float32", torch.device("cpu"), 2, 7 + R)
+    VLLMSampler(tmp_path, [EOS], PAD, "float32", torch.device("cpu"), Capacity(2, 7 + R))
     assert before == (torch.set_num_threads, torch.get_num_threads(), dict(os.environ), os.sched_getaffinity(0))
     assert torch.equal(state, torch.get_rng_state())
 
 
 class Sleeper:
-    """An engine that notes what it is told to do, and reads weights when it has got all of them."""
+    """An engine that notes what it is told to do, reads weights when it has got all of them, and answers one request a
+    step, with EOS."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
         self.loaded: dict[str, torch.Tensor] = {}
+        self.waiting: list[str] = []
         self.llm_engine = self
+
+    def add_request(self, request_id: str, *_: Any) -> None:
+        self.waiting.append(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.waiting != []
+
+    def step(self) -> list[Any]:
+        completion = SimpleNamespace(token_ids=[EOS], logprobs=[{EOS: SimpleNamespace(logprob=-1.0)}])
+        return [SimpleNamespace(request_id=self.waiting.pop(0), outputs=[completion])]
 
     def abort_request(self, request_ids: list[str]) -> None:
         self.told += [f"abort {' '.join(request_ids)}"] if request_ids else []
@@ -284,7 +296,8 @@ def on_a_gpu(monkeypatch) -> Any:
     sampler: Any = VLLMSampler.__new__(VLLMSampler)
     sampler.llm, sampler.sleeps, sampler.asleep = Sleeper(), True, set()
     sampler.stop_ids, sampler.pad_id, sampler.dtype, sampler.tied = [EOS], PAD, torch.float32, {}
-    monkeypatch.setattr(sampler, "_responses", lambda *_: ((row, [EOS], [-1.0]) for row in range(8)))
+    sampler.tensor_parallel = 1
+    monkeypatch.setattr(sampler, "_params", lambda *_: None)
     return sampler
 
 
@@ -322,7 +335,7 @@ def main(folder: Path) -> None:
     """One of the ranks: opens an engine, lets it go, and adds numbers up with the other rank."""
     dist.init_process_group("gloo")
     with torch._dynamo.config.patch(disable=True):
-        sampler = VLLMSampler(folder / "model", [EOS], PAD, "float32", torch.device("cpu"), SLOTS, 7 + R)
+        sampler = VLLMSampler(folder / "model", [EOS], PAD, "float32", torch.device("cpu"), Capacity(SLOTS, 7 + R))
         sampler.close()
     ones = torch.ones(1)
     dist.all_reduce(ones)

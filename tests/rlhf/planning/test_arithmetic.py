@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from rlhf.config import LoraConfig, ModelConfig
+from rlhf.config import LoraConfig, ModelConfig, SamplingConfig
 from rlhf.distributed import engine
-from rlhf.generation import in_process
+from rlhf.generation import in_process, vllm
 from rlhf.kernels import logprobs
 from rlhf.models import saving
-from rlhf.planning import activations, engines, phases
+from rlhf.planning import activations, engines, phases, sampler
 from rlhf.planning.engines import Layout, Model, offloaded, resting
 from rlhf.planning.shapes import TABLE, ModelShape, from_config, shape_of
 
@@ -67,8 +67,9 @@ def test_other_layers_than_llamas_are_unknown():
 def test_constants_are_those_of_the_code_that_allocates():
     assert engines.BUCKET_ELEMENTS == engine.BUCKET_ELEMENTS
     assert engines.GATHER_BYTES == engine.BUCKET_BYTES
-    assert phases.CACHE_FRACTION == in_process.CACHE_FRACTION
-    assert phases.CACHE_FRACTION_IN_BACKGROUND == in_process.CACHE_FRACTION_IN_BACKGROUND
+    assert sampler.IN_PROCESS == in_process.CACHE_FRACTION
+    assert sampler.IN_BACKGROUND == in_process.CACHE_FRACTION_IN_BACKGROUND
+    assert sampler.VLLM == vllm.CACHE_FRACTION
     assert activations.PREFILL_TOKENS == in_process.PREFILL_TOKENS
     assert {"cpu": activations.LOGIT_BLOCK[True], "cuda": activations.LOGIT_BLOCK[False]} == logprobs.BLOCK_BYTES
     assert phases.FILE_BYTES == saving.FILE_BYTES
@@ -116,3 +117,10 @@ def test_figures_that_were_worked_out_by_hand():
     assert opening == pytest.approx(84.6, rel=0.01)
     assert (whole["70"] / 2, 2 * whole["70"]) == (pytest.approx(138, rel=0.01), pytest.approx(552, rel=0.01))
     assert 8 * whole["70"] == pytest.approx(2200, rel=0.01)
+
+
+def test_workers_of_one_engine_divide_the_heads_of_keys_as_far_as_there_are_any():
+    """70B has 80 layers and eight heads of keys of 128 numbers: half an engine of sixteen has copies."""
+    for workers, bytes_of_a_token in ((1, 2 * 2 * 80 * 8 * 128), (8, 2 * 2 * 80 * 128), (16, 2 * 2 * 80 * 128)):
+        settings = SamplingConfig(engine="vllm", tensor_parallel=workers)
+        assert sampler.Sampler(SHAPE_70B, layout(64), settings, None).cache(1, 1) == bytes_of_a_token
