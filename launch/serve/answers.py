@@ -72,6 +72,7 @@ class Answer:
                 kind=self.kind,
                 model=self.model.name,
                 digest=self.model.digest,
+                version=self.model.version,
                 messages=self.said[number // self.ask.n],
                 response=piece.text,
                 finish=piece.finish or "",
@@ -86,7 +87,13 @@ class Answer:
         ]
 
     def _head(self, names: dict[str, str]) -> dict[str, Any]:
-        return {"id": self.id, "object": names[self.kind], "created": self.created, "model": self.model.name}
+        return {
+            "id": self.id,
+            "object": names[self.kind],
+            "created": self.created,
+            "model": self.model.name,
+            "system_fingerprint": self.model.version or self.model.digest,
+        }
 
     def _choice(self, number: int, piece: Piece, slot: str) -> dict[str, Any]:
         told = self.ask.sampling.top_logprobs is not None

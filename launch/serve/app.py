@@ -46,8 +46,7 @@ def make_app(service: Service) -> FastAPI:
             with suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(deliver_here, pieces)
 
-        for model in service.models.values():
-            model.engine.start(deliver)
+        service.start(deliver)
         yield
         for model in service.models.values():
             await run_in_threadpool(model.engine.close)
@@ -135,7 +134,8 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         down = [name for name, model in service.models.items() if not model.engine.up]
         state = "stopping" if service.stopping else "restarting" if down else "ready"
-        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+        served = {name: {"version": model.version, "digest": model.digest} for name, model in service.models.items()}
+        return JSONResponse({"status": state, "models": served}, 200 if state == "ready" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -148,6 +148,8 @@ def _described(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "rlhf",
+        "version": model.version,
+        "digest": model.digest,
         "max_model_len": model.context,
     }
 

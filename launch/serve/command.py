@@ -12,7 +12,7 @@ import secrets
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch.commands.arguments import tracking_uri
 from launch.model_folder import model_folder
@@ -30,32 +30,49 @@ def run(args: argparse.Namespace) -> int:
     _check_installed()
     token = _token(args.host)
     _check_port(args.host, args.port)
-    folders = {name.rstrip("/"): resolved(name, tracking_uri(args)) for name in args.models}
+    uri = tracking_uri(args)
+    sources = {name.rstrip("/"): resolved(name, uri) for name in args.models}
 
     from launch.serve.gate import Limits
+    from launch.serve.reload import Reloader
     from launch.serve.server import serve
     from launch.serve.service import Service
     from rlhf.serving.model import ServedModel
 
-    writer = _writer(args, next(iter(folders.values())))
-    models = {name: ServedModel(name, folder, args.queue, digest_of(folder)) for name, folder in folders.items()}
+    def load(name: str, source: Source) -> ServedModel:
+        return ServedModel(name, source.folder, args.queue, digest_of(source.folder), source.version)
+
+    writer = _writer(args, next(iter(sources.values())).folder)
+    models = {name: load(name, source) for name, source in sources.items()}
     service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate), writer)
     _announce(args.host, args.port, token, list(models))
     print(f"kept: {f'exchanges and votes, in {writer.store.shown}' if writer else 'nothing'}", flush=True)
+    aliases = {name: source.alias for name, source in sources.items() if source.alias}
+    if uri and aliases:
+        Reloader(service, aliases, uri, load).start()
     serve(service, args.host, args.port)
     return 0
 
 
-def resolved(model: str, uri: str | None) -> Path:
-    """The folder of a model: a folder, NAME@ALIAS of the registry, or a hub name. UserError (4)."""
+class Source(NamedTuple):
+    folder: Path
+    version: str | None = None
+    """models:/NAME/3, of a model in the registry."""
+    alias: str | None = None
+    """models:/NAME@ALIAS, where the model was named by one."""
+
+
+def resolved(model: str, uri: str | None) -> Source:
+    """A folder, NAME@ALIAS of the registry, or a hub name. UserError (4)."""
     reference = f"models:/{model}" if ALIAS.fullmatch(model) and not Path(model).exists() else model
     if not reference.startswith("models:/"):
-        return model_folder(model)
+        return Source(model_folder(model))
     if uri is None:
         raise UserError(f"{model}: --tracking-uri is null, and the registry is there")
     from rlhf.tracking.versions import Registry
 
-    return model_folder(str(Registry(uri).version(reference).path))
+    version = Registry(uri).version(reference)
+    return Source(model_folder(str(version.path)), version.uri, reference if "@" in reference else None)
 
 
 def _writer(args: argparse.Namespace, folder: Path) -> Writer | None:

@@ -30,6 +30,12 @@ class Metrics:
         self.gone = Counter(
             "rlhf_serve_clients_gone", "Requests whose client did not wait", ["model"], registry=self._registry
         )
+        self.reloads = Counter(
+            "rlhf_serve_reloads",
+            "Moves of an alias, by whether the version could be loaded",
+            ["model", "result"],
+            registry=self._registry,
+        )
         self.first_token_s = Histogram(
             "rlhf_serve_first_token_seconds",
             "Time to the first token",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from launch.serve.answers import Answer
 from launch.serve.errors import ApiError
 from launch.serve.gate import Limits
 from launch.serve.metrics import Metrics
+from rlhf.serving.engine import EngineDown, Pieces
 from rlhf.serving.model import ServedModel
 from rlhf.serving.store import Writer
 
@@ -23,7 +24,7 @@ MOST_RECENT = 20_000
 
 @dataclass
 class Service:
-    models: Mapping[str, ServedModel]
+    models: dict[str, ServedModel]
     """By name; the first is the default."""
     token: str
     system: str = ""
@@ -40,6 +41,31 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.models, self.writer)
         self._recent: OrderedDict[str, None] = OrderedDict()  # responses that the store may not have yet
+        self._deliver: Callable[[Pieces], None] | None = None
+
+    @property
+    def started(self) -> bool:
+        return self._deliver is not None
+
+    def start(self, deliver: Callable[[Pieces], None]) -> None:
+        """`deliver`: see Engine.start."""
+        self._deliver = deliver
+        for model in self.models.values():
+            model.engine.start(deliver)
+
+    def replace(self, model: ServedModel) -> None:
+        """Takes the place of the model of this name for new requests; those that run end on the old one.
+
+        From any thread. EngineDown, and the old one stays, where the new one samples nothing.
+        """
+        assert self._deliver, "not started"
+        model.engine.start(self._deliver)
+        try:
+            model.check()
+        except EngineDown:
+            model.engine.close()
+            raise
+        self.models[model.name] = model
 
     def model(self, name: str | None) -> ServedModel:
         if name is None:

@@ -74,11 +74,15 @@ class Engine:
                 row.cancelled = True
             self._changed.notify()
 
-    def close(self) -> None:
-        """Ends after the present step; rows that are unfinished fail."""
+    def stop(self) -> None:
+        """Ends after the present step, which nobody waits for; rows that are unfinished fail."""
         with self._changed:
             self._closed, self._up = True, False
             self._changed.notify()
+
+    def close(self) -> None:
+        """As `stop`, and waits."""
+        self.stop()
         if self._thread.ident is not None:
             self._thread.join()
 

@@ -20,7 +20,11 @@ class Flow:
     def __init__(self, model: ServedModel, ask: Ask) -> None:
         """QueueFull, EngineDown. Engines deliver to the event loop that this is called in."""
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._engine, self._left = model.engine, ask.choices
+        self._model, self._engine, self._left = (
+            model,
+            model.engine,
+            ask.choices,
+        )  # the engine lives while the model does
         self._rows = model.rows(ask, lambda number, piece: self._queue.put_nowait((number, piece)))
         self._engine.submit(self._rows)
 
@@ -32,6 +36,7 @@ class Flow:
     ) -> None:
         if self._left:
             self._engine.cancel(self._rows)
+        self._rows = []  # they refer to this object: as a cycle both would keep the model for long
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(number of the response, piece); what came meanwhile for one response is one piece. EngineDown."""

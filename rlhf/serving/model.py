@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from rlhf.chat.stream import TextStream
 from rlhf.errors import UserError
 from rlhf.models import load_causal, load_tokenizer
 from rlhf.serving.batch import Batch, room_for
-from rlhf.serving.engine import Engine
+from rlhf.serving.engine import STALLED_S, Engine, EngineDown
 from rlhf.serving.rows import Piece, Row, Sampling, row_key
 
 
@@ -43,9 +45,19 @@ class Ask:
 
 
 class ServedModel:
-    def __init__(self, name: str, folder: str | Path, most_waiting: int, digest: str | None = None) -> None:
-        """UserError (4, 5) for a folder without a causal model, and where memory does not hold one row."""
-        self.name, self.digest, self.created = name, digest, int(time.time())
+    """Its engine ends when nothing refers to the model any more: no request, and no service."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: str | Path,
+        most_waiting: int,
+        digest: str | None = None,
+        version: str | None = None,
+    ) -> None:
+        """`version`: of the registry. UserError (4, 5) for a folder without a causal model, and where memory does not
+        hold one row."""
+        self.name, self.digest, self.version, self.created = name, digest, version, int(time.time())
         self.tokenizer = load_tokenizer(folder)
         self.chat = format_of(self.tokenizer)
         # Tokenizers change their settings while they encode: one thread at a time, and another one to decode.
@@ -54,9 +66,10 @@ class ServedModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = load_causal(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         model.eval().requires_grad_(False).to(device)
-        self.room = room_for(model)
+        self.room = room = room_for(model)
         self.stop_ids = frozenset(self.chat.stop_ids)
-        self.engine = Engine(lambda: Batch(model, self.room), most_waiting)
+        self.engine = Engine(lambda: Batch(model, room), most_waiting)
+        weakref.finalize(self, self.engine.stop).atexit = False
 
     @property
     def context(self) -> int:
@@ -85,6 +98,17 @@ class ServedModel:
 
     def token_text(self, token: int) -> str:
         return self._decoding.decode([token], clean_up_tokenization_spaces=False)
+
+    def check(self) -> None:
+        """Samples a token. EngineDown where that does not work."""
+        told: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self.engine.submit(self.rows(Ask([[0]], Sampling(1, 0.0), seed=0), lambda _, piece: told.put(piece)))
+        try:
+            finish = told.get(timeout=STALLED_S).finish
+        except queue.Empty:
+            finish = "failed"
+        if finish == "failed":
+            raise EngineDown
 
     def rows(self, ask: Ask, sink: Callable[[int, Piece], Any]) -> list[Row]:
         """`sink` gets the pieces of each response with its number."""

@@ -36,6 +36,7 @@ exchanges = Table(
     Column("kind", String(16), nullable=False),
     Column("model", Text, nullable=False),
     Column("digest", String(64)),
+    Column("version", Text),
     Column("messages", JSON, nullable=False),
     Column("response", Text, nullable=False),
     Column("finish", String(16), nullable=False),
@@ -99,6 +100,8 @@ class Exchange:
     completion_tokens: int
     seconds: float
     sampling: Mapping[str, Any]
+    version: str | None = None
+    """Of the registry: models:/NAME/3."""
     first_token_s: float | None = None
     """From the request to its first token."""
     user: str | None = None

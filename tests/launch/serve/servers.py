@@ -50,6 +50,7 @@ def running(folder: Path, queue: int = 100, **settings: Any) -> Iterator[Running
     model = ServedModel("tiny", folder, queue)
     model.stop_ids = frozenset()  # random weights end a response anywhere
     service = Service({"tiny": model}, TOKEN, **{"limits": Limits(per_minute=0), **settings})
+    del model  # it may be replaced, and nothing else must hold it
     port = free_port()
     server = Server(uvicorn.Config(make_app(service), host="127.0.0.1", port=port, **SETTINGS), service, grace_s=60)
     thread = threading.Thread(target=server.run, daemon=True)
