@@ -44,8 +44,24 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--redact", action="store_true", help="keep no mail addresses, telephone and card numbers, IBANs, IP addresses"
     )
+    _add_guard(parser)
     add_tracking(parser)
     _add_feedback(commands)
+
+
+def _add_guard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guard", metavar="MODEL", help="a safety model that judges prompts and responses")
+    parser.add_argument(
+        "--guard-threshold",
+        type=_fraction,
+        metavar="P",
+        help="unsafe is what is safe with a probability below it (default 0.15)",
+    )
+    parser.add_argument(
+        "--guard-action",
+        choices=("annotate", "refuse", "regenerate"),
+        help="what becomes of unsafe responses (default refuse); unsafe prompts are refused but by annotate",
+    )
 
 
 def _add_feedback(commands: argparse._SubParsersAction) -> None:

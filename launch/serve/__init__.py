@@ -5,4 +5,5 @@ gate.py     token, size, rate and stop     errors.py   errors in OpenAI's form  
 metrics.py  what Prometheus reads          feedback.py `rlhf feedback`
 service.py  what the routes share          respond.py   at once, or as a stream   pages.py    the page at /, in page/
 scoring.py  a reward model and its thread   reload.py    follows aliases of the registry
+guard.py    a safety model judges what is said
 """

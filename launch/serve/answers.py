@@ -30,6 +30,7 @@ class Answer:
         self.id = PREFIX[kind] + uuid.uuid4().hex
         self.created = int(time.time())
         self.pieces = [Piece() for _ in range(ask.choices)]
+        self.guarded: dict[int, dict[str, Any]] = {}  # what the guard says of each response
         self.first_token_at: float | None = None
 
     def add(self, number: int, piece: Piece) -> None:
@@ -65,7 +66,8 @@ class Answer:
     def exchanges(self, seconds: float, first_token_s: float | None = None) -> list[Exchange]:
         """What the store keeps of it."""
         sampling = self.ask.sampling
-        how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens}
+        how: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        how |= {"max_tokens": sampling.max_tokens} | ({} if self.ask.seed is None else {"seed": self.ask.seed})
         return [
             Exchange(
                 id=f"{self.id}:{number}",
@@ -80,7 +82,7 @@ class Answer:
                 completion_tokens=piece.tokens,
                 seconds=seconds,
                 first_token_s=first_token_s,
-                sampling=how | ({} if self.ask.seed is None else {"seed": self.ask.seed}),
+                sampling=how | ({"guard": self.guarded[number]} if number in self.guarded else {}),
                 user=self.user,
             )
             for number, piece in enumerate(self.pieces)
@@ -97,7 +99,9 @@ class Answer:
 
     def _choice(self, number: int, piece: Piece, slot: str) -> dict[str, Any]:
         told = self.ask.sampling.top_logprobs is not None
-        head = {"index": number, "finish_reason": piece.finish}
+        head: dict[str, Any] = {"index": number, "finish_reason": piece.finish}
+        if piece.finish and number in self.guarded:
+            head["guard"] = self.guarded[number]
         if self.kind == "completion":
             logprobs = completion_logprobs(self.model.token_text, piece.logprobs) if told else None
             return {**head, "text": piece.text, "logprobs": logprobs}

@@ -52,6 +52,8 @@ def make_app(service: Service) -> FastAPI:
             await run_in_threadpool(model.engine.close)
         if service.writer:
             await run_in_threadpool(service.writer.close)
+        if service.guard:
+            await run_in_threadpool(service.guard.model.close)
 
     # Its pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="rlhf serve", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
@@ -85,7 +87,8 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         model = service.model(asked.model)
         prompts = await run_in_threadpool(lambda: [_ids(model, prompt) for prompt in asked.prompts()])
-        said = [[{"role": "prompt", "content": str(prompt)}] for prompt in asked.prompts()]
+        texts = [prompt if isinstance(prompt, str) else model.text(prompt) for prompt in asked.prompts()]
+        said = [[{"role": "prompt", "content": text}] for text in texts]
         return await _respond(service, request, _answer(service, model, asked, prompts, said), asked)
 
     @app.post("/predict", response_model=Prediction)
@@ -107,6 +110,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
                 "text": piece.text,
                 "model": model.name,
                 "finish_reason": piece.finish,
+                **({"guard": answer.guarded[0]} if answer.guarded else {}),
                 **{key: value for key, value in answer.usage().items() if key != "total_tokens"},
             }
         )
@@ -180,4 +184,4 @@ async def _respond(
 ) -> Response:
     if not asked.stream:
         return await whole(service, request, answer)
-    return stream(service, answer, asked.stream_options is not None and asked.stream_options.include_usage)
+    return await stream(service, answer, asked.stream_options is not None and asked.stream_options.include_usage)

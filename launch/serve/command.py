@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from launch.commands.arguments import tracking_uri
 from launch.model_folder import model_folder
+from rlhf.config import PPOConfig
 from rlhf.errors import UserError
 from rlhf.runs import artifacts
 
 if TYPE_CHECKING:
+    from launch.serve.guard import Guard
     from rlhf.serving.store import Writer
 
 TOKEN = "RLHF_SERVE_TOKEN"
@@ -42,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
     def load(name: str, source: Source) -> ServedModel:
         return ServedModel(name, source.folder, args.queue, digest_of(source.folder), source.version)
 
+    guard = _guard(args, uri)
     writer = _writer(args, next(iter(sources.values())).folder)
     models = {name: load(name, source) for name, source in sources.items()}
-    service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate), writer)
+    service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate), writer, guard)
     _announce(args.host, args.port, token, list(models))
     print(f"kept: {f'exchanges and votes, in {writer.store.shown}' if writer else 'nothing'}", flush=True)
     aliases = {name: source.alias for name, source in sources.items() if source.alias}
@@ -73,6 +76,23 @@ def resolved(model: str, uri: str | None) -> Source:
 
     version = Registry(uri).version(reference)
     return Source(model_folder(str(version.path)), version.uri, reference if "@" in reference else None)
+
+
+def _guard(args: argparse.Namespace, uri: str | None) -> Guard | None:
+    if args.guard is None:
+        for option in ("threshold", "action"):
+            if getattr(args, f"guard_{option}") is not None:
+                raise UserError(f"--guard-{option} is about a guard: name its safety model with --guard")
+        return None
+    from launch.serve.guard import Guard
+    from launch.serve.scoring import RewardModel
+
+    model = RewardModel(resolved(args.guard, uri).folder)
+    if not model.has_logits:
+        raise UserError(f"--guard {args.guard}: a DPO policy says nothing of safety; name a reward model", 4)
+    threshold = PPOConfig.model_fields["safety_threshold"].default
+    threshold = threshold if args.guard_threshold is None else args.guard_threshold
+    return Guard(model, threshold, args.guard_action or "refuse")
 
 
 def _writer(args: argparse.Namespace, folder: Path) -> Writer | None:

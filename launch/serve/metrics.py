@@ -36,6 +36,12 @@ class Metrics:
             ["model", "result"],
             registry=self._registry,
         )
+        self.guarded = Counter(
+            "rlhf_serve_guarded",
+            "Prompts and responses by what the guard did",
+            ["model", "where", "result"],
+            registry=self._registry,
+        )
         self.first_token_s = Histogram(
             "rlhf_serve_first_token_seconds",
             "Time to the first token",

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from launch.serve import errors
 from launch.serve.answers import Answer, event
+from launch.serve.guard import GuardedFlow, flow_of
 from launch.serve.service import Service
 from rlhf.serving.engine import EngineDown
 from rlhf.serving.flow import Flow
@@ -22,7 +23,7 @@ async def at_once(service: Service, request: Request, answer: Answer) -> bool:
 
     async def read() -> None:
         with service.watched(answer):
-            async with Flow(answer.model, answer.ask) as flow:
+            async with await flow_of(service.guard, answer, service.metrics) as flow:
                 async for number, piece in flow.pieces():
                     answer.add(number, piece)
 
@@ -43,13 +44,14 @@ async def whole(service: Service, request: Request, answer: Answer) -> Response:
     return Response(status_code=CLIENT_GONE)
 
 
-def stream(service: Service, answer: Answer, with_usage: bool) -> Response:
+async def stream(service: Service, answer: Answer, with_usage: bool) -> Response:
     """Server-sent events. What is refused is refused before the stream begins: QueueFull, EngineDown."""
-    events = _events(service, Flow(answer.model, answer.ask), answer, with_usage)
+    flow = await flow_of(service.guard, answer, service.metrics)
+    events = _events(service, flow, answer, with_usage)
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-async def _events(service: Service, flow: Flow, answer: Answer, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(service: Service, flow: Flow | GuardedFlow, answer: Answer, with_usage: bool) -> AsyncIterator[bytes]:
     """What fails in mid-stream is the last event, in the form of an error."""
     with service.watched(answer):
         async with flow:

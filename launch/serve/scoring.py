@@ -48,6 +48,7 @@ class RewardModel:
         self._chat = format_of(self._tokenizer)
         self._model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._offset = float(getattr(model, "offset", 0.0))
+        self.has_logits = not isinstance(model, ImplicitReward)
         self._encoding = threading.Lock()  # tokenizers change their settings while they encode
         self._queue: queue.Queue[_Asked | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name=f"scores of {folder.name}", daemon=True)

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from launch.serve.answers import Answer
 from launch.serve.errors import ApiError
 from launch.serve.gate import Limits
+from launch.serve.guard import Guard
 from launch.serve.metrics import Metrics
 from rlhf.serving.engine import EngineDown, Pieces
 from rlhf.serving.model import ServedModel
@@ -34,6 +35,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     writer: Writer | None = None
     """Keeps exchanges and votes; None: nothing is kept."""
+    guard: Guard | None = None
     stopping: bool = False
     active: int = 0
     """Requests that are being answered."""

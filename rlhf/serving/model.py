@@ -96,8 +96,11 @@ class ServedModel:
         if not ids or not all(0 <= token < len(self.tokenizer) for token in ids):
             raise UserError(f"a prompt of tokens needs ids from 0 to {len(self.tokenizer) - 1}", 3)
 
+    def text(self, ids: Sequence[int]) -> str:
+        return self._decoding.decode(list(ids), clean_up_tokenization_spaces=False)
+
     def token_text(self, token: int) -> str:
-        return self._decoding.decode([token], clean_up_tokenization_spaces=False)
+        return self.text([token])
 
     def check(self) -> None:
         """Samples a token. EngineDown where that does not work."""

@@ -154,6 +154,9 @@ class Prediction(BaseModel):
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    guard: dict[str, Any] | None = Field(
+        None, description="What the guard says of prompt and response, if there is one."
+    )
 
 
 Labels = Annotated[list[Label], Field(max_length=3)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf.chat.stream import TextStream
 
-Finish = Literal["stop", "length", "failed"]
+Finish = Literal["stop", "length", "failed", "content_filter"]
 
 
 @dataclass(frozen=True)
