@@ -15,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint ruff docs nodes proofs mutants install vllm clean
+.PHONY: help quickstart test check lint ruff docs nodes proofs fuzz mutants install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ nodes: $(STAMP)  ## the tests on clusters of pseudo-nodes: Linux, as root
 
 proofs: $(STAMP)  ## the long forms of the proofs that `make test` runs in short
 	$(BIN)/pytest -m proof
+
+fuzz: $(STAMP)  ## 10,000 requests to `rlhf serve`, made by schemathesis
+	$(BIN)/pytest -s -m proof tests/launch/serve/test_fuzz.py
 
 mutants: $(STAMP)  ## plant the known bugs, one at a time: each must make a test fail
 	$(BIN)/python -m tests.mutants.run

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from launch.serve import errors
@@ -34,6 +34,10 @@ from rlhf.serving.rows import Sampling
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 503)
+}
+
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "A stream where it is asked for"}
 }
 
 
@@ -75,7 +79,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def one_model(name: str) -> dict[str, Any]:
         return _described(service.model(name))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         model = service.model(asked.model)
         turns = asked.turns(service.system)
@@ -83,7 +87,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         answer = _answer(service, model, asked, prompts, [[turn.model_dump() for turn in turns]])
         return await _respond(service, request, answer, asked)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         model = service.model(asked.model)
         prompts = await run_in_threadpool(lambda: [_ids(model, prompt) for prompt in asked.prompts()])
@@ -141,7 +145,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
         served = {name: {"version": model.version, "digest": model.digest} for name, model in service.models.items()}
         return JSONResponse({"status": state, "models": served}, 200 if state == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
