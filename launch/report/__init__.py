@@ -19,6 +19,7 @@ from stages.base import STAGES
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+LONGEST_NAME = 32  # of a row in the terminal, that is not broken: what stands beside it is, where there is no room
 SECTIONS = {"sft": sft.SECTION, "reward": reward.SECTION, "ppo": ppo.SECTION}
 
 
@@ -81,8 +82,10 @@ def rich_table(table: Table) -> RenderableType:
     from rich.text import Text
 
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    names_fit = all(len(row[0]) <= LONGEST_NAME for row in table.rows)
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if number else "left", overflow="fold")
+        name = number == 0
+        shown.add_column(column, justify="left" if name else "right", overflow="fold", no_wrap=name and names_fit)
     for row in table.rows:
         shown.add_row(*map(Text, row))
     return shown

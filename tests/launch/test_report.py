@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from launch import plots, profile_table, report
-from launch.report.section import flat, nested
+from launch.report.section import Table, flat, nested
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.runs import artifacts
@@ -396,3 +397,10 @@ def test_every_defined_metric_is_in_the_source():
     source = "".join(path.read_text() for room in ("rlhf", "stages") for path in (ROOT / room).rglob("*.py"))
     defined = re.findall(r"\| `((?:sft|reward|dpo|ppo)/[a-z0-9_]+)` \|", DOCUMENT)
     assert [name for name in defined if f'"{name}"' not in source] == []
+
+
+def test_names_of_rows_are_not_broken_where_columns_are_narrow():
+    name, figure = "reward/helpfulness.accuracy", "0.84 [0.62, 0.94]"
+    console = Console(file=StringIO(), width=60)
+    console.print(report.rich_table(Table("", ("metric", "one", "another"), [(name, figure, figure)])))
+    assert name in console.file.getvalue()  # type: ignore[attr-defined]
