@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from rlhf.serving.batch import MOST_ROWS
 from rlhf.serving.model import ServedModel
 from rlhf.serving.store import Writer
 
@@ -73,7 +74,7 @@ class _Engines(Collector):
             engine = model.engine
             running.add_metric([name], engine.running)
             waiting.add_metric([name], engine.waiting)
-            slots.add_metric([name], model.room.rows)
+            slots.add_metric([name], MOST_ROWS)
             up.add_metric([name], engine.up)
             restarts.add_metric([name], engine.restarts)
         return [running, waiting, slots, up, restarts]

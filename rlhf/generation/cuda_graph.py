@@ -48,7 +48,7 @@ class StepGraphs:
         if self.cache.moves != self.moves:
             self.moves, self.seen, self.graphs = self.cache.moves, set(), {}
         rows = len(token_S)
-        size = rows_of_graph(rows, self.cache.slots)
+        size = rows_of_graph(rows, self.cache.slots_now)
         given = self._input(token_S, size)
         if size in self.seen and size not in self.graphs:
             self.graphs[size] = record(step, given, self.stream)

@@ -76,10 +76,13 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """A transformers cache in which rows join and leave. Call `admit` or `step`, then the forward pass."""
 
-    def __init__(self, slots: int, device: torch.device, most_columns: int | None = None) -> None:
-        """`most_columns`: the length of the longest row, which limits the columns."""
+    def __init__(
+        self, slots: int, device: torch.device, most_columns: int | None = None, most_tokens: int | None = None
+    ) -> None:
+        """`most_columns`: the length of the longest row, which limits the columns. `most_tokens`: of all slots together; the
+        more columns, the fewer slots, and `make_room` comes before rows are admitted."""
         super().__init__(layers=[])
-        self.slots, self.columns, self.most_columns = slots, 0, most_columns
+        self.slots, self.columns, self.most_columns, self.most_tokens = slots, 0, most_columns, most_tokens
         self.moves = 0  # how often the buffers were moved
         self.rows = 0
         self.end = 0  # the column of the next token
@@ -93,6 +96,18 @@ class SlotCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         return self.layer(layer_idx).update(key_states, value_states)
+
+    @property
+    def slots_now(self) -> int:
+        """That the buffers have."""
+        if self.most_tokens is None or not self.columns:
+            return self.slots
+        return min(self.slots, self.most_tokens // self.columns)
+
+    def make_room(self, rows: int) -> None:
+        """Fewer columns where that many rows need their memory."""
+        if rows > self.slots_now:
+            self._move(0)
 
     def admit(self, length_G: Tensor) -> None:
         """Adds rows whose first `length_G` tokens the next forward pass writes, right-aligned."""
@@ -171,10 +186,15 @@ class SlotCache(Cache):
 
     def room(self, like: Tensor, columns: int) -> Tensor:
         """For the keys or values of one layer."""
-        return like.new_zeros(self.slots, like.shape[1], columns, like.shape[3])
+        return like.new_zeros(self.slots_now, like.shape[1], columns, like.shape[3])
 
     def _with_spare(self, columns: int) -> int:
-        return columns + max(SPARE_COLUMNS, int(SPARE_FRACTION[self.start_S.device.type] * columns))
+        return with_spare(columns, self.start_S.device)
+
+
+def with_spare(columns: int, device: torch.device) -> int:
+    """The columns of a cache of which that many are in use."""
+    return columns + max(SPARE_COLUMNS, int(SPARE_FRACTION[device.type] * columns))
 
 
 def rows_that_fit(free: int, bytes_per_token: int, tensors: int, columns: int) -> int:

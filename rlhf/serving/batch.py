@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.generation.in_process import CACHE_FRACTION, PREFILL_TOKENS, decoder_of
-from rlhf.generation.kv_cache import SlotCache
+from rlhf.generation.kv_cache import SlotCache, with_spare
 from rlhf.models import positions
 from rlhf.profiling.memory import free_bytes
 from rlhf.profiling.roofline import size_of
@@ -19,19 +19,30 @@ from rlhf.serving.rows import Piece, Row
 from rlhf.serving.sampling import Drawing
 
 MOST_ROWS = 64
-# A model with a long context gets a shorter one where memory holds fewer rows than this, but never below that length.
+# A model with a long context gets a shorter one where memory holds fewer whole rows than this, but never below that length.
 ROWS_WANTED, CONTEXT_WANTED = 8, 4096
 
 
 @dataclass(frozen=True)
 class Room:
-    rows: int
+    tokens: int
+    """Whose keys and values memory holds."""
     context: int
     """Tokens of a prompt and its response together."""
 
+    def fitting(self, running: Sequence[int], waiting: Sequence[int], device: torch.device) -> int:
+        """How many of the first waiting rows memory holds beside the running ones, at the most tokens that each may come to.
+        All rows have as many columns as the widest."""
+        count, widest = len(running), max(running, default=0)
+        for place, tokens in enumerate(waiting):
+            widest = max(widest, tokens)
+            if (count + place + 1) * min(with_spare(widest, device), self.context) > self.tokens:
+                return place
+        return len(waiting)
+
 
 def room_for(model: Any, free: int | None = None) -> Room:
-    """The rows and the context whose keys and values fit into memory. UserError (5) if there is hardly any."""
+    """The tokens and the context whose keys and values fit into memory. UserError (5) if there is hardly any."""
     device = next(model.parameters()).device
     free = int(CACHE_FRACTION * free_bytes(device)) if free is None else free
     tensors = 2 * model.config.get_text_config().num_hidden_layers
@@ -40,7 +51,7 @@ def room_for(model: Any, free: int | None = None) -> Room:
     context = min(positions(model.config) or tokens, max(tokens // ROWS_WANTED, min(tokens, CONTEXT_WANTED)))
     if context < 2:
         raise UserError(f"{free / 1e6:.3g} MB are free for keys and values: not enough for one row", 5)
-    return Room(min(tokens // context, MOST_ROWS), context)
+    return Room(tokens, context)
 
 
 class Batch:
@@ -52,15 +63,23 @@ class Batch:
         self.device: torch.device = next(model.parameters()).device
         self.rows: list[Row] = []
         self.token_S = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self.cache = SlotCache(room.rows, self.device, room.context)
+        self.cache = SlotCache(MOST_ROWS, self.device, room.context, room.tokens)
         self.drawing = Drawing.of([], self.device)
 
     @property
     def free(self) -> int:
-        return self.room.rows - len(self.rows)
+        """Slots, if memory suffices."""
+        return MOST_ROWS - len(self.rows)
+
+    def next_group(self, waiting: Sequence[Row]) -> int:
+        """How many of the first waiting rows join together."""
+        first = waiting[: self.free]
+        fitting = self.room.fitting([row.most for row in self.rows], [row.most for row in first], self.device)
+        return next_group(first, fitting)
 
     def admit(self, waiting: Sequence[Row]) -> list[tuple[Row, Piece]]:
         """Reads the prompts of `waiting`, equal ones once, and draws their first tokens. As many as `next_group` says."""
+        self.cache.make_room(len(self.rows) + len(waiting))
         source = first_with_prompt(waiting)
         read = [n for n, first in enumerate(source) if first == n]
         copies = [n for n, first in enumerate(source) if first != n]

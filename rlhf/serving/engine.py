@@ -15,7 +15,7 @@ from itertools import islice
 
 import torch
 
-from rlhf.serving.batch import Batch, next_group
+from rlhf.serving.batch import Batch
 from rlhf.serving.rows import Piece, Row
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Engine:
                 if self._closed:
                     return
                 batch.release()
-                self._joining = self._take(batch.free)
+                self._joining = self._take(batch)
             if self._joining:
                 self._tell(batch, batch.admit(self._joining))
                 self._joining = []
@@ -150,10 +150,10 @@ class Engine:
         self.tokens += len(pieces)
         self._deliver([(row, piece) for row, piece in pieces if not row.cancelled])
 
-    def _take(self, free: int) -> list[Row]:
+    def _take(self, batch: Batch) -> list[Row]:
         """The waiting rows that join now."""
         self._waiting = deque(row for row in self._waiting if not row.cancelled)
-        count = next_group(list(islice(self._waiting, free)), free)
+        count = batch.next_group(list(islice(self._waiting, batch.free)))
         return [self._waiting.popleft() for _ in range(count)]
 
     def _fail_all(self) -> None:

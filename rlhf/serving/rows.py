@@ -55,6 +55,11 @@ class Row:
     cancelled: bool = False
     finished: bool = False
 
+    @property
+    def most(self) -> int:
+        """Tokens of the prompt and of the longest response that is allowed."""
+        return len(self.prompt) + self.sampling.max_tokens
+
     def take(self, token: int, logprob: TokenLogprob | None) -> Piece:
         """The piece that the next token adds; a token that ends the response adds no text."""
         self.length += 1

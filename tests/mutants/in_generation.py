@@ -93,6 +93,8 @@ BUGS = [
         Bug("positions are one too far", "SlotCache.position_S", "A - 1", "A"),
         Bug("a row sees columns that are not yet written", "SlotCache.mask_SC", "A & _", "A"),
         Bug("long rows that have gone keep their room", "SlotCache.step", "A or _", "A"),
+        Bug("many rows and many columns share no limit", "SlotCache.slots_now", "min(A, _)", "A"),
+        Bug("columns are not given up for more rows", "SlotCache.make_room", "self._move(0)", "pass"),
         Bug(
             "a row that moves leaves its last token",
             "SlotCache.keep",

@@ -14,8 +14,9 @@ LAYERS, HEADS, SIZE, SLOTS = 2, 2, 3, 5
 class Model:
     """A `SlotCache`, and beside it the plain thing: for every row the list of the keys it should see."""
 
-    def __init__(self) -> None:
-        self.cache, self.rows, self.next_key = SlotCache(SLOTS, torch.device("cpu")), [], 1.0
+    def __init__(self, most_tokens: int | None = None) -> None:
+        self.cache = SlotCache(SLOTS, torch.device("cpu"), most_tokens=most_tokens)
+        self.rows, self.next_key = [], 1.0
 
     def keys(self, count: int) -> list[float]:
         self.next_key += count
@@ -76,6 +77,31 @@ def test_rows_see_their_own_keys_whoever_comes_and_goes(monkeypatch, spare):
         elif event == "keep" and model.rows:
             model.keep([choose.random() < 0.7 for _ in model.rows])
     assert model.cache.columns <= 9 + 300 + spare
+
+
+def test_many_short_rows_or_few_long_ones_share_the_memory(monkeypatch):
+    """60 tokens, at most 2 columns to spare: rows are admitted where they and the others fit at the longest of them all."""
+    monkeypatch.setattr(cache_module, "SPARE_COLUMNS", 2)
+    monkeypatch.setattr(cache_module, "SPARE_FRACTION", {"cpu": 0.0})
+    choose, model, most = random.Random(0), Model(most_tokens=60), []
+    together = set()
+    for _ in range(400):
+        event = choose.choice(["admit", "admit", "step", "step", "keep"])
+        longest = choose.choice([5, 10, 28])
+        if event == "admit" and (len(most) + 1) * (max([*most, longest]) + 2) <= 60 and len(most) < SLOTS:
+            model.cache.make_room(len(most) + 1)
+            model.admit([choose.randint(1, longest)])
+            most.append(longest)
+        elif event == "step" and most and all(len(row) < end for row, end in zip(model.rows, most, strict=True)):
+            model.step()
+        elif most and (event == "keep" or any(len(row) == end for row, end in zip(model.rows, most, strict=True))):
+            alive = [len(row) < end and choose.random() < 0.8 for row, end in zip(model.rows, most, strict=True)]
+            from_S = model.cache.keep(torch.tensor(alive)).tolist()
+            model.rows, most = [model.rows[slot] for slot in from_S], [most[slot] for slot in from_S]
+        together.add((len(most), max(most, default=0)))
+        for keys in [model.cache.layer(number).keys for number in range(len(model.cache.layers))]:
+            assert keys.shape[0] * keys.shape[2] <= 60 and keys.shape[0] >= len(most)
+    assert {(5, 10), (2, 28), (1, 28)} <= together
 
 
 def test_room_is_no_wider_than_the_rows_need(monkeypatch):

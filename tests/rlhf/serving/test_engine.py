@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.models import load_causal
 from rlhf.serving import engine as module
-from rlhf.serving.batch import MOST_ROWS, Batch, next_group, room_for
+from rlhf.serving.batch import MOST_ROWS, Batch, Room, next_group, room_for
 from rlhf.serving.engine import EngineDown, QueueFull
 from rlhf.serving.model import Ask, ServedModel
 from rlhf.serving.rows import Sampling
-from tests.rlhf.serving.models import Asked, finishes, make_folder, running
+from tests.rlhf.serving.models import Asked, finishes, make_folder, running, texts
 
 PROMPT = [1, 70, 71, 72, 90, 91]
 SAID = "said by a person"
@@ -148,11 +148,41 @@ def test_the_cache_is_as_large_as_memory_allows(folder: Path) -> None:
     causal = load_causal(folder)
     token, positions = 512 * 5 / 4, causal.config.max_position_embeddings
     large = room_for(causal, int(10.5 * positions * token))
-    assert (large.rows, large.context) == (10, positions)
-    middle = room_for(causal, int(8 * 5000 * token))  # 2 rows of all positions
-    assert (middle.rows, middle.context) == (8, 5000)
+    assert (large.tokens, large.context) == (int(10.5 * positions), positions)
+    middle = room_for(causal, int(8 * 5000 * token))  # 4 rows of all positions
+    assert (middle.tokens, middle.context) == (40_000, 5000)
     small = room_for(causal, int(1000.5 * token))
-    assert (small.rows, small.context) == (1, 1000)
+    assert (small.tokens, small.context) == (1000, 1000)
+
+
+def test_many_short_rows_run_where_few_long_ones_would(folder: Path) -> None:
+    """By hand, for 4096 tokens on a CPU: 20 of 165 tokens with 32 to spare are 3,940, and 21 would be 4,137; of 1,105 with an
+    eighth to spare 3 are 3,729."""
+    served = ServedModel("tiny", folder, most_waiting=100)
+    served.stop_ids = frozenset()
+    alone = [Asked(served, ask([60 + n] * 5, max_tokens=160, seed=n)) for n in range(24)]
+    long = [Asked(served, ask([60 + n] * 5, max_tokens=1100, seed=n)) for n in range(4)]
+    served.engine.start()
+    expected = [asked.send().wait() for asked in alone[:3]]
+    served.engine.close()
+    room = Room(4096, 2048)
+    cpu = torch.device("cpu")
+    assert room.fitting([], [165] * 24, cpu) == 20 and room.fitting([165] * 19, [165, 165], cpu) == 1
+    assert room.fitting([], [1105] * 4, cpu) == 3 and room.fitting([165] * 10, [1105], cpu) == 0
+    assert room.fitting([], [2048] * 4, cpu) == 2
+    batch = Batch(load_causal(folder).eval(), room)
+    again = [Asked(served, ask([60 + n] * 5, max_tokens=160, seed=n)) for n in range(24)]
+    rows = [asked.rows[0] for asked in again]
+    assert batch.next_group(rows) == 20
+    with torch.no_grad():
+        for row, piece in batch.admit(rows[:20]):
+            row.sink(piece)
+        while batch.rows:
+            for row, piece in batch.step():
+                row.sink(piece)
+            batch.release()
+    assert [texts(asked.pieces) for asked in again[:3]] == expected
+    assert batch.next_group([asked.rows[0] for asked in long]) == 3
 
 
 # --- failures
