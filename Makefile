@@ -15,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint ruff docs nodes proofs fuzz mutants install vllm clean
+.PHONY: help quickstart test check lint ruff docs nodes proofs fuzz mutants gpu install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ fuzz: $(STAMP)  ## 10,000 requests to `rlhf serve`, made by schemathesis
 
 mutants: $(STAMP)  ## plant the known bugs, one at a time: each must make a test fail
 	$(BIN)/python -m tests.mutants.run
+
+gpu: $(STAMP)  ## tests and benchmarks that need a GPU, in parts of 8 minutes at most; writes benchmarks/records/
+	$(BIN)/python -m benchmarks.gpu
 
 install: $(STAMP)  ## make .venv and install
 
