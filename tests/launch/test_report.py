@@ -224,6 +224,7 @@ def test_a_sample_cannot_break_out_of_its_block(folder, built):
 
 
 def test_terminal_and_markdown_show_the_same_figures(folder, built):
+    from rich.console import Console
 
     screen = StringIO()
     Console(file=screen, width=80).print(report.render(built))
@@ -234,6 +235,7 @@ def test_terminal_and_markdown_show_the_same_figures(folder, built):
 
 
 def test_an_alarm_stands_on_top_of_markdown_and_terminal(tmp_path):
+    from rich.console import Console
 
     entry = {"name": "kl", "text": "KL is 61 nats per response, over 50", "first": 12, "iterations": 3}
     stages_in(tmp_path, MANIFESTS | {"ppo": {**MANIFESTS["ppo"], "alarms": [entry]}})
