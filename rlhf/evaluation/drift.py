@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.stats import chi2, ks_2samp
@@ -36,16 +36,18 @@ def drift(baseline: Values, now: Values, independent: Values | None = None) -> D
         raise ValueError("nothing has no drift")
     edges = edges_of(there)
     index, chance = psi(there, here, edges), chance_of(len(edges) + 1, there.size, here.size)
-    test = ks_2samp(there, here if independent is None else independent)
+    test: Any = ks_2samp(there, here if independent is None else independent)
     return Drift(
         index, chance, level_of(index, chance), float(test.statistic), float(test.pvalue), here.size, there.size
     )
 
 
 def edges_of(baseline: np.ndarray) -> np.ndarray:
-    """Between ten bins with equally many values of the baseline; fewer, where values are equal."""
+    """Between ten bins with equally many values of the baseline; fewer, where values are equal. Where nearly all are,
+    they have a bin of their own between the smaller and the larger ones.
+    """
     edges = np.unique(np.quantile(baseline, np.arange(1, BINS) / BINS))
-    return edges[edges < baseline.max()] if (edges < baseline.max()).any() else edges
+    return edges if len(edges) > 1 else np.array([np.nextafter(edges[0], -np.inf), edges[0]])
 
 
 def psi(there: np.ndarray, here: np.ndarray, edges: np.ndarray) -> float:
