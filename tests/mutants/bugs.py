@@ -16,6 +16,7 @@ from tests.mutants import (
     in_ppo,
     in_rewards,
     in_runs_and_stages,
+    in_serving,
     in_settings,
     in_tracking,
 )
@@ -33,6 +34,7 @@ TABLES = (
     in_ppo,
     in_rewards,
     in_runs_and_stages,
+    in_serving,
     in_settings,
     in_tracking,
     in_benchmarks,

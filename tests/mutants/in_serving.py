@@ -1,0 +1,132 @@
+"""Bugs in what a served model samples, exports and is watched by: rlhf/serving, launch/watch, rlhf/evaluation/drift.py."""
+
+from __future__ import annotations
+
+from tests.mutants.bug import Bug, bugs_in
+
+BUGS = [
+    *bugs_in(
+        "rlhf/serving/sampling.py",
+        ["rlhf/serving/test_sampling.py"],
+        Bug("the token that reaches top_p is left out", "nucleus", "A.cumsum(-1) - A", "A.cumsum(-1)"),
+        Bug(
+            "the nucleus is of the unlikeliest tokens",
+            "nucleus",
+            "torch.sort(A, ..., descending=True)",
+            "torch.sort(A, dim=-1)",
+        ),
+        Bug("top_p 0 has no token", "nucleus", "A[:, 0] = True", ""),
+        Bug("the nucleus is in the order of the sorted tokens", "nucleus", "A.scatter(-1, B, C)", "C"),
+        Bug("all rows have the first row's top_p", "nucleus", "top_p_S[:, None]", "top_p_S[0]"),
+        Bug(
+            "top_p is read before the temperature",
+            "Drawing.tokens",
+            "nucleus(A, B)",
+            "nucleus(torch.softmax(shifted_SV, -1), B)",
+        ),
+        Bug(
+            "logits are multiplied by the temperature",
+            "Drawing.tokens",
+            "A / B.clamp(...)[_]",
+            "A * B.clamp(min=0)[:, None]",
+        ),
+    ),
+    *bugs_in(
+        "rlhf/serving/store/export.py",
+        ["rlhf/serving/test_export.py"],
+        Bug("people are on both sides", "export", "groups_of(A)", "[_prompt(row) for _, row, vote in rows]"),
+        Bug("prompts are on both sides", "export", "groups_of(A)", "[str(_person(vote)) for _, row, vote in rows]"),
+        Bug("what shares a key through another is told apart", "groups_of", "A[root(B)] = root(C)", "A[B] = root(C)"),
+        Bug("all is held out", "export", "A < held_out", "A >= held_out"),
+        Bug("votes of two people on a pair are one", "_once", "A[B, C, D] = E", "A[C, D] = E"),
+        Bug("the rejected response is chosen", "_preference", "vote.chosen", "OTHER[vote.chosen]", nth=0),
+    ),
+    *bugs_in(
+        "rlhf/serving/store/raters.py",
+        ["rlhf/serving/test_raters.py"],
+        Bug("a value agrees with itself", "krippendorff_alpha", "A - np.diag(B)", "A"),
+        Bug("units with many values weigh more", "krippendorff_alpha", "A / (len(B) - 1)", "A"),
+        Bug("ranks are at the end of their values", "_alpha", "A - B / 2", "A"),
+        Bug("ranks are equally far apart", "_alpha", "A ** 2", "(A != 0).astype(float)"),
+        Bug("the expected disagreement has all pairs", "_alpha", "A.sum(-1) - 1", "A.sum(-1)"),
+        Bug("units with one value count", "krippendorff_alpha", "len(A) > 1", "len(A) > 0"),
+        Bug("a grade depends on the order of showing", "grade", "A < B", "vote.chosen == 'first'"),
+        Bug("equal scores agree", "_agrees", "0.5", "1.0"),
+    ),
+    *bugs_in(
+        "rlhf/evaluation/drift.py",
+        ["rlhf/evaluation/test_drift.py"],
+        Bug("the index is of one side alone", "psi", "(A - B) * np.log(C)", "A * np.log(C)"),
+        Bug("empty bins are infinite", "_proportions", "A + 0.5", "A + 1e-12"),
+        Bug("bins are of equal width", "edges_of", "np.quantile(A, B)", "np.linspace(A.min(), A.max(), 11)[1:-1]"),
+        Bug(
+            "a value on an edge is in the bin behind it",
+            "_proportions",
+            "np.searchsorted(A, B)",
+            "np.searchsorted(A, B, side='right')",
+        ),
+        Bug("chance knows nothing of the baseline's size", "chance_of", "1 / A + 1 / B", "1 / B"),
+        Bug("chance has too many degrees of freedom", "chance_of", "bins - 1", "bins + 8"),
+        Bug("few values drift by chance", "level_of", "A < SOME or A <= B", "A < SOME"),
+        Bug("some drift is much", "level_of", "A < MUCH", "A < SOME"),
+        Bug("the test takes dependent values", "drift", "A if B is None else B", "A"),
+    ),
+    *bugs_in(
+        "rlhf/serving/watch/rules.py",
+        ["rlhf/serving/test_watch.py"],
+        Bug("an estimate beyond the value rings", "Rule.begins", "A.low > B", "A.value > B"),
+        Bug("an alarm below the value rings above it", "Rule.begins", "A.high < B", "A.high > B"),
+        Bug("an alarm ends with its interval", "Rule.ends", "A.value <= B", "A.low <= B"),
+        Bug("an alarm below the value never ends", "Rule.ends", "A.value >= B", "A.low > B"),
+        Bug("an alarm rings at every look", "changes", "A.name not in on and B", "B"),
+        Bug("what does not ring ends", "changes", "A.name in on and B", "B"),
+    ),
+    *bugs_in(
+        "rlhf/serving/watch/records.py",
+        ["rlhf/serving/test_watch.py", "launch/serve/test_background.py"],
+        Bug("a response is unsafe by its score", "_add_scores", "A.raw < B", "A.value < B"),
+        Bug("the threshold is no logit", "_add_scores", "math.log(A)", "UNSAFE_BELOW"),
+        Bug("scores of all models are one", "_add_scores", "A.digest == B", "True"),
+        Bug("each response is its own conversation", "_observed", "conversation(A)", "row.id"),
+        Bug("the first thumb of a person counts", "_add_votes", "A[B] = C", "A.setdefault(B, C)"),
+        Bug("what another model has read is read", "unscored", "A.is_not_distinct_from(digest)", "A.is_not(None)"),
+        Bug("an alarm that ended rings", "on", "A.is_(None)", "A.is_not(None)"),
+    ),
+    *bugs_in(
+        "rlhf/serving/watch/series.py",
+        ["rlhf/serving/test_watch.py"],
+        Bug("means know no clusters", "_mean", "bootstrap_mean(A, B)", "bootstrap_mean(A)"),
+        Bug("shares know no clusters", "_proportion", "proportion(A, B)", "proportion(A, list(range(len(outcomes))))"),
+        Bug("speed is a mean of responses", "_speed", "A[..., 0] / A[..., 1]", "A[..., 0] / len(timed)"),
+        Bug(
+            "what was not judged is safe",
+            "metrics_of",
+            "_proportion(A)",
+            "_proportion([(row.cluster, bool(row.unsafe)) for row in rows])",
+            nth=0,
+        ),
+        Bug(
+            "a bucket has what is at its end", "series", "np.searchsorted(A, B, side='right')", "np.searchsorted(A, B)"
+        ),
+    ),
+    *bugs_in(
+        "rlhf/serving/watch/baseline.py",
+        ["rlhf/serving/test_watch.py"],
+        Bug("the baseline is of all models", "_of_lines", "len(A) == 1 or B == CANDIDATE", "True"),
+        Bug("the baseline is of all temperatures", "_of_lines", "A.get('temperature') == B", "True"),
+        Bug("the test takes all responses of a conversation", "Baseline.drifts", "list(dict(A).values())", "None"),
+    ),
+    *bugs_in(
+        "launch/watch/look.py",
+        ["launch/test_watch.py"],
+        Bug("drift rings by chance", "_of_drifts", "A.psi > A.chance", "True"),
+        Bug("rules see more than their window", "_of_rules", "A.created >= B", "True"),
+    ),
+    *bugs_in(
+        "launch/watch/alarms.py",
+        ["launch/test_watch.py"],
+        Bug("the store forgets an alarm", "ring", "begin_alarm(...)", "None"),
+        Bug("an alarm never ends", "ring", "end_alarm(...)", "None"),
+        Bug("a webhook is tried once", "post", "range(1, A + 1)", "range(1, 2)"),
+    ),
+]
