@@ -44,6 +44,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--redact", action="store_true", help="keep no mail addresses, telephone and card numbers, IBANs, IP addresses"
     )
+    parser.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="a reward model that scores what is kept, behind the requests; may be repeated; none: no scores "
+        "(default: those of the run that made the policy)",
+    )
     _add_guard(parser)
     add_tracking(parser)
     _add_feedback(commands)

@@ -18,6 +18,7 @@ from launch.serve.gate import Gate
 from launch.serve.pages import add_page
 from launch.serve.respond import CLIENT_GONE, at_once, stream, whole
 from launch.serve.service import Service
+from launch.serve.watching import add_watching
 from rlhf.serving.engine import Pieces, deliver_here
 from rlhf.serving.model import Ask, ServedModel
 from rlhf.serving.protocol import (
@@ -54,6 +55,8 @@ def make_app(service: Service) -> FastAPI:
         yield
         for model in service.models.values():
             await run_in_threadpool(model.engine.close)
+        if service.scoring:
+            await run_in_threadpool(service.scoring.close)
         if service.writer:
             await run_in_threadpool(service.writer.close)
         if service.guard:
@@ -65,7 +68,8 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(Gate, service=service)
     _add_openai(app, service)
     _add_votes(app, service)
-    _add_watching(app, service)
+    _add_state(app, service)
+    add_watching(app, service)
     add_page(app)
     return app
 
@@ -133,7 +137,7 @@ def _add_votes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"kept": True})
 
 
-def _add_watching(app: FastAPI, service: Service) -> None:
+def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}

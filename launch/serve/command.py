@@ -21,15 +21,17 @@ from rlhf.errors import UserError
 from rlhf.runs import artifacts
 
 if TYPE_CHECKING:
+    from launch.serve.background import BackgroundScoring
     from launch.serve.guard import Guard
     from rlhf.serving.store import Writer
+    from rlhf.serving.watch.baseline import Baseline
 
 TOKEN = "RLHF_SERVE_TOKEN"
 ALIAS = re.compile(r"[^/@\s]+@[\w-]+")
 
 
 def run(args: argparse.Namespace) -> int:
-    _check_installed()
+    check_installed()
     token = _token(args.host)
     _check_port(args.host, args.port)
     uri = tracking_uri(args)
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from launch.serve.gate import Limits
     from launch.serve.reload import Reloader
+    from launch.serve.rewards import reward_folders
     from launch.serve.server import serve
     from launch.serve.service import Service
     from rlhf.serving.model import ServedModel
@@ -44,17 +47,38 @@ def run(args: argparse.Namespace) -> int:
     def load(name: str, source: Source) -> ServedModel:
         return ServedModel(name, source.folder, args.queue, digest_of(source.folder), source.version)
 
-    guard = _guard(args, uri)
-    writer = _writer(args, next(iter(sources.values())).folder)
+    policy = next(iter(sources.values())).folder
+    guard, rewards = _guard(args, uri), reward_folders(args.reward, policy)
+    writer = _writer(args, policy)
     models = {name: load(name, source) for name, source in sources.items()}
     service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate), writer, guard)
+    service.scoring, service.baseline = _scoring(writer, rewards), _baseline(policy)
     _announce(args.host, args.port, token, list(models))
     print(f"kept: {f'exchanges and votes, in {writer.store.shown}' if writer else 'nothing'}", flush=True)
+    if service.scoring:
+        print(f"scored by: {', '.join(rewards)}", flush=True)
     aliases = {name: source.alias for name, source in sources.items() if source.alias}
     if uri and aliases:
         Reloader(service, aliases, uri, load).start()
     serve(service, args.host, args.port)
     return 0
+
+
+def _baseline(policy: Path) -> Baseline | None:
+    """The evaluation of a run's policy: what the dashboard compares with."""
+    from rlhf.serving.watch import baseline
+
+    folder = baseline.usual(policy.absolute().parents[1]) if policy.name == "artifact" else None
+    return baseline.read(folder) if folder else None
+
+
+def _scoring(writer: Writer | None, rewards: dict[str, Path]) -> BackgroundScoring | None:
+    if writer is None or not rewards:
+        return None
+    from launch.serve.background import BackgroundScoring
+    from launch.serve.scoring import RewardModel
+
+    return BackgroundScoring(writer, {name: RewardModel(folder) for name, folder in rewards.items()})
 
 
 class Source(NamedTuple):
@@ -110,7 +134,7 @@ def digest_of(folder: Path) -> str | None:
     return json.loads(manifest.read_text())["digest"] if manifest.is_file() else None
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
     try:
         import alembic  # noqa: F401
         import fastapi  # noqa: F401

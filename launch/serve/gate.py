@@ -18,6 +18,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.serve import errors
+from launch.serve.pages import PAGES
 
 COOKIE = "rlhf_serve"
 OPEN = {"/health"}
@@ -70,8 +71,8 @@ class Gate:
         if path in OPEN:
             return None
         query = parse_qs(scope["query_string"].decode("latin-1"))
-        if path == "/" and self._right("".join(query.get("token", [])[:1])):
-            return self._welcome()
+        if path in PAGES and self._right("".join(query.get("token", [])[:1])):
+            return self._welcome(path)
         if not (self._right(_bearer(headers)) or self._right(_cookie(headers))):
             return errors.response(401, "the token is missing or wrong: Authorization: Bearer TOKEN", "invalid_api_key")
         if path in WATCHED:
@@ -109,9 +110,9 @@ class Gate:
     def _right(self, token: str) -> bool:
         return hmac.compare_digest(token.encode(errors="replace"), self._token)
 
-    def _welcome(self) -> Response:
+    def _welcome(self, path: str) -> Response:
         """The token goes from the address into a cookie, which scripts and other sites cannot use."""
-        response = RedirectResponse("/", 303)
+        response = RedirectResponse(path, 303)
         response.set_cookie(COOKIE, self._token.decode(), httponly=True, samesite="strict")
         return response
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from launch.serve.background import BackgroundScoring
 from rlhf.serving.batch import MOST_ROWS
 from rlhf.serving.model import ServedModel
 from rlhf.serving.store import Writer
@@ -16,8 +17,14 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    def __init__(self, models: Mapping[str, ServedModel], writer: Writer | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        writer: Writer | None = None,
+        scoring: Callable[[], BackgroundScoring | None] = lambda: None,
+    ) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(_Scoring(scoring))
         self._registry.register(_Engines(models))
         if writer is not None:
             self._registry.register(_Store(writer))
@@ -92,3 +99,18 @@ class _Store(Collector):
             CounterMetricFamily("rlhf_serve_store_written", "Rows in the store", writer.written),
             CounterMetricFamily("rlhf_serve_store_dropped", "Rows that the store did not get", writer.dropped),
         ]
+
+
+class _Scoring(Collector):
+    def __init__(self, scoring: Callable[[], BackgroundScoring | None]) -> None:
+        self._scoring = scoring
+
+    def collect(self) -> Iterable[Metric]:
+        scored = CounterMetricFamily("rlhf_serve_scored", "Responses that a reward model has read", labels=["reward"])
+        failed = CounterMetricFamily("rlhf_serve_score_failures", "Scores that failed", labels=["reward"])
+        scoring = self._scoring()
+        if scoring:
+            for name in scoring.rewards:
+                scored.add_metric([name], scoring.scored[name])
+                failed.add_metric([name], scoring.failed[name])
+        return [scored, failed]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from sqlalchemy.exc import DBAPIError
 
 from launch.serve.answers import Answer
+from launch.serve.background import BackgroundScoring
 from launch.serve.errors import ApiError
 from launch.serve.gate import Limits
 from launch.serve.guard import Guard
@@ -19,6 +20,7 @@ from launch.serve.metrics import Metrics
 from rlhf.serving.engine import EngineDown, Pieces
 from rlhf.serving.model import ServedModel
 from rlhf.serving.store import Writer
+from rlhf.serving.watch.baseline import Baseline
 
 MOST_RECENT = 20_000
 
@@ -36,12 +38,16 @@ class Service:
     writer: Writer | None = None
     """Keeps exchanges and votes; None: nothing is kept."""
     guard: Guard | None = None
+    scoring: BackgroundScoring | None = None
+    """Scores what the writer keeps."""
+    baseline: Baseline | None = None
+    """What the responses are compared with."""
     stopping: bool = False
     active: int = 0
     """Requests that are being answered."""
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.models, self.writer)
+        self.metrics = Metrics(self.models, self.writer, lambda: self.scoring)
         self._recent: OrderedDict[str, None] = OrderedDict()  # responses that the store may not have yet
         self._deliver: Callable[[Pieces], None] | None = None
 
