@@ -25,6 +25,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--max-tokens", type=positive, default=1024, metavar="N", help="most tokens of a response (default 1024)"
     )
     parser.add_argument(
+        "--engine", choices=("own", "vllm"), default="own", help="what samples (default own; vllm: make vllm)"
+    )
+    parser.add_argument(
         "--queue", type=positive, default=256, metavar="N", help="most responses that wait for a slot (default 256)"
     )
     parser.add_argument(

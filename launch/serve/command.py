@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.util
 import ipaddress
 import json
 import os
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     check_installed()
     token = _token(args.host)
     _check_port(args.host, args.port)
+    if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError("--engine vllm: vLLM is not installed (`make vllm` installs it)")
     uri = tracking_uri(args)
     sources = {name.rstrip("/"): resolved(name, uri) for name in args.models}
 
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from rlhf.serving.model import ServedModel
 
     def load(name: str, source: Source) -> ServedModel:
-        return ServedModel(name, source.folder, args.queue, digest_of(source.folder), source.version)
+        return ServedModel(name, source.folder, args.queue, digest_of(source.folder), source.version, args.engine)
 
     policy = next(iter(sources.values())).folder
     guard, rewards = _guard(args, uri), reward_folders(args.reward, policy)

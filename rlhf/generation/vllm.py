@@ -87,7 +87,7 @@ class VLLMSampler:
         self.in_group = dist.is_initialized()
         self.sleeps = device.type == "cuda"
         self.asleep: set[str] = set()
-        self.llm = _open(
+        self.llm = open_llm(
             model=str(folder),
             load_format="dummy",
             skip_tokenizer_init=True,
@@ -98,11 +98,11 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",  # after the temperature
             max_num_seqs=capacity.rows * capacity.tensor_parallel,
             max_model_len=capacity.max_length,
-            kv_cache_memory_bytes=_cache_bytes(self.size.cache_bytes, text.num_key_value_heads, device, capacity),
+            kv_cache_memory_bytes=cache_bytes(self.size.cache_bytes, text.num_key_value_heads, device, capacity),
             tensor_parallel_size=capacity.tensor_parallel,
             enable_prefix_caching=False,  # cached prefixes would outlive the weights
             enable_sleep_mode=self.sleeps,
-            gpu_memory_utilization=_share_free(device),
+            gpu_memory_utilization=share_free(device),
             # With several ranks the process group exists, and each engine is a group in it.
             distributed_executor_backend="external_launcher" if collectives.world_size() > 1 else "uni",
         )
@@ -234,7 +234,7 @@ class VLLMSampler:
             gc.collect()  # an engine has reference cycles
 
 
-def _open(**settings: Any) -> Any:
+def open_llm(**settings: Any) -> Any:
     os.environ.update(SETTINGS)
     with _process_kept():
         from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
@@ -296,7 +296,7 @@ def tied_names(model: Any) -> dict[str, list[str]]:
     return {names[id(table)]: [names[id(head)]]} if head.weight is table.weight else {}
 
 
-def _share_free(device: torch.device) -> float:
+def share_free(device: torch.device) -> float:
     """The fraction of a device's memory that vLLM may use; it refuses to start if less is free. On a CPU its
     default."""
     if device.type != "cuda":
@@ -305,7 +305,7 @@ def _share_free(device: torch.device) -> float:
     return 0.98 * free / total
 
 
-def _cache_bytes(of_token: int, kv_heads: int, device: torch.device, capacity: Capacity) -> int:
+def cache_bytes(of_token: int, kv_heads: int, device: torch.device, capacity: Capacity) -> int:
     """Memory of one rank for the keys and values of all rows at full length, if available; with less, vLLM lets rows
     wait. Ranks divide the heads of a row, and all have the same amount. `of_token`: bytes of all its keys and values."""
     ranks = capacity.tensor_parallel

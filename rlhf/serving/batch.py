@@ -48,10 +48,15 @@ def room_for(model: Any, free: int | None = None) -> Room:
     tensors = 2 * model.config.get_text_config().num_hidden_layers
     # One tensor more, because the cache is moved tensor by tensor.
     tokens = int(free * tensors // (size_of(model).cache_bytes * (tensors + 1)))
-    context = min(positions(model.config) or tokens, max(tokens // ROWS_WANTED, min(tokens, CONTEXT_WANTED)))
+    return Room(tokens, context_for(tokens, positions(model.config)))
+
+
+def context_for(tokens: int, limit: int | None) -> int:
+    """Of a model with `limit` positions, where memory holds this many tokens. UserError (5) for hardly any."""
+    context = min(limit or tokens, max(tokens // ROWS_WANTED, min(tokens, CONTEXT_WANTED)))
     if context < 2:
-        raise UserError(f"{free / 1e6:.3g} MB are free for keys and values: not enough for one row", 5)
-    return Room(tokens, context)
+        raise UserError("the free memory does not hold the keys and values of one row", 5)
+    return context
 
 
 class Batch:

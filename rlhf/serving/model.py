@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,9 +18,11 @@ from rlhf.chat import ChatMessage, format_of
 from rlhf.chat.stream import TextStream
 from rlhf.errors import UserError
 from rlhf.models import load_causal, load_tokenizer
-from rlhf.serving.batch import Batch, room_for
+from rlhf.serving.batch import Batch, Room, room_for
 from rlhf.serving.engine import STALLED_S, Engine, EngineDown
 from rlhf.serving.rows import Piece, Row, Sampling, row_key
+
+EngineName = Literal["own", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,20 @@ class Ask:
         return sum(map(len, self.prompts))
 
 
+def _with_own(folder: str | Path, device: torch.device) -> tuple[Room, Callable[[], Batch]]:
+    model: Any = load_causal(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.eval().requires_grad_(False).to(device)
+    room = room_for(model)
+    return room, lambda: Batch(model, room)
+
+
+def _with_vllm(folder: Path, device: torch.device) -> tuple[Room, Callable[[], Any]]:
+    from rlhf.serving.vllm_batch import VLLMModel
+
+    model = VLLMModel(folder, device)
+    return model.room, model.batch
+
+
 class ServedModel:
     """Its engine ends when nothing refers to the model any more: no request, and no service."""
 
@@ -54,6 +70,7 @@ class ServedModel:
         most_waiting: int,
         digest: str | None = None,
         version: str | None = None,
+        engine: EngineName = "own",
     ) -> None:
         """`version`: of the registry. UserError (4, 5) for a folder without a causal model, and where memory does not
         hold one row."""
@@ -64,11 +81,9 @@ class ServedModel:
         self._encoding = threading.Lock()
         self._decoding = load_tokenizer(folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = load_causal(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-        model.eval().requires_grad_(False).to(device)
-        self.room = room = room_for(model)
+        self.room, make_batch = _with_vllm(Path(folder), device) if engine == "vllm" else _with_own(folder, device)
         self.stop_ids = frozenset(self.chat.stop_ids)
-        self.engine = Engine(lambda: Batch(model, room), most_waiting)
+        self.engine = Engine(make_batch, most_waiting)
         weakref.finalize(self, self.engine.stop).atexit = False
 
     @property
