@@ -64,8 +64,8 @@ def running(folder: Path, queue: int = 100, **settings: Any) -> Iterator[Running
         assert not thread.is_alive()
 
 
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def until(condition: Any, patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

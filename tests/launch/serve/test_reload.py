@@ -162,7 +162,7 @@ def test_the_model_follows_its_alias_and_stays_where_there_is_nothing_to_load(
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_served_champion_gives_way_while_it_streams(folder: Path, other: Path, tmp_path: Path) -> None:
     contest, port = Contest(tmp_path, folder, other), free_port()
     command = [sys.executable, "-m", "launch.cli", "serve", "contest@champion", "--tracking-uri", contest.uri]
@@ -175,7 +175,7 @@ def test_a_served_champion_gives_way_while_it_streams(folder: Path, other: Path,
     )
     with closing(client) as http:
         try:
-            until(lambda: process.poll() is not None or _ready(http))
+            until(lambda: process.poll() is not None or _ready(http), 200)
             assert http.get("/v1/models").json()["data"][0]["version"] == "models:/contest/1"
             begun, told = threading.Event(), []
             reading = threading.Thread(target=lambda: told.append(_whole(http, 6000, begun.set)))
@@ -190,7 +190,8 @@ def test_a_served_champion_gives_way_while_it_streams(folder: Path, other: Path,
             assert told == ["models:/contest/1"] and served <= {"models:/contest/1", "models:/contest/2"}
         finally:
             process.terminate()
-            assert process.wait(60) == 0, (tmp_path / "log").read_text()
+            code = process.wait(60)
+    assert code == 0, (tmp_path / "log").read_text()
     kept = Store(f"sqlite:///{tmp_path}/feedback/feedback.db").exchanges().values()
     assert {row.version for row in kept} == {"models:/contest/1", "models:/contest/2"}
     assert {row.completion_tokens for row in kept if row.version.endswith("1")} >= {6000}
