@@ -60,7 +60,7 @@ ASKS = [
     "Why do people like {}?",
     "What should I know about {}?",
 ]
-VLLM = ["--dtype", "float32", "--max-model-len", "1024", "--no-enable-log-requests"]
+VLLM = ["--dtype", "float32", "--max-model-len", "1024"]
 
 
 def commands(model: str, port: int, clients: int) -> dict[str, list[str]]:
@@ -253,7 +253,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(argv)
     results = []
     for name in args.servers:
-        results.append(measured(name, args))
+        try:
+            results.append(measured(name, args))
+        except RuntimeError as error:  # the others are measured all the same
+            print(f"{name}: {error}", flush=True)
+            continue
         print(json.dumps(results[-1]), flush=True)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1))

@@ -60,6 +60,8 @@ def _row(vote: Any, exchanges: Mapping[str, Any]) -> tuple[str, dict[str, Any]] 
         return "two prompts"
     if first.response.strip() == second.response.strip():
         return "equal responses"
+    if not (first.response.strip() and second.response.strip()):
+        return "an empty response"  # which training would refuse
     return "preferences", _preference(vote, {"first": first, "second": second}, exchanges)
 
 

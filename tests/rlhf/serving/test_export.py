@@ -18,7 +18,12 @@ from rlhf.serving.store.export import export, groups_of
 def exchange(name: str, prompt: str = "q", response: str | None = None, kind: str = "chat") -> Any:
     messages = [{"role": "user", "content": prompt}]
     return SimpleNamespace(
-        id=name, kind=kind, model="m", digest="d", messages=messages, response=response or f"response {name}"
+        id=name,
+        kind=kind,
+        model="m",
+        digest="d",
+        messages=messages,
+        response=f"response {name}" if response is None else response,
     )
 
 
@@ -31,6 +36,7 @@ def vote(number: int, first: str, second: str | None = None, **more: Any) -> Any
 EXCHANGES: Mapping[str, Any] = {name: exchange(name) for name in "abc"} | {
     "x": exchange("x", "other"),
     "e": exchange("e", response="response a "),
+    "n": exchange("n", response=" \n"),
 }
 
 
@@ -65,9 +71,11 @@ def test_an_edit_becomes_a_demonstration() -> None:
 
 def test_what_says_nothing_is_counted() -> None:
     votes = [vote(1, "a", thumb="up"), vote(2, "a", "x"), vote(3, "a", "e"), vote(4, "t")]
+    votes += [vote(5, "a", "n"), vote(6, "n", "b")]
     exchanges = {**EXCHANGES, "t": exchange("t", kind="completion")}
     found = export(votes, exchanges, 0)
-    assert found.left_out == {"a thumb or labels alone": 1, "two prompts": 1, "equal responses": 1, "not a chat": 1}
+    once = {"a thumb or labels alone": 1, "two prompts": 1, "equal responses": 1, "not a chat": 1}
+    assert found.left_out == once | {"an empty response": 2}
     assert found.preferences == {"train": [], "held_out": []}
 
 
