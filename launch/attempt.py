@@ -34,7 +34,9 @@ def start(config: RunConfig, attempt: Attempt) -> Any:
     import ray
 
     # Ray Train is driven from a task, not from here: its imports take seconds, and several groups run side by side.
-    run = ray.remote(_fit).options(num_cpus=0, max_retries=0)
+    # The task is on this node, or the loss of another one would end it without a word about who died.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    run = ray.remote(_fit).options(num_cpus=0, max_retries=0, label_selector=here)
     follower = claim.followed(config.folder)
     payload = {
         "settings": config.model_dump(mode="json"),

@@ -1,13 +1,21 @@
-"""How many workers a stage gets where the cluster has lost nodes: the most that have room, not under hardware.min_workers."""
+"""How many workers a stage gets where the cluster has lost nodes: the most that have room, not under hardware.min_workers.
+
+When there is room again it grows: its workers stop after their step with a checkpoint, and more of them go on from there.
+"""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 
 from pydantic import ValidationError
 
 from rlhf.config import HardwareConfig, RunConfig
+from rlhf.errors import UserError
 from stages.base import stage_of
+
+GROW = signal.SIGUSR1.value  # how the ranks of a stage that can grow are asked to stop; nobody sends this signal
+LOOKS_S = 10.0  # between two looks for room
 
 
 def of_each(hardware: HardwareConfig) -> dict[str, float]:
@@ -49,3 +57,17 @@ def with_workers(config: RunConfig, workers: int) -> RunConfig | None:
     except ValidationError:
         return None
     return smaller.with_fitting_micro_batches()
+
+
+def can_grow(
+    config: RunConfig, smaller: RunConfig, stage: str, have: Mapping[str, float], free: Mapping[str, float]
+) -> bool:
+    """Whether more workers have room than those of `smaller`, which run. `have` and `free`: all that the cluster has, and
+    what nobody uses. Both lag behind, so the lower one counts."""
+    own = needed(smaller, stage)
+    room = {kind: min(have[kind], free[kind] + amount) for kind, amount in own.items()}
+    return sized(config, stage, room).hardware.workers > smaller.hardware.workers and fits(smaller, stage, room)
+
+
+def stopped_to_grow(failure: UserError | None) -> bool:
+    return failure is not None and failure.exit_code == 128 + GROW

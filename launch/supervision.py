@@ -112,7 +112,7 @@ class Budget:
 def cause(stage_folder: Path, attempt: Path, ended: Ended, given_up: Sequence[int], memory: str) -> Cause:
     """Why an attempt ended: the first death, and not what the other ranks met because of it.
 
-    `given_up`: ranks that the driver ended because they were silent. `memory`: what to do where memory is short.
+    `given_up`: ranks that the driver ended because they were silent or did not start. `memory`: what to do where memory is short.
     """
     noted, ranks = read_failure(stage_folder), life.read(attempt)
     if noted is not None and noted.exit_code != UNEXPECTED:
@@ -129,9 +129,13 @@ def cause(stage_folder: Path, attempt: Path, ended: Ended, given_up: Sequence[in
 def _accident(
     stage_folder: Path, ranks: Mapping[int, Any], ended: Ended, given_up: Sequence[int], memory: str
 ) -> UserError | None:
+    if silent := [str(ranks[rank]) for rank in given_up if rank in ranks]:
+        return UserError(f"{', '.join(silent)} gave no sign of life for {SILENT_S:.0f} s: stopped, or cut off", 6)
     if given_up:
-        named = ", ".join(str(ranks.get(rank, f"rank {rank}")) for rank in given_up)
-        return UserError(f"{named} gave no sign of life for {SILENT_S:.0f} s: stopped, or cut off", 6)
+        named = ", ".join(f"rank {rank}" for rank in given_up)
+        return UserError(
+            f"{named} did not start in time (hardware.placement_timeout_s): a node is too busy, or lost", 6
+        )
     if any(NO_MEMORY.search(text) for text in (*ended.died.values(), ended.text)):
         return UserError(f"a worker was killed because the machine ran out of memory. {memory}", 5)
     dead = _dead_peers(stage_folder) or [*ended.died]

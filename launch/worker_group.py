@@ -1,50 +1,31 @@
-"""A stage as a group of workers on Ray, and how the program connects to Ray."""
+"""A stage as a group of workers on Ray."""
 
 from __future__ import annotations
 
+import math
 import os
-import re
-import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from launch import attempt, signals
-from launch.elastic import fits, needed, sized
-from launch.environment import carried
-from launch.existing_cluster import require_answer
+from launch.connection import connection
+from launch.elastic import GROW, LOOKS_S, can_grow, fits, needed, sized, stopped_to_grow
 from launch.supervision import Budget, Watch, cause, newest_checkpoint, since
 from launch.worker import FAILURE, memory_remedy, read_failure
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.runs import claim, life
+from rlhf.runs import claim, life, stopping
 from stages.base import parts_of, stage_of
 
-QUIET = {
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
 KINDS = ("CPU", "GPU")
-STARTS = 3
 ENDS_S = 20.0  # for Ray to see that a process is gone
 FREED_S = 3.0  # between two looks for room that a killed attempt still holds
-TOO_SLOW = re.compile("timed out during startup|while waiting for node to startup", re.IGNORECASE)
-# A socket's path has at most 107 bytes, 103 on a Mac, of which /session_<time>_<pid>/sockets/plasma_store takes 64.
-LONGEST_FOLDER = 103 - 64
 
 
 @contextmanager
@@ -57,117 +38,11 @@ def cluster(config: RunConfig) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def connection(address: str | None, folder: Path) -> Iterator[None]:
-    """The cluster at `address`, or a private Ray on this machine; disconnected at the end. `folder` gets what Ray says."""
-    own = QUIET | (_on_loopback() if address is None else {})
-    os.environ.update({key: os.environ.get(key, value) for key, value in own.items()})
-    if address is None:
-        _private_token(folder)
-    import ray
-
-    arguments = ray_arguments(address)
-    if address is not None:
-        require_answer(address)
-    _keep_messages(folder / "messages.log")
-    with short_folder() if address is None else nullcontext() as temporary:
-        if temporary is not None:
-            arguments["_temp_dir"] = temporary
-        try:
-            with _own_session():
-                start(lambda: ray.init(**arguments), ray.shutdown)
-            signals.install()  # Ray has set handlers that abort the process
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _on_loopback() -> dict[str, str]:
-    """Lets a private Ray and its workers listen on the loopback interface only. Ray reads it when it is imported."""
-    import psutil
-
-    addresses = {name: [each.address for each in own] for name, own in psutil.net_if_addrs().items()}
-    interface = next((name for name, own in addresses.items() if "127.0.0.1" in own), "lo")
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address is 127.0.0.1
-        "RAY_enable_metrics_collection": "0",  # its exporter listens on all interfaces
-        "GLOO_SOCKET_IFNAME": interface,
-        "NCCL_SOCKET_IFNAME": interface,
-    }
-
-
-def ray_arguments(address: str | None) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if address is None:
-        return arguments | {"num_cpus": os.cpu_count(), "include_dashboard": False, "address": "local"}
-    if variables := carried(secret=False):
-        arguments["runtime_env"] = {"env_vars": variables}
-    return arguments | {"address": address}
-
-
-@contextmanager
-def _own_session() -> Iterator[None]:
-    """Lets Ray start its processes in a session of their own: a signal to the process group, such as Ctrl-C in a terminal,
-    is for the driver, which lets the workers finish their step."""
-    from ray._private import services
-
-    usual = services.ConsolePopen
-    services.ConsolePopen = partial(usual, start_new_session=True)  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        services.ConsolePopen = usual
-
-
-def start(init: Callable[[], Any], shutdown: Callable[[], None]) -> None:
-    """Ray gives a node 30 s to start, which is too short on a busy machine, so it is started several times.
-
-    UserError (5) where no start is quick enough.
-    """
-    for _ in range(STARTS):
-        try:
-            init()
-            return
-        except Exception as error:
-            if not TOO_SLOW.search(str(error)):
-                raise
-            shutdown()
-    raise UserError(
-        f"Ray did not start within its time limit, {STARTS} times over: this machine is too busy. Wait until other "
-        "programs on it have ended and run again, or use --local with `rlhf stage`, which needs no Ray.",
-        5,
-    )
-
-
-@contextmanager
-def short_folder() -> Iterator[str | None]:
-    """A short folder for Ray's sockets if their paths would be too long in the usual place; else None."""
-    usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    if len(os.fsencode(usual / "ray")) <= LONGEST_FOLDER:
-        yield None
-        return
-    try:
-        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    except OSError as error:
-        raise UserError(
-            f"the path of {usual} is too long for the sockets of Ray, and /tmp cannot be used ({error.strerror}): set "
-            f"RAY_TMPDIR to a folder with a path of at most {LONGEST_FOLDER - 4} bytes",
-            5,
-        ) from None
-    text = (
-        f"the path of {usual} is too long for the sockets of Ray, which go to {folder}; RAY_TMPDIR names another place"
-    )
-    print(f"warning: {text}", file=sys.stderr)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class WorkerGroup:
     """A running stage. `done()` says whether it has ended; `result()` raises what the stage raised.
 
-    Where a worker dies or is silent, the group is started again from the newest checkpoint.
+    Where a worker dies or is silent, the group is started again from the newest checkpoint. One that is smaller than it
+    should be is started again when the cluster has room.
     """
 
     def __init__(self, config: RunConfig, stage: str, workers: int) -> None:
@@ -175,6 +50,7 @@ class WorkerGroup:
         self._folder = config.folder / stage
         self._budget = Budget(config.hardware.max_restarts)
         self._error: UserError | None = None
+        self._accident = ""  # why the attempt before this one ended
         self._attempts, self.restarts = 0, 0
         self.news: list[str] = []  # lines for people that nobody has seen yet
         self._reference: Any = None  # of the attempt; None while it waits for something to begin
@@ -195,10 +71,15 @@ class WorkerGroup:
         if self.restarts and self._watch.missing() and now - self._freed > FREED_S:
             self._freed = now
             attempt.free_places()
-        if self._given_up:
+        late = self._late(now)
+        if self._given_up and late:
             self._end_for_good(now)
-        elif late := self._late(now):
+        elif late:
             self._give_up(late, now)
+        elif self._given_up:  # they are back, or have begun after all
+            self._given_up = None
+        elif now > self._looks and not self._watch.missing():
+            self._grow(now)
         return False
 
     def result(self) -> None:
@@ -247,6 +128,8 @@ class WorkerGroup:
         workers = self._workers if config is self._config else stage_of(self._stage).workers(config)
         note = f"goes on with {workers} of {self._workers} workers: the cluster has no room for more"
         self._watch = Watch(self._place, workers, time.monotonic())
+        self._smaller = config
+        self._looks = time.monotonic() + LOOKS_S if workers < self._workers else math.inf
         self._given_up: tuple[list[int], float] | None = None
         self._freed = time.monotonic()
         self._killed_for_memory = attempt.memory_kills()
@@ -257,23 +140,47 @@ class WorkerGroup:
         ended = attempt.outcome(self._reference)
         if ended is None:
             return True
+        checkpoint, failure = newest_checkpoint(self._folder), read_failure(self._folder)
+        if stopped_to_grow(failure):
+            return self._grown(checkpoint)
         ranks = self._given_up[0] if self._given_up else []
         if attempt.memory_kills() > self._killed_for_memory:
             ended = replace(ended, text=f"out of memory\n{ended.text}")
-        if not ended.died and read_failure(self._folder) is None:  # Ray says less of a death while the group opens
+        if not ended.died and failure is None:  # Ray says less of a death while the group opens
             ended = replace(ended, died=dict.fromkeys(self._watch.gone, ""))
         found = cause(self._folder, self._place, ended, ranks, memory_remedy(self._config, self._stage))
-        checkpoint = newest_checkpoint(self._folder)
         if not found.can_restart or signals.pending() or not self._budget.allows(checkpoint):
-            self._error = found.error
+            self._error = _after(self._accident, found.error) if ended.no_room else found.error
             return True
-        self.restarts += 1
+        self._accident = found.error.message
         start = f"goes on after step {checkpoint}" if checkpoint >= 0 else "starts over, for it has no checkpoint yet"
         left = self._config.hardware.max_restarts - self._budget.used
-        self.news.append(f"{found.error.message}; {start} (restarts left until the next checkpoint: {left})")
-        self._reference, self._due = None, time.monotonic()
+        return self._again(f"{found.error.message}; {start} (restarts left until the next checkpoint: {left})", 0.0)
+
+    def _again(self, news: str, waited_s: float) -> bool:
+        """Begins another attempt, which has waited for room as long as that. True if it cannot."""
+        self.restarts += 1
+        self.news.append(news)
+        self._reference, self._due = None, time.monotonic() - waited_s
         self._begin()
         return self._error is not None
+
+    def _grow(self, now: float) -> None:
+        """Asks a group that is too small to stop after its step, if there is room for more."""
+        import ray
+
+        self._looks = now + LOOKS_S
+        if can_grow(self._config, self._smaller, self._stage, cluster_resources(), counted(ray.available_resources())):
+            self._looks = math.inf
+            stopping.ask(self._place, GROW)
+
+    def _grown(self, checkpoint: int) -> bool:
+        if number := signals.pending():
+            self._error = stopping.stopped(number, f"after step {checkpoint}")
+            return True
+        return self._again(
+            f"stopped after step {checkpoint} to go on with more workers: there is room again", self._limit_s
+        )
 
     def _late(self, now: float) -> list[int]:
         """Ranks that are silent, or did not start in time."""
@@ -291,29 +198,6 @@ class WorkerGroup:
 
         if self._given_up and now - self._given_up[1] > ENDS_S:
             ray.cancel(self._reference, force=True)
-
-
-def _keep_messages(path: Path) -> None:
-    """Ray prints a page for every worker that dies, which goes to a log; the driver prints one line."""
-    from ray._private import worker
-
-    def keep(data: dict[str, Any], ignore_prefix: bool) -> None:
-        with path.open("a") as log:
-            log.writelines(f"{line}\n" for line in data["lines"])
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    worker.print_to_stdstream = keep
-
-
-def _private_token(folder: Path) -> None:
-    """A token for this run only: Ray would write one to the home folder, and later clusters would require it."""
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    path = folder.absolute() / "token"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(secrets.token_hex(32))
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def has_room(config: RunConfig, stage: str, running: Iterable[tuple[RunConfig, str]]) -> bool:
@@ -375,5 +259,13 @@ def _lack(config: RunConfig, stage: str, have: Mapping[str, float]) -> str:
 def cluster_resources() -> dict[str, float]:
     import ray
 
-    found = ray.cluster_resources()
-    return {kind: found.get(kind, 0.0) for kind in KINDS}
+    return counted(ray.cluster_resources())
+
+
+def counted(resources: Mapping[str, float]) -> dict[str, float]:
+    return {kind: resources.get(kind, 0.0) for kind in KINDS}
+
+
+def _after(accident: str, error: UserError) -> UserError:
+    """The first cause stands before what came of it."""
+    return UserError(f"{accident}, and then {error.message}", error.exit_code) if accident else error

@@ -16,8 +16,9 @@ class UserError(Exception):
 
     @property
     def is_stop(self) -> bool:
-        """Whether somebody stopped the run (Ctrl-C: 130, SIGTERM: 143): nothing has failed."""
-        return self.exit_code in (130, 143)
+        """Whether somebody stopped the run (Ctrl-C: 130, SIGTERM: 143) or a stage so that it can grow (138): nothing has
+        failed."""
+        return self.exit_code in (130, 138, 143)
 
     def __reduce__(self):  # crosses process borders with its exit code
         return UserError, (self.message, self.exit_code)

@@ -35,13 +35,13 @@ def doctor(config: RunConfig) -> int:
 
 
 def diagnose(config: RunConfig) -> Iterator[CheckResult]:
-    from launch import worker_group
+    from launch.connection import connection
     from launch.doctor.examine import examine_nodes
 
     yield from here(config)
     yield from data(config)
     try:
-        with worker_group.connection(config.hardware.ray_address, config.folder / "ray"):
+        with connection(config.hardware.ray_address, config.folder / "ray"):
             yield from examine_nodes(config, thorough=True)
     except UserError as error:
         yield CheckResult("cluster", "", "failed", error.message, "", error.exit_code)

@@ -126,8 +126,8 @@ def opener(out: Path, options: Options) -> Iterator[Callable[[Path], RewardScore
         yield lambda folder: ModelScorer(folder, options.batch_size, options.precision)
         return
     from launch import signals
+    from launch.connection import connection
     from launch.evaluate.pool import PoolScorer
-    from launch.worker_group import connection
 
     with signals.handled(), connection(options.ray_address, out / "ray"):
         yield lambda folder: PoolScorer(options.workers, folder, options.batch_size, options.precision)

@@ -74,6 +74,10 @@ class Follower:
                 self._life.unlink()
             self._life = None
 
+    def asking(self) -> list[Path]:
+        """Where the driver asks this process to stop: first those of one attempt, last all of the run, who come first."""
+        return ([] if self._life is None else [self._life.parent]) + [self.path.parent]
+
     def lost(self, now: float | None = None) -> str:
         """A driver that was not heard for `STALE_S` counts as gone, unless the storage cannot be written. No clock is
         compared with that of another host."""

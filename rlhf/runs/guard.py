@@ -46,4 +46,5 @@ def _watch(follower: Follower, ended: threading.Event) -> None:
         if reason := follower.lost():
             print(f"error: stopped: {reason}", file=sys.stderr, flush=True)
             os._exit(LOST)
-        stopping.listen(follower.path.parent)
+        for folder in follower.asking():
+            stopping.listen(folder)

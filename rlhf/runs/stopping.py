@@ -26,19 +26,19 @@ def request(number: int) -> None:
     _signal = number
 
 
-def ask(run_folder: Path, number: int) -> None:
-    """Asks all workers of the run to stop."""
-    write_json(run_folder / FILE, {"signal": number, "time": time.time()}, durable=False)
+def ask(folder: Path, number: int) -> None:
+    """Asks all workers of a run to stop, or those of one attempt of a stage: `folder` is where they listen."""
+    write_json(folder / FILE, {"signal": number, "time": time.time()}, durable=False)
 
 
-def forget(run_folder: Path) -> None:
-    (run_folder / FILE).unlink(missing_ok=True)
+def forget(folder: Path) -> None:
+    (folder / FILE).unlink(missing_ok=True)
 
 
-def listen(run_folder: Path) -> None:
+def listen(folder: Path) -> None:
     """Hears what `ask` said."""
     with suppress(OSError, ValueError, KeyError):
-        request(int(json.loads((run_folder / FILE).read_text())["signal"]))
+        request(int(json.loads((folder / FILE).read_text())["signal"]))
 
 
 def due() -> int:

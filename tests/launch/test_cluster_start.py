@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import worker_group
+from launch import connection
 from rlhf.errors import UserError
 
 TIMEOUT = Exception("The current node timed out during startup. This could happen because some of the raylet failed")
@@ -24,7 +24,7 @@ def starts(failures: list[Exception]) -> tuple[int, int]:
         if left:
             raise left.pop(0)
 
-    worker_group.start(init, lambda: calls.append("shutdown"))
+    connection.start(init, lambda: calls.append("shutdown"))
     return calls.count("init"), calls.count("shutdown")
 
 
@@ -49,11 +49,11 @@ def test_a_long_folder_gives_way_to_a_short_one_of_its_own(
     variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr(worker_group.tempfile, "tempdir", None)
+    monkeypatch.setattr(connection.tempfile, "tempdir", None)
     long = tmp_path / ("x" * 90)
     long.mkdir()
     monkeypatch.setenv(variable, str(long))
-    with worker_group.short_folder() as folder:
+    with connection.short_folder() as folder:
         assert folder is not None and stat.S_IMODE(os.stat(folder).st_mode) == 0o700
         sockets = Path(folder, "session_2026-11-28_03-26-19_123456_4194304", "sockets")
         sockets.mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_a_long_folder_gives_way_to_a_short_one_of_its_own(
 
 def test_a_short_folder_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    with worker_group.short_folder() as folder:
+    with connection.short_folder() as folder:
         assert folder is None
     assert capsys.readouterr().err == ""
 
@@ -76,7 +76,7 @@ def test_where_no_short_folder_can_be_made_the_variable_is_named(monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * 90)
-    monkeypatch.setattr(worker_group.tempfile, "mkdtemp", fail)
-    with pytest.raises(UserError, match="set RAY_TMPDIR") as caught, worker_group.short_folder():
+    monkeypatch.setattr(connection.tempfile, "mkdtemp", fail)
+    with pytest.raises(UserError, match="set RAY_TMPDIR") as caught, connection.short_folder():
         pass
     assert caught.value.exit_code == 5

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import worker_group
-from launch.elastic import fits, sized
+from launch.elastic import can_grow, fits, sized
 from launch.settings import load
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
@@ -77,3 +77,21 @@ def test_the_number_of_workers_makes_nothing_stale() -> None:
 def test_a_least_above_the_most_is_refused() -> None:
     with pytest.raises(UserError, match="hardware.min_workers: is 9, which is more than hardware.workers"):
         settings("--hardware.min_workers", "9")
+
+
+@pytest.mark.parametrize(
+    ("have", "free", "grows"),
+    [
+        (3, 0, False),
+        (5, 0, False),  # others use what there is
+        (3, 3, False),  # what is free is told late
+        (4, 1, True),  # to 4 of 8
+        (5, 2, True),
+        (2, 9, False),
+        (8, 5, True),
+    ],
+)
+def test_a_group_of_3_grows_where_more_are_possible(have: int, free: int, grows: bool) -> None:
+    config = settings()
+    smaller = sized(config, "sft", cpus(3))
+    assert can_grow(config, smaller, "sft", cpus(have), cpus(free)) == grows

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pytest
 
 from launch.attempt import Attempt, _unpack
+from launch.connection import ray_arguments
 from launch.environment import SUBMITTED, carried
-from launch.worker_group import ray_arguments
 from rlhf.config import RunConfig
 from tests.rlhf.test_config import run_config
 

@@ -21,7 +21,7 @@ from launch.supervision import Ended
 from launch.worker_group import WorkerGroup
 from rlhf.config import RunConfig
 from rlhf.errors import UserError
-from rlhf.runs import life
+from rlhf.runs import life, stopping
 
 SMOKE = Path(__file__).parents[1] / "smoke.yaml"
 KILLED = Ended("gloo", died={1: "The actor died unexpectedly"})
@@ -35,6 +35,12 @@ class Ray:
         self.outcomes: list[Ended | Exception | None] = []
         self.cancelled: list[int] = []
         self.cpus = 2.0
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "head")
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus - self.attempts[-1]["workers"]}
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": self.cpus}
@@ -96,6 +102,14 @@ def checkpoint(config: RunConfig, step: int) -> None:
     folder = config.folder / f"sft/checkpoints/checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "state.json").touch()
+
+
+def passes(group: WorkerGroup, now: list[float], seconds: float) -> None:
+    """Time, in which every rank gives signs of life."""
+    for path in group._place.glob("rank-*.json"):
+        os.utime(path, (now[0], now[0]))
+    now[0] += seconds
+    assert not group.done(0)
 
 
 def test_a_group_that_succeeds_is_done(group: WorkerGroup, ray: Ray) -> None:
@@ -195,6 +209,26 @@ def test_a_silent_rank_is_ended_and_the_group_started_again(
     assert len(ray.attempts) == 2
 
 
+def test_ranks_that_are_back_or_begin_after_all_are_not_ended(now: list[float], group: WorkerGroup, ray: Ray) -> None:
+    life.fetched(group._place)
+    assert not group.done(0)
+    now[0] += 1201  # time to be placed and to start
+    assert not group.done(0)
+    for rank in (0, 1):
+        life.show(group._place, rank)
+    for seconds in (10, 30, 1, 1, 10):
+        passes(group, now, seconds)
+    far = json.loads((group._place / "rank-1.json").read_text()) | {"place": "another host"}
+    (group._place / "rank-1.json").write_text(json.dumps(far))
+    for seconds in (0, 46, 5, 30):  # silent once, in between
+        now[0] += seconds
+        os.utime(group._place / "rank-0.json", (now[0], now[0]))
+        if seconds != 46:
+            os.utime(group._place / "rank-1.json", (now[0], now[0]))
+        assert not group.done(0)
+    assert ray.cancelled == [] and len(ray.attempts) == 1 and group.news == []
+
+
 def test_a_death_of_which_ray_says_nothing_is_named_by_the_driver(
     group: WorkerGroup, ray: Ray, config: RunConfig, sleeper: subprocess.Popen[bytes]
 ) -> None:
@@ -239,7 +273,9 @@ def test_it_does_not_wait_for_ever(
     assert caught.value.exit_code == 5
 
 
-def test_a_stage_waits_for_a_node_before_it_goes_on_smaller(ray: Ray, tmp_path: Path, now: list[float]) -> None:
+@pytest.fixture
+def smaller(ray: Ray, tmp_path: Path, now: list[float]) -> WorkerGroup:
+    """A group of one worker instead of two, because a node stayed away for 30 s."""
     limits = ["--hardware.min_workers", "1", "--hardware.placement_timeout_s", "30"]
     ray.cpus = 1.0
     group = WorkerGroup(load(SMOKE, ["--runs_dir", str(tmp_path), *limits]), "sft", 2)
@@ -249,10 +285,94 @@ def test_a_stage_waits_for_a_node_before_it_goes_on_smaller(ray: Ray, tmp_path: 
     assert group.waits_for().endswith(", 30 s at most")
     now[0] += 2
     assert not group.done(0)
-    (smaller,) = ray.attempts
-    assert (smaller["workers"], smaller["settings"]["hardware"]["workers"]) == (1, 1)
-    assert smaller["note"] == "goes on with 1 of 2 workers: the cluster has no room for more"
+    return group
+
+
+def test_a_stage_waits_for_a_node_before_it_goes_on_smaller(smaller: WorkerGroup, ray: Ray) -> None:
+    (attempt,) = ray.attempts
+    assert (attempt["workers"], attempt["settings"]["hardware"]["workers"]) == (1, 1)
+    assert attempt["note"] == "goes on with 1 of 2 workers: the cluster has no room for more"
     ray.cpus = 2.0  # the node is back
     ray.outcomes = [KILLED]
-    assert not group.done(0)
+    assert not smaller.done(0)
     assert (ray.attempts[1]["workers"], ray.attempts[1]["note"]) == (2, "")
+
+
+def asked(group: WorkerGroup) -> int:
+    """The signal that the ranks of the attempt hear from the driver."""
+    stopping.request(0)
+    stopping.listen(group._place)
+    heard = stopping._signal
+    stopping.request(0)
+    return heard
+
+
+def stop(group: WorkerGroup, number: int) -> None:
+    """What a rank records that was asked to stop."""
+    failure = stopping.stopped(number, "after step 9")
+    (group._folder / "failure.json").write_text(
+        json.dumps({"message": failure.message, "exit_code": failure.exit_code})
+    )
+
+
+def test_it_grows_when_there_is_room_again_and_only_then(smaller: WorkerGroup, ray: Ray, now: list[float]) -> None:
+    passes(smaller, now, 11)
+    ray.cpus = 2.0  # the node is back, but the only rank has not begun
+    passes(smaller, now, 11)
+    assert asked(smaller) == 0
+    life.show(smaller._place, 0)
+    ray.cpus = 1.0
+    passes(smaller, now, 0)
+    passes(smaller, now, 11)
+    assert asked(smaller) == 0
+    ray.cpus = 2.0
+    passes(smaller, now, 9)
+    assert asked(smaller) == 0
+    passes(smaller, now, 2)
+    assert asked(smaller) == signal.SIGUSR1
+    checkpoint(smaller._config, 9)
+    stop(smaller, signal.SIGUSR1)
+    ray.outcomes = [Ended("UserError")]
+    assert not smaller.done(0)
+    assert smaller.news == ["stopped after step 9 to go on with more workers: there is room again"]
+    assert [one["workers"] for one in ray.attempts] == [1, 2] and smaller.restarts == 1
+    for step in (9, 12):  # it cost no restart, of which there is one
+        ray.outcomes.append(KILLED)
+        assert smaller.done(0) == (step == 12)
+
+
+def test_it_grows_as_far_as_there_is_room_without_a_wait_for_more(ray: Ray, tmp_path: Path, now: list[float]) -> None:
+    settings = ["--hardware.min_workers", "1", "--hardware.workers", "4", "--sft.micro_batch_size", "1"]
+    ray.cpus = 1.0
+    group = WorkerGroup(load(SMOKE, ["--runs_dir", str(tmp_path), *settings]), "sft", 4)
+    now[0] += 601
+    assert not group.done(0)
+    ray.cpus = 2.0
+    stop(group, signal.SIGUSR1)
+    ray.outcomes = [Ended("UserError")]
+    assert not group.done(0)
+    assert [one["workers"] for one in ray.attempts] == [1, 2]
+
+
+def test_a_stop_that_meets_the_growth_ends_the_stage(
+    smaller: WorkerGroup, ray: Ray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(smaller._config, 9)
+    stop(smaller, signal.SIGUSR1)
+    monkeypatch.setattr(worker_group.signals, "pending", lambda: signal.SIGTERM)
+    ray.outcomes = [Ended("UserError")]
+    assert smaller.done(0) and len(ray.attempts) == 1
+    with pytest.raises(UserError, match="stopped by SIGTERM after step 9, with a checkpoint") as caught:
+        smaller.result()
+    assert caught.value.exit_code == 143
+
+
+def test_a_lost_node_is_the_cause_of_a_lack_of_room(group: WorkerGroup, ray: Ray) -> None:
+    ray.outcomes = [Ended("gloo", died={1: "The actor died because its node has died."})]
+    assert not group.done(0)
+    ray.outcomes.append(Ended("the cluster had no room for 2 workers", no_room=True))
+    assert group.done(0)
+    with pytest.raises(UserError) as caught:
+        group.result()
+    expected = "rank 1 was lost with its node, and then the cluster had no room for 2 workers"
+    assert (caught.value.message, caught.value.exit_code) == (expected, 5)

@@ -72,6 +72,8 @@ def test_a_lost_node_and_a_silent_rank_are_named(attempt: Path) -> None:
     silent = judged(attempt, Ended("", died={1: ""}), ECHO, given_up=(1,))
     assert silent.error.message == "rank 1 on two gave no sign of life for 45 s: stopped, or cut off"
     assert silent.error.exit_code == 6 and silent.can_restart
+    late = judged(attempt, Ended("", died={1: ""}), given_up=(2, 3))
+    assert late.error.message.startswith("rank 2, rank 3 did not start in time (hardware.placement_timeout_s)")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ BUGS = [
         ["launch/test_elastic.py"],
         Bug("as few workers as may be go on", "sized", "range(A, B - 1, -1)", "range(B, A + 1)"),
         Bug("micro-batches stay too large for fewer workers", "with_workers", "A.with_fitting_micro_batches()", "A"),
+        Bug("others' room counts", "can_grow", "min(A, B)", "A"),
+        Bug("room that was just taken counts", "can_grow", "min(A, B)", "B"),
+        Bug("a group grows to what it is", "can_grow", "A > B", "A >= B"),
     ),
     *bugs_in(
         "launch/supervision.py",
@@ -65,6 +68,12 @@ BUGS = [
         Bug("what Ray does not see is waited for", "WorkerGroup._end_for_good", "ray.cancel(...)", "None"),
         Bug("the room of a killed attempt stays taken", "WorkerGroup.done", "attempt.free_places()", "None"),
         Bug("a death of which Ray says nothing has no name", "WorkerGroup._has_ended", "self._watch.gone", "()"),
+        Bug("a group grows before it has begun", "WorkerGroup.done", "A > self._looks and not B", "A > self._looks"),
+        Bug("a group never grows", "WorkerGroup._grow", "stopping.ask(...)", "None"),
+        Bug("a group that stops to grow has failed", "WorkerGroup._has_ended", "stopped_to_grow(A)", "False"),
+        Bug("growth waits for all workers", "WorkerGroup._grown", "self._limit_s", "0.0"),
+        Bug("growth forgets a stop", "WorkerGroup._grown", "if _: ...", ""),
+        Bug("a lost node is not the cause of a lack of room", "WorkerGroup._has_ended", "_after(A, B)", "B"),
         Bug("fewer workers go on at once", "WorkerGroup._with_room", "A - self._due < self._limit_s", "False"),
     ),
     *bugs_in(

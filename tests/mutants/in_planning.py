@@ -21,6 +21,22 @@ BUGS = [
         ),
     ),
     *bugs_in(
+        "rlhf/planning/disk.py",
+        ["rlhf/planning/test_disk.py", "launch/test_preflight_model.py"],
+        Bug(
+            "an artifact replaces the one before", "disk_bytes", "A += B * C * WEIGHT_BYTES", "A = B * C * WEIGHT_BYTES"
+        ),
+        Bug("the last stage is the peak", "disk_bytes", "max(A, B + C * D)", "B + C * D"),
+        Bug("reward models are trained one by one", "disk_bytes", "min(A, max(...))", "1"),
+        Bug("all reward models are trained at once", "disk_bytes", "min(A, max(...))", "A"),
+        Bug("there is always a critic", "_models", "2 if A else 1", "2"),
+        Bug("the critic has no artifact", "_models", "2 if A else 1", "1"),
+        Bug("all checkpoints of a stage stay", "_checkpoints", "min(CHECKPOINTS, A)", "A", nth=0),
+        Bug("all checkpoints of PPO stay", "_checkpoints", "min(CHECKPOINTS, A // B)", "A // B"),
+        Bug("checkpoints of an adapter are whole", "_checkpoints", "A.adapter(B) if A else 0", "parameters"),
+        Bug("the best policy is nowhere", "_checkpoints", "BEST_MODELS * A * WEIGHT_BYTES", "0"),
+    ),
+    *bugs_in(
         "rlhf/planning/plan.py",
         ["launch/test_plan.py", "launch/test_preflight.py"],
         Bug("a host is never too small", "RunPlan._of", "A > self.machine.host_memory", "False"),

@@ -1,4 +1,4 @@
-"""Bugs in secrets, run files, claims and the environment of workers."""
+"""Bugs in secrets, run files, claims, the environment of workers and models of the hub."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ BUGS = [
         Bug("another process with its number is the driver", "is_alive", "abs(_) < 2", "True"),
         Bug("a worker follows any driver", "Follower.lost", "A is not None and B != C", "False"),
         Bug("a silent driver is never gone", "Follower.lost", "if A - B > STALE_S: ...", ""),
+        Bug("a stop of one attempt is not heard", "Follower.asking", "[] if A else [self._life.parent]", "[]"),
+        Bug("one attempt comes before its run", "Follower.asking", "A + B", "B + A"),
         Bug("a claim is left behind", "hold", "A.unlink(missing_ok=True)", "None"),
         Bug("the claim is not touched", "_beat", "os.utime(_)", "None"),
     ),
@@ -54,5 +56,38 @@ BUGS = [
         Bug("short secrets go with the job", "_holds_secret", "A or B != C", "B != C"),
         Bug("a submitted job gets the driver's variables", "carried", "A in os.environ", "False"),
         Bug("half a name is enough", "carried", "CARRIED.fullmatch(A)", "CARRIED.search(A)"),
+    ),
+    *bugs_in(
+        "rlhf/hub.py",
+        ["rlhf/test_hub.py"],
+        Bug("`tiny` is asked for", "is_of_hub", "name != 'tiny'", "True"),
+        Bug("a folder is asked for", "is_of_hub", "not Path(A).expanduser().exists()", "True"),
+        Bug("half a name is enough", "is_of_hub", "NAME.fullmatch(A)", "NAME.match(A)"),
+        Bug("a branch is a commit", "commit_of", "COMMIT.fullmatch(A)", "A"),
+        Bug("a commit is asked for", "commit_of", "COMMIT.fullmatch(A)", "False"),
+        Bug("the newest commit is downloaded", "folder", "pinned(A)", "A"),
+        Bug("a tokenizer comes with weights", "folder", "A + B if weights else A", "A + B"),
+        Bug("every file is weights", "sizes", "Path(A.filename).suffix == '.safetensors'", "True"),
+        Bug("what is there is downloaded", "sizes", "A.will_download", "True"),
+        Bug("a broken download is the user's", "_explained", "NOT_REACHED", "MISSING_MODEL"),
+        Bug("offline is an outage", "_explained", "if A.HF_HUB_OFFLINE: ...", ""),
+        Bug("a refusal is an outage", "_explained", "A in (401, 403)", "False"),
+        Bug("an outage is a refusal", "_explained", "A in (401, 403)", "True"),
+    ),
+    *bugs_in(
+        "launch/base_model.py",
+        ["launch/test_fetching.py", "launch/test_base_model.py"],
+        Bug("a run changes its commit", "with_commit", "A not in B", "True"),
+        Bug("nothing is recorded", "with_commit", "write_json(...)", "None"),
+        Bug("every rank records", "with_commit", "A == '0'", "True"),
+        Bug("models of this disk get a commit", "with_commit", "not hub.is_of_hub(A)", "False"),
+        Bug("`tiny` is fetched", "fetch_here", "A != 'tiny'", "True"),
+        Bug("the first base is the last", "_fetch", "while A: ...", "if A: folder = adapter_base(folder)"),
+        Bug("an adapter has no base", "may_be_downloaded", "A or B", "A"),
+        Bug("the driver alone downloads", "fetch_on_nodes", "for A, B in C: ...", ""),
+        Bug("a failure is no failure", "fetch_on_nodes", "if A: ...", "", nth=1),
+        Bug("dead nodes are waited for", "_takes_workers", "A['Alive'] and B", "B"),
+        Bug("nodes without workers download", "_takes_workers", "all(...)", "True"),
+        Bug("nodes have no token", "_try_to_fetch", "os.environ.update(A)", "None"),
     ),
 ]  # fmt: skip

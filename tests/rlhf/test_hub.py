@@ -63,6 +63,23 @@ def test_a_pinned_model_that_is_there_is_not_asked_for(hub: Hub, model: Path) ->
     assert module.folder(pinned) == there and hub.requests == []
 
 
+def test_a_model_whose_commit_is_known_is_not_asked_for_again(hub: Hub, model: Path) -> None:
+    hub.add("owner/name", model)
+    there = module.folder("owner/name")
+    hub.requests.clear()
+    assert module.folder("owner/name") == there and hub.requests == []
+
+
+def test_a_branch_is_no_commit(hub: Hub, model: Path) -> None:
+    hub.add("owner/name", model)
+    assert module.pinned("owner/name@main") == f"owner/name@{hub.commit('owner/name')}"
+
+
+def test_a_commit_is_not_asked_for(hub: Hub) -> None:
+    commit = f"owner/name@{'0123456789' * 4}"
+    assert module.pinned(commit) == commit and hub.requests == []
+
+
 def test_a_commit_stays_when_the_hub_has_a_newer_one(hub: Hub, model: Path) -> None:
     hub.add("owner/name", model)
     first = module.pinned("owner/name")
@@ -106,6 +123,8 @@ def test_a_download_that_breaks_off_is_one_too(hub: Hub, model: Path) -> None:
     hub.add("owner/name", model)
     pinned = module.pinned("owner/name")
     hub.refuses = (500, "")
+    assert refused(pinned).exit_code == 8
+    hub.refuses, hub.lacks = None, "model.safetensors"
     assert refused(pinned).exit_code == 8
 
 

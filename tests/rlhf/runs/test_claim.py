@@ -185,3 +185,10 @@ def test_a_process_is_told_from_another_with_its_number() -> None:
     own = psutil.Process()
     assert claim.is_alive(own.pid, own.create_time())
     assert not claim.is_alive(own.pid, own.create_time() - 10)
+
+
+def test_a_worker_is_asked_to_stop_in_its_attempt_and_before_that_in_its_run(tmp_path: Path) -> None:
+    attempt = tmp_path / "sft/ranks/attempt-1"
+    worker = claim.Follower(tmp_path / claim.CLAIM, "ours", attempt / "rank-0.json")
+    driver = claim.Follower(tmp_path / claim.CLAIM, "ours")
+    assert (worker.asking(), driver.asking()) == ([attempt, tmp_path], [tmp_path])
