@@ -15,7 +15,7 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint ruff docs nodes proofs fuzz mutants gpu install vllm clean
+.PHONY: help quickstart test check lint ruff docs nodes soak proofs fuzz mutants gpu install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ docs: $(STAMP)  ## the API reference, as build/api/index.html; a warning is an e
 
 nodes: $(STAMP)  ## the tests on clusters of pseudo-nodes: Linux, as root
 	$(BIN)/pytest -m "nodes and not proof" tests/nodes
+
+# FAULTS=10 SEED=1 make a shorter or another one.
+FAULTS ?= 50
+SEED   ?= 0
+soak: $(STAMP)  ## random faults over a run on three pseudo-nodes, whose end must not change: Linux, as root
+	$(BIN)/python -m tests.soak --faults $(FAULTS) --seed $(SEED)
 
 proofs: $(STAMP)  ## the long forms of the proofs that `make test` runs in short
 	$(BIN)/pytest -m proof
