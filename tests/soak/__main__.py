@@ -2,7 +2,7 @@
 
     python -m tests.soak --faults 50 --seed 0
 
-Needs Linux and root. Every fault waits for a new checkpoint in all stages that run. What is left at the end is compared with
+Needs Linux and root. SIGTERM ends the faults, not the run, whose end is compared as ever. Every fault waits for a new checkpoint in all stages that run. What is left at the end is compared with
 an undisturbed run on the same nodes: artifacts of all stages and all metrics that are no times, bit by bit. Exit status 0 if
 all faults struck, the run went on after each, and nothing differs.
 """
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 import tempfile
+import threading
 import time
+from itertools import takewhile
 from pathlib import Path
 
 from launch.testbed import Testbed
@@ -76,9 +79,11 @@ def _soak(pipeline: Pipeline, faults: list[Fault], log: Path, command: str) -> l
     rows: list[Row] = []
     before: dict[str, int] = {}
     began = time.monotonic()
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     pipeline.start()
     try:
-        for fault in faults:
+        for fault in takewhile(lambda _: not stop.is_set(), faults):
             row = strike(fault, pipeline, before)
             rows.append(dataclasses.replace(row, at_s=time.monotonic() - began))
             log.write_text(page(command, rows, ["under way"]))

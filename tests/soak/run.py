@@ -15,8 +15,9 @@ import psutil
 from launch.testbed import Testbed
 from tests.faults.runs import COMMAND, SMOKE
 
-LIMIT_S = 300.0
+LIMIT_S = 600.0
 POLL_S = 0.1
+ENDS_S = 120.0  # for the workers of a driver that was killed
 Found = TypeVar("Found")
 
 
@@ -74,13 +75,13 @@ class Pipeline:
         """Ends the driver, if it runs, and waits until its workers have gone."""
         with suppress(Trouble, psutil.Error):
             self.signal(signal.SIGKILL)
-        self.ended(30)
-        deadline = time.monotonic() + 60
+        self.ended(ENDS_S)
+        deadline = time.monotonic() + ENDS_S
         while workers := [
             one for node in self.testbed.nodes() for one in self.testbed.processes(node, "RayTrainWorker")
         ]:
             if time.monotonic() > deadline:
-                raise Trouble(f"{len(workers)} workers are still there 60 s after their driver was killed")
+                raise Trouble(f"{len(workers)} workers are still there {ENDS_S:.0f} s after their driver was killed")
             time.sleep(POLL_S)
 
     def last_line(self) -> str:

@@ -18,7 +18,7 @@ from tests.soak.run import Pipeline, Trouble
 from tests.soak.schedule import OF_A_NODE, WITH_ANOTHER_DRIVER, Fault, Kind
 
 SHORT_CUT_S = 5.0
-ENDS_S = 60.0  # after SIGTERM: the step under way and a checkpoint
+ENDS_S = 120.0  # after SIGTERM: the step under way and a checkpoint
 STOPPED = 128 + signal.SIGTERM
 HEAD = 1
 
