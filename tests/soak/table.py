@@ -11,7 +11,8 @@ from tests.soak.strike import Row
 TITLE = """# Soak
 
 Random faults over the smoke pipeline on three pseudo-nodes of one machine, each after a new checkpoint in every stage that
-runs. Written by `{command}`.
+runs. "Goes on" is from the fault to the next step of every stage that was struck: a new start of a worker group or of the
+driver, and repeated steps are those between the newest checkpoint and the fault. Written by `{command}`.
 
 """
 
@@ -38,7 +39,6 @@ def _by_kind(rows: Sequence[Row]) -> str:
 
 
 def _all(rows: Sequence[Row]) -> str:
-    """ "Goes on" is from the fault to the next step."""
     lines = [
         "| | at | fault | stage and step, node | noticed | goes on | steps repeated |",
         "|---|---|---|---|---|---|---|",
