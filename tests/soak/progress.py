@@ -66,23 +66,28 @@ def has_new_checkpoints(run: Path, stages: Sequence[str], before: dict[str, int]
     return bool(stages) and all(newest_checkpoint(run / stage) > before.get(stage, -1) for stage in stages)
 
 
-def steps(stage: Path, since: float = 0.0) -> list[int]:
-    """The step of every line of metrics that was written after a time, in the order of writing."""
+def lines(stage: Path, since: float = 0.0) -> list[dict[str, float]]:
+    """The metrics that were written after a time, in the order of writing."""
     path, found = stage / "metrics.jsonl", []
     if path.exists():
         for line in path.read_bytes().splitlines():
             with suppress(ValueError):  # the last one may be half written
-                values = json.loads(line)
-                found += [values["step"]] * (values["time"] > since)
-    return found
+                found.append(json.loads(line))
+    return [line for line in found if line["time"] > since]
 
 
-def went_on(stage: Path, since: float) -> bool:
-    """Whether metrics were added after a time, or the artifact is complete."""
-    return is_complete(stage) or bool(steps(stage, since))
+def steps_done(stage: Path) -> int:
+    return max((int(line["step"]) for line in lines(stage)), default=0)
+
+
+def went_on_at(stage: Path, since: float) -> float | None:
+    """When the first metrics after a time were written, or the artifact; None as long as none were."""
+    if later := lines(stage, since):
+        return later[0]["time"]
+    return max(since, (stage / "artifact/manifest.json").stat().st_mtime) if is_complete(stage) else None
 
 
 def steps_repeated(stage: Path, reached: int, since: float) -> int:
     """How many of the steps up to `reached` were done again after a time."""
-    later = steps(stage, since)
-    return max(0, reached + 1 - later[0]) if later else 0
+    later = lines(stage, since)
+    return max(0, reached + 1 - int(later[0]["step"])) if later else 0

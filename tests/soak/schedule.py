@@ -38,11 +38,11 @@ DECK = {
 }
 WITH_ANOTHER_DRIVER = {Kind.DRIVER, Kind.TERM, Kind.TRUNCATED, Kind.FLIPPED}
 OF_A_NODE = {Kind.SHORT_CUT, Kind.CUT, Kind.RAY, Kind.NODE}
-LATEST_S = 4.0
+LATEST_S = 2.0
 SHARES = {"sft": 0.3, "reward": 0.2, "ppo": 0.5}  # of all checkpoints
 ROOM = 1.7  # checkpoints per fault: it waits for one, and more are made until it strikes
 SFT_STEPS, REWARD_STEPS = 32, 4  # per epoch
-STEPS_PER_CHECKPOINT = {"sft": 8, "reward": 2}
+STEPS_PER_CHECKPOINT = {"sft": 16, "reward": 4, "ppo": 2}  # one or two seconds of work
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ def settings(faults: int) -> list[str]:
         stage: math.ceil((checkpoints[stage] + 1) * STEPS_PER_CHECKPOINT[stage] / steps)
         for stage, steps in (("sft", SFT_STEPS), ("reward", REWARD_STEPS))
     }
+    every = STEPS_PER_CHECKPOINT["ppo"]
     return [
         *("--sft.packing", "false", "--sft.epochs", str(epochs["sft"]), "--sft.checkpoints", str(checkpoints["sft"])),
         *("--reward.epochs", str(epochs["reward"]), "--reward.checkpoints", str(checkpoints["reward"])),
-        *("--ppo.iterations", str(checkpoints["ppo"]), "--ppo.eval_every", "4", "--ppo.patience", "1000"),
+        *("--ppo.iterations", str(checkpoints["ppo"] * every), "--ppo.checkpoint_every", str(every)),
+        *("--ppo.eval_every", "4", "--ppo.patience", "1000"),
     ]

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch.testbed import Testbed
 from rlhf.errors import UserError
 from tests.faults.runs import checkpoints, newest_checkpoint
 from tests.soak import progress
@@ -46,6 +47,10 @@ class Blow:
     stages: list[str]  # those that it strikes
     reached: dict[str, int]  # how far they had come
 
+    def look(self) -> None:
+        """Again, when the last of the processes that were struck has ended."""
+        self.reached.update({stage: progress.steps_done(self.pipeline.folder / stage) for stage in self.stages})
+
 
 def strike(fault: Fault, pipeline: Pipeline, before: dict[str, int]) -> Row:
     """Waits for progress since `before`, strikes, and waits until every stage that was struck has gone on.
@@ -58,17 +63,23 @@ def strike(fault: Fault, pipeline: Pipeline, before: dict[str, int]) -> Row:
     blow = pipeline.wait_for(lambda: _aim(fault, pipeline), "a rank that can be struck")
     row, began = Row(fault, _where(blow)), time.time()
     try:
-        noticed = BLOWS[fault.kind](blow)
-        again = time.time() if noticed is None else began + noticed
-        pipeline.wait_for(lambda: all(progress.went_on(run / stage, again) for stage in blow.stages), "the next step")
-        went_on = time.time() - began
+        try:
+            noticed = BLOWS[fault.kind](blow)
+        finally:
+            _repair(fault, pipeline.testbed, blow.victim.node)
+        again = began + noticed if noticed is not None else time.time()
+        pipeline.wait_for(lambda: all(_went_on(run, blow.stages, again)), "the next step")
+        went_on = max(at or 0.0 for at in _went_on(run, blow.stages, again)) - began
     except Trouble as trouble:
         return replace(row, trouble=str(trouble))
     finally:
-        _repair(fault, pipeline, blow.victim.node)
         before |= {stage: newest_checkpoint(run / stage) for stage in progress.STAGES}
     repeated = sum(progress.steps_repeated(run / stage, blow.reached[stage], again) for stage in blow.stages)
     return replace(row, noticed_s=noticed, went_on_s=went_on, repeated=repeated)
+
+
+def _went_on(run: Path, stages: Sequence[str], since: float) -> list[float | None]:
+    return [progress.went_on_at(run / stage, since) for stage in stages]
 
 
 def _may_strike(fault: Fault, run: Path, before: dict[str, int]) -> bool:
@@ -98,7 +109,7 @@ def _aim(fault: Fault, pipeline: Pipeline) -> Blow | None:
         stages = {rank.stage for rank in ranks if rank.node == victim.node}
     else:
         stages = {victim.stage}
-    reached = {stage: max(progress.steps(run / stage), default=0) for stage in stages}
+    reached = {stage: progress.steps_done(run / stage) for stage in stages}
     return Blow(fault, pipeline, victim, sorted(stages), reached)
 
 
@@ -131,11 +142,14 @@ def _noticed(blow: Blow, act: Callable[[], object]) -> float:
         ),
         "the driver to notice it",
     )
-    return time.monotonic() - began
+    noticed = time.monotonic() - began
+    blow.look()
+    return noticed
 
 
 def _kill_driver(blow: Blow) -> None:
     blow.pipeline.kill()
+    blow.look()
     blow.pipeline.start()
 
 
@@ -146,6 +160,7 @@ def _end_driver(blow: Blow) -> float:
     took = time.monotonic() - began
     if code != STOPPED:
         raise Trouble(f"SIGTERM ended it with exit code {code}: {blow.pipeline.last_line()}")
+    blow.look()
     blow.pipeline.start()
     return took
 
@@ -172,6 +187,7 @@ def _kill_node(blow: Blow) -> float:
 def _damage(truncates: bool) -> Callable[[Blow], None]:
     def blow(one: Blow) -> None:
         one.pipeline.kill()
+        one.look()
         found = checkpoints(one.pipeline.folder / one.victim.stage)
         if len(found) < 2:
             raise Trouble(f"{one.victim.stage} has {len(found)} complete checkpoints after its driver was killed")
@@ -210,9 +226,8 @@ BLOWS: dict[Kind, Callable[[Blow], float | None]] = {
 }
 
 
-def _repair(fault: Fault, pipeline: Pipeline, node: int) -> None:
+def _repair(fault: Fault, testbed: Testbed, node: int) -> None:
     """A node that Ray has given up comes back by a new start of Ray, as whoever runs a cluster gives it."""
-    testbed = pipeline.testbed
     if fault.kind is Kind.NODE:
         with suppress(UserError):  # it is still running
             testbed.start(node)

@@ -39,7 +39,8 @@ def test_fifty_faults_have_every_kind_as_often_as_the_deck_says() -> None:
 def test_there_are_more_checkpoints_than_faults(faults: int) -> None:
     given = settings(faults)
     values = dict(zip(given[::2], given[1::2], strict=True))
-    counts = [int(values[f"--{name}"]) for name in ("sft.checkpoints", "reward.checkpoints", "ppo.iterations")]
+    counts = [int(values[f"--{name}"]) for name in ("sft.checkpoints", "reward.checkpoints")]
+    counts += [int(values["--ppo.iterations"]) // int(values["--ppo.checkpoint_every"])]
     assert sum(counts) > 1.5 * faults
     assert int(values["--sft.epochs"]) * 128 / 4 > counts[0]  # rows by batch size of tests/smoke.yaml
     assert int(values["--reward.epochs"]) * 128 / 32 > counts[1]
@@ -79,13 +80,14 @@ def test_steps_that_were_done_again_are_counted_from_the_first_one_after_the_fau
     stage = run / "reward/safety"
     lines = [{"time": 90.0 + step, "step": step, "loss": 1.0} for step in range(1, 7)]
     write(stage / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
-    assert not progress.went_on(stage, 100.0)
+    assert progress.went_on_at(stage, 100.0) is None and progress.steps_done(stage) == 6
     lines += [{"time": 130.0, "step": 7, "loss": 1.0}, {"time": 131.0, "step": 8, "loss": 1.0}]
     write(stage / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines) + '{"time": 132.0, "st')
-    assert progress.went_on(stage, 100.0)
+    assert progress.went_on_at(stage, 100.0) == 130.0
     assert progress.steps_repeated(stage, 9, 100.0) == 3  # 7, 8 and 9
     assert progress.steps_repeated(stage, 6, 100.0) == 0
-    assert progress.steps_repeated(run / "sft", 9, 100.0) == 0 and progress.went_on(run / "sft", 100.0)
+    assert progress.steps_repeated(run / "sft", 9, 100.0) == 0
+    assert progress.went_on_at(run / "sft", 100.0) == (run / "sft/artifact/manifest.json").stat().st_mtime
 
 
 def finished(folder: Path, loss: float = 0.5, weights: str = "weights", seconds: float = 1.0) -> Path:
