@@ -92,6 +92,7 @@ def test_steps_that_were_done_again_are_counted_from_the_first_one_after_the_fau
 
 def finished(folder: Path, loss: float = 0.5, weights: str = "weights", seconds: float = 1.0) -> Path:
     write(folder / "sft/artifact/model.safetensors", weights)
+    write(folder / "sft/artifact/manifest.json", {"digest": "d", "code_revision": str(seconds)})
     lines = [{"time": seconds, "step": 1, "sft/loss": 0.7}, {"time": seconds, "step": 1, "sft/loss": loss}]
     lines += [{"time": seconds, "step": 2, "sft/kl": float("nan"), "perf/seconds": seconds, "sft/lr": None}]
     write(folder / "sft/metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
