@@ -37,6 +37,7 @@ def main() -> int:
     testbed = Testbed(Path(tempfile.gettempdir(), "rlhf-soak"))
     command = f"python -m tests.soak --faults {args.faults} --seed {args.seed}"
     own = settings(args.faults)
+    args.log.parent.mkdir(parents=True, exist_ok=True)
     with testbed.up(NODES):
         calm, disturbed = Pipeline(testbed, "calm", own), Pipeline(testbed, "disturbed", own)
         calm_s = _finish(calm)
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the schedule (default 0)")
-    parser.add_argument("--log", type=Path, default=Path("soak.md"), help="where the record goes (default soak.md)")
+    parser.add_argument("--log", type=Path, default=Path("build/soak.md"), help="the record (default build/soak.md)")
     return parser
 
 
