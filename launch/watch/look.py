@@ -14,6 +14,7 @@ from rlhf.serving.watch.rules import KS, PSI, Rule
 from rlhf.serving.watch.series import Bucket, metrics_of, series
 
 NEWEST_ALARMS = 10
+FEWEST = 5  # people or conversations behind a mean that rings: that all of them are beyond a value by chance is 1 in 32
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _of_rules(
     found = {}
     for window in {rule.window for rule in rules}:
         inside = [row for row in rows if row.created >= now - window]
-        known = metrics_of(inside) | (_of_drifts(baseline.drifts(inside)) if baseline else {})
+        known = metrics_of(inside, FEWEST) | (_of_drifts(baseline.drifts(inside)) if baseline else {})
         if inside:
             found |= {rule.name: known[rule.metric] for rule in rules if rule.window == window and rule.metric in known}
     return found

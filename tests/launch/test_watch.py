@@ -146,6 +146,18 @@ def test_a_rule_sees_its_window_alone(folder: Path) -> None:
     store.close()
 
 
+def test_a_mean_of_few_conversations_rings_nothing(folder: Path) -> None:
+    rules = str(write_rules(folder, None, {"metric": "length", "op": "<", "value": 20}))
+    store = Store(f"sqlite:///{folder}/feedback.db")
+    say(folder, *["safe"] * 4)
+    assert watch(folder, "--rules", rules) == 0
+    assert not newest_alarms(store, 9)
+    say(folder, "safe")
+    assert watch(folder, "--rules", rules) == 0
+    assert len(newest_alarms(store, 9)) == 1
+    store.close()
+
+
 def test_alarms_are_metrics_and_tags(folder: Path) -> None:
     rules = str(write_rules(folder))
     say(folder, *["unsafe"] * 5)

@@ -119,6 +119,7 @@ BUGS = [
     *bugs_in(
         "launch/watch/look.py",
         ["launch/test_watch.py"],
+        Bug("means ring by few conversations", "_of_rules", "metrics_of(A, FEWEST)", "metrics_of(A)"),
         Bug("drift rings by chance", "_of_drifts", "A.psi > A.chance", "True"),
         Bug("rules see more than their window", "_of_rules", "A.created >= B", "True"),
     ),

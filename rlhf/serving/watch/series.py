@@ -35,19 +35,20 @@ def series(rows: Sequence[Observed], since: float, until: float, count: int) -> 
     return [Bucket(float(edges[n]), float(edges[n + 1]), metrics_of(part)) for n, part in enumerate(parts)]
 
 
-def metrics_of(rows: Sequence[Observed]) -> dict[str, Estimate]:
-    """Clustered by person, or by conversation where there is no name."""
+def metrics_of(rows: Sequence[Observed], fewest: int = 1) -> dict[str, Estimate]:
+    """Clustered by person, or by conversation where there is no name. `fewest`: the clusters that a mean needs; one has
+    no spread, and so an empty interval."""
     rewards = sorted({name for row in rows for name in row.scores})
     votes = sum(row.compared + len(row.thumbs) for row in rows)
     thumbs = [(row.cluster, up) for row in rows for up in row.thumbs]
     found = {
         RESPONSES: _count(len(rows)),
-        **{REWARD + name: _mean(rows, lambda row, name=name: row.scores.get(name)) for name in rewards},
+        **{REWARD + name: _mean(rows, lambda row, name=name: row.scores.get(name), fewest) for name in rewards},
         UNSAFE: _proportion([(row.cluster, row.unsafe) for row in rows if row.unsafe is not None]),
         REFUSALS: _proportion([(row.cluster, row.refused) for row in rows]),
-        LENGTH: _mean(rows, lambda row: row.length),
-        FIRST_TOKEN: _mean(rows, lambda row: row.first_token_s),
-        SPEED: _speed(rows),
+        LENGTH: _mean(rows, lambda row: row.length, fewest),
+        FIRST_TOKEN: _mean(rows, lambda row: row.first_token_s, fewest),
+        SPEED: _speed(rows, fewest),
         THUMBS_UP: _proportion(thumbs),
         VOTES: _count(votes),
     }
@@ -66,9 +67,10 @@ def _count(count: int) -> Estimate:
     return Estimate(float(count), float(count), float(count), count)
 
 
-def _mean(rows: Sequence[Observed], value: Callable[[Observed], float | None]) -> Estimate | None:
+def _mean(rows: Sequence[Observed], value: Callable[[Observed], float | None], fewest: int) -> Estimate | None:
     known = [(row.cluster, one) for row in rows if (one := value(row)) is not None]
-    return bootstrap_mean([one for _, one in known], [cluster for cluster, _ in known]) if known else None
+    clusters = [cluster for cluster, _ in known]
+    return bootstrap_mean([one for _, one in known], clusters) if len(set(clusters)) >= fewest else None
 
 
 def _proportion(outcomes: Sequence[tuple[str, bool]]) -> Estimate | None:
@@ -77,10 +79,11 @@ def _proportion(outcomes: Sequence[tuple[str, bool]]) -> Estimate | None:
     return proportion([float(one) for _, one in outcomes], [cluster for cluster, _ in outcomes])
 
 
-def _speed(rows: Sequence[Observed]) -> Estimate | None:
+def _speed(rows: Sequence[Observed], fewest: int) -> Estimate | None:
     """All tokens over all seconds: a long response counts more than a short one."""
     timed = [row for row in rows if row.seconds > 0]
-    if not timed:
+    clusters = [row.cluster for row in timed]
+    if len(set(clusters)) < fewest:
         return None
     columns = np.array([[row.length, row.seconds] for row in timed], dtype=np.float64)
-    return bootstrap(columns, [row.cluster for row in timed], lambda sums: sums[..., 0] / sums[..., 1])
+    return bootstrap(columns, clusters, lambda sums: sums[..., 0] / sums[..., 1])
