@@ -15,13 +15,16 @@ PICK   := $(if $(GPU),===,==)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint ruff docs nodes soak proofs fuzz mutants gpu install vllm clean
+.PHONY: help quickstart circle test check lint ruff docs nodes soak proofs fuzz mutants gpu install vllm clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(STAMP)  ## train on the shipped data, from base model to closing report
 	$(BIN)/rlhf run quickstart
+
+circle: $(STAMP)  ## serve a policy, let simulated people vote, train the next one on their votes, promote it if it is better
+	examples/circle/circle.sh
 
 # Tests that start processes wait for them much of their time; none of the quick ones is timed beside them.
 test: lint docs  ## lint, type-check, build the API reference, run the tests
