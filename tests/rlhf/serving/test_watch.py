@@ -157,7 +157,7 @@ def test_the_interval_of_speed_covers_the_truth() -> None:
 
 
 def test_buckets_are_equal_parts_of_the_time() -> None:
-    found = series([one(n) for n in (0, 1, 9, 10, 19, 20, 25)], 0, 20, 2)
+    found = series([one(n) for n in (0, 1, 9, 10, 10, 20, 25)], 0, 20, 2)
     assert [(each.start, each.end, each.metrics["responses"].value) for each in found] == [(0, 10, 3), (10, 20, 2)]
 
 
