@@ -71,7 +71,9 @@ def commands(model: str, port: int, clients: int) -> dict[str, list[str]]:
     found = {"rlhf": ours, "transformers": theirs, "transformers, continuous": [*theirs, "--continuous-batching"]}
     if importlib.util.find_spec("vllm"):
         many = ["--max-num-seqs", str(clients)]
-        found["vllm"] = [str(here / "vllm"), "serve", model, *at, "--host", "127.0.0.1", *VLLM, *many]
+        # Its command looks for a package called vllm, which the build for CPUs is not.
+        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        found["vllm"] = [*server, *at, "--host", "127.0.0.1", *VLLM, *many]
     return found
 
 
