@@ -68,6 +68,7 @@ BUGS = [
         Bug("what Ray does not see is waited for", "WorkerGroup._end_for_good", "ray.cancel(...)", "None"),
         Bug("the room of a killed attempt stays taken", "WorkerGroup.done", "attempt.free_places()", "None"),
         Bug("a death of which Ray says nothing has no name", "WorkerGroup._has_ended", "self._watch.gone", "()"),
+        Bug("ranks that are back are ended", "WorkerGroup.done", "self._given_up and A", "self._given_up"),
         Bug("a group grows before it has begun", "WorkerGroup.done", "A > self._looks and not B", "A > self._looks"),
         Bug("a group never grows", "WorkerGroup._grow", "stopping.ask(...)", "None"),
         Bug("a group that stops to grow has failed", "WorkerGroup._has_ended", "stopped_to_grow(A)", "False"),

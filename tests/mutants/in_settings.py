@@ -76,11 +76,20 @@ BUGS = [
     ),
     *bugs_in(
         "launch/base_model.py",
-        ["launch/test_fetching.py", "launch/test_base_model.py"],
+        [
+            "launch/test_base_model.py::test_a_run_keeps_the_commit_with_which_it_began",
+            "launch/test_base_model.py::test_a_run_without_a_record_has_the_newest_commit",
+            "launch/test_base_model.py::test_only_the_first_rank_of_torchrun_records_it",
+            "launch/test_base_model.py::test_other_models_are_left_alone",
+        ],
         Bug("a run changes its commit", "with_commit", "A not in B", "True"),
         Bug("nothing is recorded", "with_commit", "write_json(...)", "None"),
         Bug("every rank records", "with_commit", "A == '0'", "True"),
         Bug("models of this disk get a commit", "with_commit", "not hub.is_of_hub(A)", "False"),
+    ),
+    *bugs_in(
+        "launch/base_model.py",
+        ["launch/test_fetching.py"],
         Bug("`tiny` is fetched", "fetch_here", "A != 'tiny'", "True"),
         Bug("the first base is the last", "_fetch", "while A: ...", "if A: folder = adapter_base(folder)"),
         Bug("an adapter has no base", "may_be_downloaded", "A or B", "A"),
