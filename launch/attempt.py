@@ -174,4 +174,14 @@ def _worker(payload: dict[str, Any]) -> None:
     if payload["claim"] is not None:
         claim.follow(config.folder, payload["claim"], alive)
     with guarded(claim.followed(config.folder)):  # the imports of a stage take longer than a rank may be silent
-        run_rank(config, attempt.stage, local=False, note=attempt.note)
+        run_rank(config, attempt.stage, local=False, note=attempt.note, open_pool=_pool(config, attempt))
+
+
+def _pool(config: RunConfig, attempt: Attempt) -> Any:
+    """What opens the samplers beside the workers, if the stage has any."""
+    count = config.ppo.sampling.workers if attempt.stage == "ppo" else 0
+    if not count:
+        return None
+    from launch.sampler_pool import open_pool
+
+    return open_pool(f"samplers of {config.folder} {attempt.name}", config.hardware, count)

@@ -23,10 +23,14 @@ def of_each(hardware: HardwareConfig) -> dict[str, float]:
     return {"CPU": float(hardware.cpus_per_worker), "GPU": float(hardware.gpus_per_worker)}
 
 
+def processes(config: RunConfig, stage: str) -> int:
+    """Workers of the stage, and samplers beside them."""
+    return stage_of(stage).workers(config) + (config.ppo.sampling.workers if stage == "ppo" else 0)
+
+
 def needed(config: RunConfig, stage: str) -> dict[str, float]:
-    """What the stage's workers take of the cluster."""
-    workers = stage_of(stage).workers(config)
-    return {kind: workers * amount for kind, amount in of_each(config.hardware).items()}
+    """What the stage takes of the cluster."""
+    return {kind: processes(config, stage) * amount for kind, amount in of_each(config.hardware).items()}
 
 
 def fits(config: RunConfig, stage: str, have: Mapping[str, float]) -> bool:

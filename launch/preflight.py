@@ -248,6 +248,7 @@ def _processors(config: RunConfig) -> Iterator[PreflightError]:
         ("GPU", hardware.gpus_per_worker, machine_gpus() if hardware.gpus_per_worker else 0),
     ):
         workers = hardware.min_workers or hardware.workers
+        workers += config.ppo.sampling.workers if "ppo" in config.pipeline else 0
         wanted = workers * each
         if there is not None and wanted > there:
             key = f"{kind.lower()}s_per_worker"

@@ -27,11 +27,11 @@ PEERS_END_S = 1.0  # a killed process takes a moment to end
 UNEXPECTED = 1  # exit code of an unexpected error
 
 
-def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Artifact:
+def run_rank(config: RunConfig, stage: str, local: bool, note: str = "", open_pool: Any = None) -> Artifact:
     """Runs `stage` as the rank that the environment names, which the caller guards. Records what the stage raises, and
     raises it.
 
-    `note`: a line to show under the stage's bar.
+    `note`: a line to show under the stage's bar. `open_pool`: as in StageContext.
     """
     import torch
 
@@ -49,7 +49,7 @@ def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Arti
     is_writer = collectives.rank() == 0
     tracker = open_tracker(folder, config.tracking, stage, "", is_writer)
     try:
-        artifact = _run(config, stage, local, tracker, note)
+        artifact = _run(config, stage, local, tracker, note, open_pool)
         if is_writer:
             _record_artifact(config, tracker, artifact)
         tracker.close("FINISHED")
@@ -62,7 +62,7 @@ def run_rank(config: RunConfig, stage: str, local: bool, note: str = "") -> Arti
         raise
 
 
-def _run(config: RunConfig, stage: str, local: bool, tracker: Any, note: str) -> Artifact:
+def _run(config: RunConfig, stage: str, local: bool, tracker: Any, note: str, open_pool: Any) -> Artifact:
     """Builds the context of this rank, checks what the stage starts from, and runs it."""
     import torch
 
@@ -86,6 +86,7 @@ def _run(config: RunConfig, stage: str, local: bool, tracker: Any, note: str) ->
         progress=Progress(folder, collectives.rank() == 0),
         local=local,
         roles=stage_of(stage).roles,
+        open_pool=open_pool,
     )
     if note:
         context.progress.warn(note)

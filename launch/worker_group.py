@@ -15,7 +15,7 @@ from typing import Any
 
 from launch import attempt, signals
 from launch.connection import connection
-from launch.elastic import GROW, LOOKS_S, can_grow, fits, needed, sized, stopped_to_grow
+from launch.elastic import GROW, LOOKS_S, can_grow, fits, needed, processes, sized, stopped_to_grow
 from launch.supervision import Budget, Watch, cause, newest_checkpoint, since
 from launch.worker import FAILURE, memory_remedy, read_failure
 from rlhf.config import RunConfig
@@ -226,7 +226,7 @@ def _compare_nodes(config: RunConfig) -> None:
 def _wait_for_room(config: RunConfig) -> None:
     """UserError(5) if the largest worker group cannot be placed. Waits for a cluster that is still starting."""
     hardware = config.hardware
-    largest = max(parts_of(config), key=lambda part: stage_of(part).workers(config))
+    largest = max(parts_of(config), key=lambda part: processes(config, part))
     begun, limit_s = time.monotonic(), hardware.placement_timeout_s if hardware.ray_address else 0.0
     was_said = False
     while not fits(config, largest, have := cluster_resources()) and time.monotonic() - begun < limit_s:
@@ -247,7 +247,7 @@ def _check_room(config: RunConfig, stage: str, have: Mapping[str, float]) -> Non
 
 def _lack(config: RunConfig, stage: str, have: Mapping[str, float]) -> str:
     """What the stage needs more than the cluster has, "" if it fits."""
-    workers = stage_of(stage).workers(config)
+    workers = processes(config, stage)
     for kind, all_need in needed(config, stage).items():
         if all_need > have[kind]:
             return (

@@ -20,6 +20,8 @@ class SamplingConfig(Settings):
     batch_size: Count = 64  # rows sampled together on one worker
     tensor_parallel: Count = 1
     """Workers that share one engine of vLLM: each holds a part of every weight, and all their prompts are its."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Engines of vLLM beside the workers, each on a device of its own. 0: every worker samples."""
     one_step_off_policy: bool = False
     """Samples the responses of the next iteration during the update, with the policy before it; importance weights
     correct for the difference."""

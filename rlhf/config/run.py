@@ -107,7 +107,7 @@ class RunConfig(Settings):
         if "ppo" in self.pipeline:
             misfits += [*self._unknown_reward_models(), *self._uneven_minibatches()]
             misfits += [*self._unshared_prompts(), *self._adapters_for_vllm(), *self._late_rewards()]
-            misfits += self._undivided_samplers()
+            misfits += self._misfit_samplers()
         if misfits:
             raise ValueError("\n".join(misfits))
         return self
@@ -132,9 +132,13 @@ class RunConfig(Settings):
         if self.ppo.sampling.engine == "vllm" and self.model.lora is not None:
             yield "ppo.sampling.engine is vllm, which samples from full weights only, but model.lora is set; use inprocess"
 
-    def _undivided_samplers(self) -> Iterator[str]:
+    def _misfit_samplers(self) -> Iterator[str]:
         sampling, workers = self.ppo.sampling, self.hardware.workers
         parts, key = sampling.tensor_parallel, "ppo.sampling.tensor_parallel"
+        if sampling.workers and sampling.engine != "vllm":
+            yield f"ppo.sampling.workers is {sampling.workers}, but only vllm samples beside the workers (ppo.sampling.engine)"
+        if sampling.workers and parts > 1:
+            yield f"{key} is {parts}, but samplers beside the workers (ppo.sampling.workers) have one device each"
         if parts == 1:
             return
         if sampling.engine != "vllm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,22 @@ import torch
 
 from rlhf.chat import format_of
 from rlhf.config import RunConfig
+from rlhf.errors import UserError
 from rlhf.generation.in_process import InProcessSampler
 from rlhf.generation.sampler import Sampler
 from rlhf.models import add_lora, load_causal
 
 
-def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.device) -> Sampler:
+def open_sampler(
+    config: RunConfig,
+    folder: Path,
+    tokenizer: Any,
+    device: torch.device,
+    open_pool: Callable[[Path, tuple[Sequence[int], int], Any], Sampler] | None = None,
+) -> Sampler:
     """A sampler for the model in `folder`, with adapters if the run trains them; the trainer loads its weights.
 
-    All ranks must call it.
+    All ranks must call it. `open_pool`: as in StageContext. UserError (2) where it is missing.
     """
     ppo, precision = config.ppo, config.hardware.precision
     ends = format_of(tokenizer).stop_ids, tokenizer.pad_token_id
@@ -26,7 +34,13 @@ def open_sampler(config: RunConfig, folder: Path, tokenizer: Any, device: torch.
 
         longest = ppo.max_prompt_length + ppo.sampling.max_new_tokens
         capacity = Capacity(ppo.sampling.batch_size, longest, ppo.sampling.tensor_parallel)
-        return VLLMSampler(folder, *ends, precision, device, capacity)
+        if not ppo.sampling.workers:
+            return VLLMSampler(folder, *ends, precision, device, capacity)
+        if open_pool is None:
+            raise UserError(
+                "ppo.sampling.workers: Ray starts samplers beside the workers: leave out --local and torchrun"
+            )
+        return open_pool(folder, ends, capacity)
     model: Any = load_causal(folder, attention=config.model.attention)
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "causal", config.seed)

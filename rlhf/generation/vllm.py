@@ -25,7 +25,7 @@ from rlhf.distributed import collectives
 from rlhf.generation.counter_rng import keyed_seed
 from rlhf.generation.sampler import rollout_of
 from rlhf.models import load_config, weights_that_fit
-from rlhf.profiling.roofline import size_of
+from rlhf.profiling.roofline import ModelSize, size_of
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so that it can be given tensors
@@ -44,6 +44,25 @@ class Capacity:
     rows: int
     max_length: int
     tensor_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model without its weights."""
+
+    size: ModelSize
+    shapes: dict[str, torch.Size]
+    tied: dict[str, list[str]]
+    vocab_size: int
+    kv_heads: int
+
+
+def described(folder: Path, dtype: torch.dtype) -> Described:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(folder), dtype=dtype).requires_grad_(False)
+    text = model.config.get_text_config()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return Described(size_of(model), shapes, tied_names(model), text.vocab_size, text.num_key_value_heads)
 
 
 @dataclass(frozen=True)
@@ -77,12 +96,9 @@ class VLLMSampler:
     ) -> None:
         self.stop_ids, self.pad_id, self.tensor_parallel = stop_ids, pad_id, capacity.tensor_parallel
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_config(folder), dtype=self.dtype).requires_grad_(False)
-        self.size, self.tied = size_of(model), tied_names(model)
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        text = model.config.get_text_config()
-        self.vocab_size = text.vocab_size
+        model = described(folder, self.dtype)
+        self.size, self.tied, self.shapes = model.size, model.tied, model.shapes
+        self.vocab_size = model.vocab_size
         self.positions = (0, 0)
         self.in_group = dist.is_initialized()
         self.sleeps = device.type == "cuda"
@@ -98,7 +114,7 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",  # after the temperature
             max_num_seqs=capacity.rows * capacity.tensor_parallel,
             max_model_len=capacity.max_length,
-            kv_cache_memory_bytes=cache_bytes(self.size.cache_bytes, text.num_key_value_heads, device, capacity),
+            kv_cache_memory_bytes=cache_bytes(self.size.cache_bytes, model.kv_heads, device, capacity),
             tensor_parallel_size=capacity.tensor_parallel,
             enable_prefix_caching=False,  # cached prefixes would outlive the weights
             enable_sleep_mode=self.sleeps,

@@ -78,6 +78,7 @@ def cost_of(config: RunConfig, shape: ModelShape, machine: Machine, plan: StageP
     rates = Rates.of(machine, plan.workers, plan.local)
     gpus = plan.workers * config.hardware.gpus_per_worker
     if plan.stage == "ppo":
+        gpus += config.ppo.sampling.workers * config.hardware.gpus_per_worker
         phases = PPOPhases(config, shape, layout, plan.local, machine.memory)
         seconds = _iteration(config.ppo, phases, rates, max(plan.rows or 1, 1))
         return Cost("ppo", "iteration", seconds, config.ppo.iterations, gpus)
@@ -99,7 +100,7 @@ def _iteration(ppo: PPOConfig, phases: PPOPhases, rates: Rates, rows: int) -> di
     sync = policy.trained * FLOAT / rates.link if layout.gathers else policy.trained * FLOAT / rates.memory
     return {
         "sync": sync,
-        "sampling": _sample(phases.sampler, rates, (n, rows), (P, R)),
+        "sampling": _sample(phases.sampler, rates, (phases.rows_of_sampler, rows), (P, R)),
         "scoring": scoring,
         "update": update,
     }

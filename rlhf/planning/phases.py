@@ -115,15 +115,21 @@ class PPOPhases:
         """Rows that an engine samples together; 0 if not even one fits."""
         sampler, workers = self.sampler, self.sampler.workers
         context = 0.0 if self.layout.cpu else CONTEXT_BYTES
-        free = self.free - context - sampler.packed() - sum(part.bytes for part in self.awake())
+        held = sampler.weights() if sampler.elsewhere else self.awake()
+        free = self.free - context - sampler.packed() - _total(held)
         fitting = int(sampler.fraction * free // sampler.cache(1, self.prompt + self.response))
-        return max(0, min(fitting, workers * self.config.ppo.sampling.batch_size, workers * self.rows_of_worker))
+        return max(0, min(fitting, workers * self.config.ppo.sampling.batch_size, workers * self.rows_of_sampler))
 
     @property
     def rows_of_worker(self) -> int:
         return -(-self.config.ppo.batch_size // self.layout.workers)
 
+    @property
+    def rows_of_sampler(self) -> int:
+        return -(-self.config.ppo.batch_size // (self.config.ppo.sampling.workers or self.layout.workers))
+
     def sampling(self) -> list[Part]:
+        """Where samplers are elsewhere, of the device that holds more: a worker's, or that of a sampler."""
         rows, length, sampler = max(self.rows(), 1), self.prompt + self.response, self.sampler
         passing, drawn = activations.sampling(self.shape, self.layout, rows, self.prompt, length)
         kinds = {
@@ -132,7 +138,10 @@ class PPOPhases:
             "activations": passing,
             "logits": drawn,
         }
-        return [*self.awake(), *(Part("sampler", kind, bytes) for kind, bytes in kinds.items())]
+        own = [Part("sampler", kind, bytes) for kind, bytes in kinds.items()]
+        if sampler.elsewhere:
+            return max(self.rest(), [*sampler.weights(), *own], key=_total)
+        return [*self.awake(), *own]
 
     def scoring(self) -> list[Part]:
         return [*self.rest(), *self._worst(self.models, self._reads)]
@@ -148,7 +157,8 @@ class PPOPhases:
         ]
 
     def update(self) -> list[Part]:
-        background = self.sampling()[len(self.awake()) :] if self.config.ppo.sampling.one_step_off_policy else []
+        together = self.config.ppo.sampling.one_step_off_policy and not self.sampler.elsewhere
+        background = self.sampling()[len(self.awake()) :] if together else []
         return [*self.rest(), *background, *self._worst(self.trained, self._learns)]
 
     def _learns(self, model: Model) -> list[Part]:

@@ -27,8 +27,13 @@ class Sampler:
         return self.settings.tensor_parallel
 
     @property
+    def elsewhere(self) -> bool:
+        """On devices of its own."""
+        return self.settings.workers > 0
+
+    @property
     def sleeps(self) -> bool:
-        return self.settings.engine == "vllm" and not self.layout.cpu
+        return self.settings.engine == "vllm" and not self.layout.cpu and not self.elsewhere
 
     @property
     def fraction(self) -> float:
@@ -44,7 +49,7 @@ class Sampler:
 
     def resting(self) -> list[Part]:
         """On the device, while nothing is sampled."""
-        return [] if self.sleeps else self.weights()
+        return [] if self.sleeps or self.elsewhere else self.weights()
 
     def asleep(self) -> list[Part]:
         """In main memory."""
@@ -52,7 +57,7 @@ class Sampler:
 
     def packed(self) -> float:
         """Copies of weights while sampling: on a GPU query, key and value as one; on a CPU all in oneDNN's layout."""
-        if self.lora is not None or self.sleeps:
+        if self.lora is not None or (self.settings.engine == "vllm" and not self.layout.cpu):
             return 0.0
         shape, b = self.shape, self.layout.number
         if self.layout.cpu:

@@ -83,7 +83,7 @@ def open_models(config: RunConfig, context: StageContext, reward_models: Mapping
         critic = _critic(ppo, scalar, next(iter(reward_models.values()), sft))
     critic = critic and _trained(critic, "scalar", config)
     tokenizer = load_tokenizer(sft)
-    sampler = open_sampler(config, sft, tokenizer, context.device)
+    sampler = open_sampler(config, sft, tokenizer, context.device, context.open_pool)
     if ppo.packing:
         whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # not sharded
         check_packing(whole, "ppo.packing", ppo.group_size > 1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.runs.artifacts import Artifact, write_json
 
@@ -32,6 +32,8 @@ class StageContext:
     progress: Progress
     local: bool  # in one process, without a process group
     roles: tuple[str, ...] = ()  # of the data that the stage reads: "demonstrations", "preferences", "prompts"
+    open_pool: Callable[[Path, tuple[Sequence[int], int], Any], Any] | None = None
+    """Opens samplers on devices of their own: folder, (stop ids, pad id), capacity → Sampler. None: there is no Ray."""
 
     @property
     def is_writer(self) -> bool:

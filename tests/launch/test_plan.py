@@ -114,6 +114,18 @@ def test_workers_that_share_an_engine_hold_a_part_of_it(capsys):
     assert held["sampling"]["KV cache"] % each == 0 and 0 < held["sampling"]["KV cache"] / each <= 64
 
 
+def test_samplers_beside_the_workers_hold_nothing_on_theirs(capsys):
+    """Seven engines of 13B for 512 responses; a worker's device holds less than that of a sampler."""
+    more = ["--ppo.sampling.engine", "vllm", "--ppo.sampling.workers", "7", "--json"]
+    code, shown = plan(capsys, "--gpu", "h100-80g", *more)
+    found = json.loads(shown)
+    phases = next(p for p in found["stages"] if p["stage"] == "ppo")["phases"]
+    roles = {name: {part["role"] for part in phase["device"]} for name, phase in phases.items()}
+    assert roles["sampling"] == {"sampler", "worker"} and code == 0
+    assert all("sampler" not in roles[name] for name in ("opening", "scoring", "update", "saving"))
+    assert [part["bytes"] for part in phases["sampling"]["device"] if part["kind"] == "weights"] == [2 * 13015864320]
+
+
 def test_an_engine_of_several_workers_samples_faster_and_adds_up_between_them(capsys):
     def seconds(*more):
         _, shown = plan(capsys, "--gpu", "h100-80g", "--ppo.sampling.engine", "vllm", *more, "--json")

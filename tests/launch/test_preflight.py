@@ -197,6 +197,7 @@ def test_heads_that_workers_cannot_divide_are_told(tmp_path: Path) -> None:
         ("{tensor_parallel: 2}", "only vllm divides a model"),
         ("{engine: vllm, tensor_parallel: 3}", "does not divide the 2 workers"),
         ("{engine: vllm, tensor_parallel: 2, one_step_off_policy: true}", "cannot train meanwhile"),
+        ("{engine: vllm, tensor_parallel: 2, workers: 1}", "have one device each"),
     ],
 )
 def test_samplers_that_cannot_be_divided_are_told(sampling: str, said: str) -> None:
@@ -210,6 +211,17 @@ def test_vllm_and_adapters_do_not_go_together() -> None:
 
 
 # --- machine
+
+
+def test_samplers_beside_the_workers_are_counted_and_need_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "machine_cpus", lambda: 2)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    hardware = ("--hardware", "{workers: 2, cpus_per_worker: 1}")
+    assert "needs 3 workers × 1 CPUs = 3" in (
+        obstacle(settings("--ppo.sampling", "{engine: vllm, workers: 1}", *hardware)).message
+    )
+    with pytest.raises(UserError, match="ppo.sampling.workers: is 1, but only vllm"):
+        settings("--ppo.sampling.workers", "1")
 
 
 def test_too_few_cpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ BUGS = [
         ["launch/test_plan.py", "rlhf/planning/test_arithmetic.py"],
         Bug("each worker holds the whole sampler", "Sampler.weights", "A * B / self.workers", "A * B"),
         Bug("a sampler that sleeps stays on the device", "Sampler.resting", "[] if A else B", "B"),
+        Bug("a sampler elsewhere is on the worker's device", "Sampler.resting", "A or self.elsewhere", "A"),
         Bug("it sleeps nowhere", "Sampler.asleep", "A if B else []", "[]"),
         Bug("heads of keys are divided without end", "Sampler.cache", "min(self.workers, A)", "self.workers"),
     ),
