@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.sampler_pool import Checksum, PooledSampler, open_pool
 from launch.connection import connection
+from launch.sampler_pool import Checksum, PooledSampler, open_pool
 from rlhf.config import HardwareConfig, SamplingConfig
 from rlhf.data.batches import PromptBatch
 from rlhf.errors import UserError
