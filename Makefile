@@ -26,10 +26,11 @@ quickstart: $(STAMP)  ## train on the shipped data, from base model to closing r
 circle: $(STAMP)  ## serve a policy, let simulated people vote, train the next one on their votes, promote it if it is better
 	examples/circle/circle.sh
 
-# Tests that start processes wait for them much of their time; none of the quick ones is timed beside them.
+# Tests that start processes wait for them much of their time, so three run side by side; none of the quick ones is timed
+# beside them.
 test: lint docs  ## lint, type-check, build the API reference, run the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes"
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "integration and not proof and not nodes"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "integration and not proof and not nodes"
 
 check: ruff  ## ruff and the quick tests: for daily work; the types are checked by `make lint` and `make test`
 	$(BIN)/pytest -n 2 --dist loadfile -m "not integration and not proof and not nodes" tests/rlhf tests/reward_data tests/launch tests/test_*.py

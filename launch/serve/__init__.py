@@ -6,5 +6,6 @@ metrics.py  what Prometheus reads          feedback.py `rlhf feedback`
 service.py  what the routes share          respond.py   at once, or as a stream   pages.py    the pages, in page/
 scoring.py  a reward model and its thread  reload.py    follows aliases of the registry
 guard.py    a safety model judges what is said
-background.py what is kept is scored       rewards.py   by which models            watching.py what the dashboard shows
+source.py   where a model comes from       background.py  what is kept is scored
+rewards.py  by which models                watching.py  what the dashboard shows
 """

@@ -6,20 +6,18 @@ import argparse
 import errno
 import importlib.util
 import ipaddress
-import json
 import os
 import re
 import secrets
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from launch.commands.arguments import tracking_uri
-from launch.model_folder import model_folder
+from launch.serve.source import Source, digest_of, resolved
 from rlhf.config import PPOConfig
 from rlhf.errors import UserError
-from rlhf.runs import artifacts
 
 if TYPE_CHECKING:
     from launch.serve.background import BackgroundScoring
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from rlhf.serving.watch.baseline import Baseline
 
 TOKEN = "RLHF_SERVE_TOKEN"
-ALIAS = re.compile(r"[^/@\s]+@[\w-]+")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,27 +81,6 @@ def _scoring(writer: Writer | None, rewards: dict[str, Path]) -> BackgroundScori
     return BackgroundScoring(writer, {name: RewardModel(folder) for name, folder in rewards.items()})
 
 
-class Source(NamedTuple):
-    folder: Path
-    version: str | None = None
-    """models:/NAME/3, of a model in the registry."""
-    alias: str | None = None
-    """models:/NAME@ALIAS, where the model was named by one."""
-
-
-def resolved(model: str, uri: str | None) -> Source:
-    """A folder, NAME@ALIAS of the registry, or a hub name. UserError (4)."""
-    reference = f"models:/{model}" if ALIAS.fullmatch(model) and not Path(model).exists() else model
-    if not reference.startswith("models:/"):
-        return Source(model_folder(model))
-    if uri is None:
-        raise UserError(f"{model}: --tracking-uri is null, and the registry is there")
-    from rlhf.tracking.versions import Registry
-
-    version = Registry(uri).version(reference)
-    return Source(model_folder(str(version.path)), version.uri, reference if "@" in reference else None)
-
-
 def _guard(args: argparse.Namespace, uri: str | None) -> Guard | None:
     if args.guard is None:
         for option in ("threshold", "action"):
@@ -129,12 +105,6 @@ def _writer(args: argparse.Namespace, folder: Path) -> Writer | None:
     if args.store == "none":
         return None
     return Writer(Store(store_url(args.store or str(default_store(folder))), args.redact), args.keep_days)
-
-
-def digest_of(folder: Path) -> str | None:
-    """Of the artifact in this folder, if it is one."""
-    manifest = folder / artifacts.MANIFEST
-    return json.loads(manifest.read_text())["digest"] if manifest.is_file() else None
 
 
 def check_installed() -> None:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from launch.model_folder import model_folder
-from launch.serve.command import Source
 from launch.serve.service import Service
+from launch.serve.source import Source
 from rlhf.config import without_secrets
 from rlhf.errors import UserError
 from rlhf.serving.model import ServedModel

@@ -15,7 +15,7 @@ import torch
 
 from launch.implicit_reward import ImplicitReward
 from launch.score import Text, load_reward_model, score_texts
-from launch.serve.command import digest_of
+from launch.serve.source import digest_of
 from rlhf.chat import format_of
 from rlhf.chat.messages import Turn
 from rlhf.errors import UserError

@@ -17,6 +17,7 @@ from tests.mutants import (
     in_rewards,
     in_runs_and_stages,
     in_serving,
+    in_serving_guard,
     in_settings,
     in_tracking,
 )
@@ -35,6 +36,7 @@ TABLES = (
     in_rewards,
     in_runs_and_stages,
     in_serving,
+    in_serving_guard,
     in_settings,
     in_tracking,
     in_benchmarks,

@@ -17,8 +17,8 @@ import httpx2
 import pytest
 
 from launch.serve.command import TOKEN as TOKEN_VARIABLE
-from launch.serve.command import Source
 from launch.serve.reload import RETRY_S, Reloader
+from launch.serve.source import Source
 from rlhf.serving.batch import Batch
 from rlhf.serving.engine import EngineDown
 from rlhf.serving.model import ServedModel
