@@ -45,7 +45,11 @@ def read(folder: Path) -> Baseline:
     for file in (folder / RESPONSES, folder / "promotion" / RESPONSES):
         if file.is_file():
             return Baseline(folder, _of_lines(file))
-    for file in (folder / held_out.FILE, folder / "artifact" / held_out.FILE, folder / "ppo/artifact" / held_out.FILE):
+    for file in (
+        folder / held_out.FILE,
+        folder / "artifact" / held_out.FILE,
+        folder / "ppo" / "artifact" / held_out.FILE,
+    ):
         if file.is_file():
             return Baseline(folder, _of_held_out(held_out.read(file)))
     raise UserError(
