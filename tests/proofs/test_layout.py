@@ -164,6 +164,7 @@ def run(layout: Layout, folder: Path, rank: int, iterations: int) -> Trajectory:
         inputs=inputs,
         is_writer=False,
         local=layout.zero_stage is None,
+        open_pool=None,
     )
     named = dict.fromkeys(config.ppo.reward_models.values())
     models = open_models(config, context, {name: folder / "reward" / name for name in named})

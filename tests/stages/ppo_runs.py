@@ -34,7 +34,10 @@ def series(config):
 def opened(config) -> Any:
     """The models of PPO, as the stage opens them."""
     context: Any = SimpleNamespace(
-        inputs={"sft": SimpleNamespace(path=config.folder / "sft/artifact")}, device=torch.device("cpu"), local=True
+        inputs={"sft": SimpleNamespace(path=config.folder / "sft/artifact")},
+        device=torch.device("cpu"),
+        local=True,
+        open_pool=None,
     )
     folders = {name: config.folder / "reward" / name / "artifact" for name in ("helpfulness", "safety")}
     return models.open_models(config, context, folders)

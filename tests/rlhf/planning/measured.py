@@ -81,7 +81,9 @@ def peaks(config, folders):
     from rlhf.rewards import Responses
 
     ppo, found, cpu = config.ppo, {}, torch.device("cpu")
-    context = SimpleNamespace(inputs={"sft": SimpleNamespace(path=folders["sft"])}, device=cpu, local=True)
+    context = SimpleNamespace(
+        inputs={"sft": SimpleNamespace(path=folders["sft"])}, device=cpu, local=True, open_pool=None
+    )
     gc.collect()
     with LiveBytes() as live:
 
