@@ -28,6 +28,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody announces that this machine goes; the actor costs seconds
 STARTS = 3
 TOO_SLOW = re.compile("timed out during startup|while waiting for node to startup", re.IGNORECASE)
 # A socket's path has at most 107 bytes, 103 on a Mac, of which /session_<time>_<pid>/sockets/plasma_store takes 64.
@@ -37,7 +38,7 @@ LONGEST_FOLDER = 103 - 64
 @contextmanager
 def connection(address: str | None, folder: Path) -> Iterator[None]:
     """The cluster at `address`, or a private Ray on this machine; disconnected at the end. `folder` gets what Ray says."""
-    own = QUIET | (_on_loopback() if address is None else {})
+    own = QUIET | (ALONE | _on_loopback() if address is None else {})
     os.environ.update({key: os.environ.get(key, value) for key, value in own.items()})
     if address is None:
         _private_token(folder)
