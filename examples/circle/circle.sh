@@ -26,7 +26,7 @@ next_round() {  # NAME CHAMPION: the champion imitates the chosen responses, new
     rlhf promote "runs/$1/ppo" --to champion
 }
 
-rlhf run "$runfile" --name round-1 --data.preferences.train "[$shipped]" --ppo.iterations 8
+rlhf run "$runfile" --name round-1 --data.preferences.train "[$shipped]" --ppo.iterations 1
 rlhf promote runs/round-1/ppo --to champion
 
 vote round-2 0.15
