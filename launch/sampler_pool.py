@@ -19,11 +19,11 @@ from torch import Tensor
 from rlhf.config import HardwareConfig, SamplingConfig
 from rlhf.data.batches import PromptBatch, Rollout, select, to
 from rlhf.distributed import collectives
+from rlhf.distributed.engine import BUCKET_BYTES
 from rlhf.errors import UserError
 from rlhf.generation.vllm import Capacity, VLLMSampler, described
 from rlhf.models import weights_that_fit
 
-BUCKET_BYTES = 256 << 20  # of weights that are under way at once
 RESTARTS = 3  # of an engine
 LOOK_S = 1.0
 CPU = torch.device("cpu")
@@ -109,14 +109,20 @@ class PooledSampler:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> int:
         """Sends all weights to the engines, and returns the bytes. UserError (6) where one does not answer."""
+        import ray
+
         self._version += 1
-        total, checksum, buckets = 0, Checksum(), []
-        for bucket in _buckets(named_tensors):
-            total += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
-            if collectives.rank() == 0:
-                buckets.append(
-                    self._shelved(checksum.of((name, tensor.to(CPU, self.dtype)) for name, tensor in bucket))
-                )
+        total, checksum = 0, Checksum()
+
+        def copies() -> Iterator[tuple[str, Tensor]]:
+            """On the first rank; the others help to gather. A tensor is gone after its turn."""
+            nonlocal total
+            for name, tensor in named_tensors:
+                total += tensor.numel() * tensor.element_size()
+                if collectives.rank() == 0:
+                    yield name, tensor.detach().to(CPU, self.dtype, copy=True)
+
+        buckets = [ray.put(bucket) for bucket in _buckets(checksum.of(copies()))]
         collectives.rank_zero_only(lambda: self._publish(buckets, checksum.value), "sending weights to the samplers")
         return total
 
@@ -159,11 +165,6 @@ class PooledSampler:
         """Ranks share the engines, or engines the ranks."""
         rank, ranks = collectives.rank(), collectives.world_size()
         return self._engines[rank::ranks] or [self._engines[rank % len(self._engines)]]
-
-    def _shelved(self, pairs: Iterable[tuple[str, Tensor]]) -> Any:
-        import ray
-
-        return ray.put(list(pairs))
 
     def _publish(self, buckets: list[Any], checksum: int) -> None:
         import ray
@@ -231,11 +232,10 @@ def _start(shelf_name: str, names: Sequence[str], hardware: HardwareConfig, give
 
 
 def _buckets(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Copies, because a tensor is gone after its turn."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named_tensors:
-        bucket.append((name, tensor.detach().clone()))
+        bucket.append((name, tensor))
         size += tensor.numel() * tensor.element_size()
         if size >= BUCKET_BYTES:
             yield bucket

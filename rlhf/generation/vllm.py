@@ -218,18 +218,14 @@ class VLLMSampler:
             engine.abort_request(list(waiting))
 
     def _params(self, request: Request, settings: SamplingConfig) -> Any:
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-
-        return SamplingParams(
+        return sampling_params(
+            self.stop_ids,
+            self.vocab_size,
+            whole=True,
             temperature=settings.temperature,
             max_tokens=settings.max_new_tokens,
             seed=request.seed,
             logprobs=0,  # of the sampled token alone
-            ignore_eos=True,  # the model's own EOS; ours is the next line
-            stop_token_ids=[stop for stop in self.stop_ids if stop < self.vocab_size],  # vLLM refuses others
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _wake(self, *parts: str) -> None:
@@ -248,6 +244,21 @@ class VLLMSampler:
         with _group_kept() if self.in_group else nullcontext():
             del self.llm
             gc.collect()  # an engine has reference cycles
+
+
+def sampling_params(stop_ids: Sequence[int], vocab_size: int, whole: bool, **own: Any) -> Any:
+    """For token ids that end with one of `stop_ids`, told at their end (`whole`) or as they come. `own`: of vLLM's
+    SamplingParams."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+    from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+
+    return SamplingParams(
+        ignore_eos=True,  # the model's own EOS; ours is the next line
+        stop_token_ids=[stop for stop in stop_ids if stop < vocab_size],  # vLLM refuses others
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+        **own,
+    )
 
 
 def open_llm(**settings: Any) -> Any:

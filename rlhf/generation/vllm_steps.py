@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.generation.vllm import Capacity, cache_bytes, open_llm, share_free
+from rlhf.generation.vllm import Capacity, cache_bytes, open_llm, sampling_params, share_free
 
 
 class Sampled(NamedTuple):
@@ -38,16 +38,7 @@ class VLLMSteps:
 
     def add(self, name: str, prompt: Sequence[int], stop_ids: Sequence[int], **sampling: Any) -> None:
         """`sampling`: of vLLM's SamplingParams."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-
-        params = SamplingParams(
-            ignore_eos=True,  # the model's own EOS; ours is the next line
-            stop_token_ids=[stop for stop in stop_ids if stop < self._vocab_size],  # vLLM refuses others
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            **sampling,
-        )
+        params = sampling_params(stop_ids, self._vocab_size, whole=False, **sampling)
         self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
 
     def step(self) -> Iterator[Sampled]:

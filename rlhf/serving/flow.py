@@ -20,11 +20,8 @@ class Flow:
     def __init__(self, model: ServedModel, ask: Ask) -> None:
         """QueueFull, EngineDown. Engines deliver to the event loop that this is called in."""
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._model, self._engine, self._left = (
-            model,
-            model.engine,
-            ask.choices,
-        )  # the engine lives while the model does
+        self._model, self._engine = model, model.engine  # the engine lives while the model does
+        self._left = ask.choices
         self._rows = model.rows(ask, lambda number, piece: self._queue.put_nowait((number, piece)))
         self._engine.submit(self._rows)
 

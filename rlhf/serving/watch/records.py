@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import func, insert, select, update
 
+from rlhf.config import PPOConfig
 from rlhf.evaluation.refusals import BEGINNING, PATTERN, matches
 from rlhf.serving.store import Store
 from rlhf.serving.store.tables import alarms, exchanges, scores, votes
 
-UNSAFE_BELOW = 0.15
+UNSAFE_BELOW: float = PPOConfig.model_fields["safety_threshold"].default
 """Of the probability that a response is safe, as PPO has it (`ppo.safety_threshold`)."""
 SAFETY = "safety"
 MOST = 20_000  # responses that are looked at, the newest
