@@ -29,6 +29,7 @@ class Hub:
         self.requests: list[str] = []  # method and path
         self.refuses: tuple[int, str] | None = None  # status and X-Error-Code of every answer
         self.lacks = ""  # a file that it cannot give away today
+        self.breaks_off = ""  # a file that it announces, and then cannot give away
         self.url = ""
 
     def add(self, name: str, folder: Path) -> None:
@@ -86,6 +87,8 @@ def served(hub: Hub, address: str = "127.0.0.1") -> Iterator[Hub]:
         def do_GET(self) -> None:
             hub.requests.append(f"{self.command} {self.path}")
             status, headers, body = hub(self.path)
+            if hub.breaks_off and self.command == "GET" and self.path.endswith(hub.breaks_off):
+                status, headers, body = 503, {}, b""
             self.send_response(status)
             for key, value in (headers | {"Content-Length": str(len(body))}).items():
                 self.send_header(key, value)

@@ -17,6 +17,7 @@ from rlhf.config import RunConfig, TinyConfig
 from tests.hub import Hub
 
 ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "tests/smoke.yaml"
 SHAPE = TinyConfig(vocab_size=280, hidden_size=32, intermediate_size=48, layers=2, heads=4)
 
 
@@ -27,7 +28,7 @@ def config(tmp_path: Path, hub: Hub) -> RunConfig:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     hub.add("owner/name", folder)
-    return load("quickstart", ["--model.path", "owner/name", "--runs_dir", str(tmp_path / "runs")])
+    return load(str(SMOKE), ["--model.path", "owner/name", "--runs_dir", str(tmp_path / "runs")])
 
 
 def path_now(config: RunConfig) -> str:
@@ -92,7 +93,7 @@ def run(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
         "-m",
         "launch.cli",
         "run",
-        str(ROOT / "tests/smoke.yaml"),
+        str(SMOKE),
         "--model",
         "{path: owner/name}",
     ]

@@ -17,6 +17,8 @@ from rlhf.config import RunConfig
 from rlhf.errors import UserError
 from rlhf.models import folders
 
+SMOKE = Path(__file__).parents[1] / "smoke.yaml"
+
 
 class Ray:
     """Runs every task at once; what was started last is the first to end."""
@@ -63,7 +65,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.chdir(tmp_path)
-    return load("quickstart", ["--model.path", "owner/name", "--runs_dir", str(tmp_path), "--hardware.workers", "2"])
+    return load(str(SMOKE), ["--model.path", "owner/name", "--runs_dir", str(tmp_path), "--hardware.workers", "2"])
 
 
 @pytest.fixture

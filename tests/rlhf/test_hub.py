@@ -126,6 +126,8 @@ def test_a_download_that_breaks_off_is_one_too(hub: Hub, model: Path) -> None:
     assert refused(pinned).exit_code == 8
     hub.refuses, hub.lacks = None, "model.safetensors"
     assert refused(pinned).exit_code == 8
+    hub.lacks, hub.breaks_off = "", "model.safetensors"
+    assert refused(pinned).exit_code == 8
 
 
 @pytest.mark.parametrize(
