@@ -11,12 +11,18 @@ from launch.testbed.namespaces import check_machine
 from rlhf.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Testbed]:
-    """Nodes with one CPU each, as many as `NODES` of the file says."""
+@pytest.fixture(scope="session")
+def machine() -> None:
     try:
         check_machine()
     except UserError as error:
         pytest.skip(error.message)
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    machine: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Testbed]:
+    """Nodes with one CPU each, as many as `NODES` of the file says."""
     with Testbed(tmp_path_factory.mktemp("testbed")).up(request.module.NODES) as testbed:
         yield testbed
