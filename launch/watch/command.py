@@ -14,6 +14,7 @@ from launch.commands.arguments import tracking_uri
 from launch.serve.feedback import FOLDER, existing
 from launch.watch.alarms import ring
 from launch.watch.look import Look, look
+from launch.watch.stop import Stop
 from launch.watch.table import tables
 from rlhf.config import TrackingConfig
 from rlhf.errors import UserError
@@ -34,11 +35,13 @@ def run(args: argparse.Namespace) -> int:
     store = existing(args.store)
     tracker = _tracker(args) if given else NullTracker()
     try:
-        while True:
-            _tick(store, args, given, compared, tracker)
-            if args.once:
-                return 0
-            time.sleep(args.every)
+        with Stop().handled() as stop:
+            while not stop.number:
+                _tick(store, args, given, compared, tracker)
+                if args.once:
+                    return 0
+                stop.sleep(args.every)
+        return 128 + stop.number
     finally:
         tracker.close()
         store.close()

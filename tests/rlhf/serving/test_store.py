@@ -216,20 +216,24 @@ def test_a_database_that_goes_and_comes_back_gets_all(monkeypatch: pytest.Monkey
         writer = Writer(Store(uri))
         writer.add(exchange(1))
         until(lambda: writer.written == 1)
-        _pg_ctl(folder, "-m", "immediate", "stop")
+        pg_ctl(folder, "-m", "immediate", "stop")
         for n in (2, 3):
             assert writer.add(exchange(n))
         until(lambda: writer.away)
         with pytest.raises(UserError, match="does not answer"):
             Store(uri)
-        _pg_ctl(folder, "-o", f"-c listen_addresses= -k {folder} -F", "-l", str(folder / "log"), "start")
+        start_postgresql(folder)
         until(lambda: writer.written == 3)
         assert set(writer.store.exchanges()) == {f"chatcmpl-{n}:0" for n in (1, 2, 3)}
         assert (writer.dropped, writer.away) == (0, False)
         writer.close()
 
 
-def _pg_ctl(folder: Path, *arguments: str) -> None:
+def start_postgresql(folder: Path) -> None:
+    pg_ctl(folder, "-o", f"-c listen_addresses= -k {folder} -F", "-l", str(folder / "log"), "start")
+
+
+def pg_ctl(folder: Path, *arguments: str) -> None:
     program = str(postgresql_programs() / "pg_ctl")  # type: ignore[operator]
     owner = "postgres" if os.geteuid() == 0 else None
     command = [program, "-D", str(folder / "data"), "-w", *arguments]
