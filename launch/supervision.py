@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,9 @@ class Watch:
         self._ranks: dict[int, life.Rank] = {}
         self.gone: list[int] = []  # those on this host that were the first to be dead
 
-    def look(self, now: float, storage_fault: str = "") -> None:
-        """Nobody counts as silent while the storage cannot be written."""
+    def look(self, now: float, storage_fault: str = "", unreachable: Collection[str] = ()) -> None:
+        """Nobody counts as silent while the storage cannot be written. Nobody is heard on the hosts that are `unreachable`:
+        ranks there may still write to the storage, but none of the others hears them."""
         beats = life.beats(self._folder)
         if self._placing is None and (beats or (self._folder / life.FETCHED).exists()):
             self._placing = now
@@ -59,8 +60,9 @@ class Watch:
         if self._ranks.keys() != beats.keys():
             self._ranks = life.read(self._folder)
         self.gone = self.gone or [rank for rank, one in self._ranks.items() if one.is_gone]
+        cut = {rank for rank, one in self._ranks.items() if one.host in unreachable}
         for rank, beat in beats.items():
-            if storage_fault or rank not in self._heard or self._heard[rank][0] != beat:
+            if storage_fault or rank not in self._heard or (self._heard[rank][0] != beat and rank not in cut):
                 self._heard[rank] = (beat, now)
 
     def silent(self, now: float, limit_s: float = SILENT_S) -> dict[int, float]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from launch import attempt, signals
+from launch import attempt, network, signals
 from launch.connection import connection
 from launch.elastic import GROW, LOOKS_S, can_grow, fits, needed, processes, sized, stopped_to_grow
 from launch.supervision import Budget, Watch, cause, newest_checkpoint, since
@@ -33,9 +33,12 @@ def cluster(config: RunConfig) -> Iterator[None]:
     """A connection with a cluster that has room for the run, and whose nodes agree."""
     with connection(config.hardware.ray_address, config.folder / "ray"):
         _wait_for_room(config)
-        if config.hardware.ray_address is not None:
-            _compare_nodes(config)
-        yield
+        if config.hardware.ray_address is None:
+            yield
+            return
+        _compare_nodes(config)
+        with network.watched():
+            yield
 
 
 class WorkerGroup:
@@ -67,7 +70,7 @@ class WorkerGroup:
         if ray.wait([self._reference], timeout=timeout_s)[0]:
             return self._has_ended()
         now = time.monotonic()
-        self._watch.look(now, claim.storage_fault())
+        self._watch.look(now, claim.storage_fault(), {node.host for node in network.unreachable()})
         if self.restarts and self._watch.missing() and now - self._freed > FREED_S:
             self._freed = now
             attempt.free_places()
@@ -257,9 +260,13 @@ def _lack(config: RunConfig, stage: str, have: Mapping[str, float]) -> str:
 
 
 def cluster_resources() -> dict[str, float]:
+    """What the cluster has, less what lies on nodes that the driver does not reach."""
     import ray
 
-    return counted(ray.cluster_resources())
+    have = counted(ray.cluster_resources())
+    for node in network.unreachable():
+        have = {kind: have[kind] - amount for kind, amount in counted(node.resources).items()}
+    return have
 
 
 def counted(resources: Mapping[str, float]) -> dict[str, float]:

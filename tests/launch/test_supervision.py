@@ -136,6 +136,18 @@ def test_a_rank_that_has_ended_its_work_is_not_waited_for(attempt: Path) -> None
     assert [*watch.silent(100.0)] == [0] and watch.missing() == []
 
 
+def test_a_rank_on_a_node_that_is_cut_off_is_silent_although_it_reaches_the_storage(attempt: Path) -> None:
+    watch = Watch(attempt, 2, now=0.0)
+    for now in range(0, 90, 5):
+        for rank in (0, 1):
+            touch(attempt, rank, 1000.0 + now)
+        watch.look(float(now), unreachable={"two"} if now >= 30 else ())
+        assert [*watch.silent(now)] == ([1] if now > 25 + 45 else [])
+    touch(attempt, 1, 2000.0)  # its cable is back
+    watch.look(90.0)
+    assert watch.silent(90.0) == {}
+
+
 def test_nobody_is_silent_while_the_storage_cannot_be_written(attempt: Path) -> None:
     watch = Watch(attempt, 2, now=0.0)
     for now in range(0, 200, 5):
