@@ -190,16 +190,19 @@ class WorkerGroup:
         return [*self._watch.silent(now), *self._watch.overdue(now, 2 * self._limit_s)]
 
     def _give_up(self, late: list[int], now: float) -> None:
-        """Ends silent ranks here, so that Ray sees their death; elsewhere Ray ends the whole group in `_end_for_good`."""
-        self._given_up = (late, now)
-        for rank, one in life.read(self._place).items():
-            if rank in late and one.is_here and not one.is_gone:
+        """Ends silent ranks here, so that Ray sees their death; elsewhere Ray ends the whole group in `_end_for_good`: at once
+        where their node is cut off, for Ray may take a minute to see that."""
+        cut_off = {node.host for node in network.unreachable()}
+        ranks = [one for rank, one in life.read(self._place).items() if rank in late]
+        self._given_up = (late, now if any(one.host in cut_off for one in ranks) else now + ENDS_S)
+        for one in ranks:
+            if one.is_here and not one.is_gone:
                 os.kill(one.pid, signal.SIGKILL)
 
     def _end_for_good(self, now: float) -> None:
         import ray
 
-        if self._given_up and now - self._given_up[1] > ENDS_S:
+        if self._given_up and now > self._given_up[1]:
             ray.cancel(self._reference, force=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch import worker_group
+from launch import network, worker_group
 from launch.settings import load
 from launch.supervision import Ended
 from launch.worker_group import WorkerGroup
@@ -207,6 +207,30 @@ def test_a_silent_rank_is_ended_and_the_group_started_again(
     ray.outcomes = [RuntimeError("cancelled")]
     assert not group.done(0) and "gave no sign of life for 45 s" in group.news[0]
     assert len(ray.attempts) == 2
+
+
+@pytest.mark.parametrize(("cut_off", "waits"), [("far", (0.1,)), ("elsewhere", (19.9, 0.2))])
+def test_silent_ranks_get_time_to_be_back_unless_their_node_is_cut_off(
+    now: list[float],
+    group: WorkerGroup,
+    ray: Ray,
+    monkeypatch: pytest.MonkeyPatch,
+    cut_off: str,
+    waits: tuple[float, ...],
+) -> None:
+    node = network.Node(cut_off, "10.0.0.9", 1, {})
+    monkeypatch.setattr(network, "unreachable", lambda: frozenset({node}))
+    for rank in (0, 1):
+        life.show(group._place, rank)
+    far = json.loads((group._place / "rank-1.json").read_text()) | {"place": "another kernel", "host": "far"}
+    (group._place / "rank-1.json").write_text(json.dumps(far))
+    assert not group.done(0)
+    for seconds in (40, 6, *waits):
+        assert ray.cancelled == []
+        now[0] += seconds
+        os.utime(group._place / "rank-0.json", (now[0], now[0]))
+        assert not group.done(0)
+    assert ray.cancelled == [0]
 
 
 def test_ranks_that_are_back_or_begin_after_all_are_not_ended(now: list[float], group: WorkerGroup, ray: Ray) -> None:

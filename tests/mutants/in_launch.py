@@ -73,6 +73,8 @@ BUGS = [
         Bug("a mistake starts the group again", "WorkerGroup._has_ended", "not A.can_restart or B or C", "B or C"),
         Bug("a silent rank goes on", "WorkerGroup._give_up", "os.kill(...)", "None"),
         Bug("what Ray does not see is waited for", "WorkerGroup._end_for_good", "ray.cancel(...)", "None"),
+        Bug("a node that is cut off gets time to be back", "WorkerGroup._give_up", "now if A else now + ENDS_S", "now + ENDS_S"),
+        Bug("ranks get no time to be back", "WorkerGroup._give_up", "now if A else now + ENDS_S", "now"),
         Bug("the room of a killed attempt stays taken", "WorkerGroup.done", "attempt.free_places()", "None"),
         Bug("a death of which Ray says nothing has no name", "WorkerGroup._has_ended", "self._watch.gone", "()"),
         Bug("ranks that are back are ended", "WorkerGroup.done", "self._given_up and A", "self._given_up"),
