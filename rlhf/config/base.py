@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -30,6 +31,23 @@ Code = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$"), AfterValidator(_ab
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and is_number(cls.model_fields[info.field_name].annotation):
+            raise PydanticCustomError("number_type", "should be a number")
+        return value
+
+
+def is_number(annotation: Any) -> bool:
+    """Whether values of this type may be numbers, and not true or false, which Python takes for 1 and 0."""
+    kinds = get_args(annotation) or (annotation,)
+    if any(each is bool or isinstance(each, bool) for each in kinds):
+        return False
+    return any(
+        each in (int, float) or isinstance(each, int) or (each is not annotation and is_number(each)) for each in kinds
+    )
 
 
 class OptimConfig(Settings):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rlhf.serving.store.tables import LONGEST_ID, LONGEST_NAME, Label, Rating, Vote
 
@@ -24,7 +24,15 @@ def _nothing(value: Any) -> None:
         raise ValueError("this server has no such thing: leave it out")
 
 
+def _no(value: bool) -> bool:
+    _nothing(value)
+    return value
+
+
 Nothing = Annotated[Any, BeforeValidator(_nothing)]
+# Literal[False] would take 0 for False, and Literal[1] True for 1.
+No = Annotated[bool, AfterValidator(_no), Field(json_schema_extra={"const": False})]
+One = Annotated[int, Field(ge=1, le=1)]
 
 
 class _Strict(BaseModel):
@@ -119,9 +127,9 @@ class CompletionRequest(_Request):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] | None = None
+    echo: No | None = None
     suffix: Literal[""] | None = None
-    best_of: Literal[1] | None = None
+    best_of: One | None = None
 
     @property
     def longest(self) -> int | None:
