@@ -24,7 +24,7 @@ from rlhf.runs import claim, life, stopping
 from stages.base import parts_of, stage_of
 
 KINDS = ("CPU", "GPU")
-ENDS_S = 20.0  # for Ray to see that a process is gone
+ENDS_S = 10.0  # for Ray to see that a process is gone; with the silence before it below a minute
 FREED_S = 3.0  # between two looks for room that a killed attempt still holds
 
 
