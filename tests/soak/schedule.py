@@ -40,7 +40,7 @@ WITH_ANOTHER_DRIVER = {Kind.DRIVER, Kind.TERM, Kind.TRUNCATED, Kind.FLIPPED}
 OF_A_NODE = {Kind.SHORT_CUT, Kind.CUT, Kind.RAY, Kind.NODE}
 LATEST_S = 2.0
 SHARES = {"sft": 0.3, "reward": 0.2, "ppo": 0.5}  # of all checkpoints
-ROOM = 1.7  # checkpoints per fault: it waits for one, and more are made until it strikes
+ROOM = 2.2  # checkpoints per fault: it waits for one, and more are made until it strikes
 SFT_STEPS, REWARD_STEPS = 32, 4  # per epoch
 STEPS_PER_CHECKPOINT = {"sft": 16, "reward": 4, "ppo": 2}  # one or two seconds of work
 
