@@ -14,6 +14,7 @@ from rlhf.serving.engine import EngineDown, QueueFull
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 SERVER_ERROR = 500
+ROUTES = "/openapi.json has the routes, and the base URL of OpenAI's clients ends with /v1"
 
 
 class ApiError(Exception):
@@ -62,15 +63,24 @@ def add_handlers(app: FastAPI) -> None:
         return engine_down()
 
     @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> JSONResponse:
-        made = response(error.status_code, str(error.detail))
+    async def _(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"there is no {request.url.path}; {ROUTES}" if error.status_code == 404 else str(error.detail)
+        made = response(error.status_code, message)
         made.headers.update(error.headers or {})
         return made
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return response(400, f"the body is no JSON: character {first['loc'][-1]}", "invalid_json")
         place = ".".join(map(str, first["loc"][1:])) or None
-        return response(422, f"{place or 'the body'}: {first['msg']}", "invalid_value", place)
+        return response(422, f"{place or 'the body'}: {_reason(first, request)}", "invalid_value", place)
+
+
+def _reason(first: dict[str, Any], request: Request) -> str:
+    if first["type"] == "extra_forbidden":
+        return "this server has no such thing: leave it out"
+    if len(first["loc"]) == 1 and "json" not in request.headers.get("content-type", ""):
+        return "it is JSON where its header says so: Content-Type: application/json"
+    return first["msg"].removeprefix("Value error, ")

@@ -74,7 +74,8 @@ class Gate:
         if path in PAGES and self._right("".join(query.get("token", [])[:1])):
             return self._welcome(path)
         if not (self._right(_bearer(headers)) or self._right(_cookie(headers))):
-            return errors.response(401, "the token is missing or wrong: Authorization: Bearer TOKEN", "invalid_api_key")
+            way = f"open {path}?token=TOKEN" if path in PAGES else "Authorization: Bearer TOKEN"
+            return errors.response(401, f"the token is missing or wrong: {way}", "invalid_api_key")
         if path in WATCHED:
             return None
         if self.service.stopping:

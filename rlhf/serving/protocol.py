@@ -103,6 +103,7 @@ class ChatRequest(_Request):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
     @property

@@ -105,6 +105,7 @@ def test_mistakes_have_the_errors_of_the_client(server: Running) -> None:
         client.chat.completions.create(
             model="tiny", messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}]
         )
+    assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1, tools=[], tool_choice="none")
     with pytest.raises(openai.BadRequestError, match="roles"):
         client.chat.completions.create(model="tiny", messages=[*HELLO, *HELLO])
     with pytest.raises(openai.AuthenticationError):

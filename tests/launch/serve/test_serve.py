@@ -180,6 +180,26 @@ def test_a_path_that_is_not_there(server: Running) -> None:
     assert (found.status_code, found.json()["error"]["type"]) == (404, "not_found_error")
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "help"),
+    [
+        ("/predict", {"content": b'{"text": "a"}'}, "Content-Type: application/json"),
+        ("/predict", {"json": {"text": "a", "top_k": 3}}, "top_k: this server has no such thing: leave it out"),
+        ("/v1/votes", {"json": {"first": "a"}}, "the body: say something about the response"),
+        ("/chat/completions", {"json": {}}, "ends with /v1"),
+    ],
+)
+def test_an_error_says_what_to_do(server: Running, path: str, asked: dict[str, Any], help: str) -> None:
+    with server.http() as http:
+        assert help in http.post(path, **asked).json()["error"]["message"]
+
+
+def test_a_page_without_a_token_says_how_to_open_it(server: Running) -> None:
+    with server.http(token="") as http:
+        assert "open /dashboard?token=TOKEN" in http.get("/dashboard").json()["error"]["message"]
+        assert "Authorization: Bearer TOKEN" in http.get("/metrics").json()["error"]["message"]
+
+
 # --- failures
 
 
