@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to `rlhf run` and `rlhf stage`: the first ends the stages after their step, the second at once."""
+"""What SIGTERM and Ctrl-C do: the first ends stages after their step, and a loop between two of its steps; the second at once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
+LOOK_S = 0.1
 SAME_S = 1.0  # torchrun passes a signal on that its workers got too: within this time it is the same
 
 
@@ -78,3 +79,31 @@ def gentle(ask: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         _handler.gently = None
+
+
+class Stop:
+    """Of a loop: the first signal is kept, the second one interrupts."""
+
+    number = 0
+    """Of the first signal."""
+
+    def __call__(self, number: int, _: Any) -> None:
+        if self.number:
+            _handler.last = number
+            raise KeyboardInterrupt
+        self.number = number
+
+    @contextmanager
+    def handled(self) -> Iterator[Self]:
+        before = {number: signal.signal(number, self) for number in HANDLED}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def sleep(self, seconds: float) -> None:
+        """Until a signal comes, at most."""
+        deadline = time.monotonic() + seconds
+        while not self.number and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_S))

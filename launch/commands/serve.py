@@ -37,6 +37,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="most requests of one address in a minute (default 1200; 0: no limit)",
     )
+    _add_store(parser)
+    _add_guard(parser)
+    _add_replicas(parser)
+    add_tracking(parser)
+    _add_feedback(commands)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store",
         metavar="FOLDER|URL",
@@ -55,9 +63,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="a reward model that scores what is kept, behind the requests; may be repeated; none: no scores "
         "(default: those of the run that made the policy)",
     )
-    _add_guard(parser)
-    add_tracking(parser)
-    _add_feedback(commands)
 
 
 def _add_guard(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +77,17 @@ def _add_guard(parser: argparse.ArgumentParser) -> None:
         "--guard-action",
         choices=("annotate", "refuse", "regenerate"),
         help="what becomes of unsafe responses (default refuse); unsafe prompts are refused but by annotate",
+    )
+
+
+def _add_replicas(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--replicas", type=positive, default=1, metavar="N", help="processes that share the work, on Ray (default 1)"
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a cluster for the replicas (default: a private Ray on this machine)",
     )
 
 

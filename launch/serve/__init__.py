@@ -8,4 +8,5 @@ scoring.py  a reward model and its thread  reload.py    follows aliases of the r
 guard.py    a safety model judges what is said
 source.py   where a model comes from       background.py  what is kept is scored
 rewards.py  by which models                watching.py  what the dashboard shows
+build.py    what one process serves        replicas.py  several processes on Ray, and merged_metrics.py
 """

@@ -151,7 +151,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(await service.metrics_text(), media_type="text/plain; version=0.0.4")
 
 
 def _described(model: ServedModel) -> dict[str, Any]:

@@ -11,19 +11,13 @@ import re
 import secrets
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.commands.arguments import tracking_uri
-from launch.serve.source import Source, digest_of, resolved
-from rlhf.config import PPOConfig
+from rlhf.config import without_secrets
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.serve.background import BackgroundScoring
-    from launch.serve.guard import Guard
-    from rlhf.serving.store import Writer
-    from rlhf.serving.watch.baseline import Baseline
+    from launch.serve.build import Plan
 
 TOKEN = "RLHF_SERVE_TOKEN"
 
@@ -31,80 +25,28 @@ TOKEN = "RLHF_SERVE_TOKEN"
 def run(args: argparse.Namespace) -> int:
     check_installed()
     token = _token(args.host)
-    _check_port(args.host, args.port)
+    if args.ray_address is None:
+        _check_port(args.host, args.port)
     if args.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm: vLLM is not installed (`make vllm` installs it)")
-    uri = tracking_uri(args)
-    sources = {name.rstrip("/"): resolved(name, uri) for name in args.models}
 
-    from launch.serve.gate import Limits
-    from launch.serve.reload import Reloader
-    from launch.serve.rewards import reward_folders
+    from launch.serve.build import Plan
+
+    plan = Plan.of(args, token)
+    if args.replicas > 1 or args.ray_address is not None:
+        from launch.serve.replicas import serve_replicas
+
+        return serve_replicas(plan, lambda: _announce(plan))
+
     from launch.serve.server import serve
-    from launch.serve.service import Service
-    from rlhf.serving.model import ServedModel
 
-    def load(name: str, source: Source) -> ServedModel:
-        return ServedModel(name, source.folder, args.queue, digest_of(source.folder), source.version, args.engine)
-
-    policy = next(iter(sources.values())).folder
-    guard, rewards = _guard(args, uri), reward_folders(args.reward, policy)
-    writer = _writer(args, policy)
-    models = {name: load(name, source) for name, source in sources.items()}
-    service = Service(models, token, args.system_prompt, args.max_tokens, Limits(per_minute=args.rate), writer, guard)
-    service.scoring, service.baseline = _scoring(writer, rewards), _baseline(policy)
-    _announce(args.host, args.port, token, list(models))
-    print(f"kept: {f'exchanges and votes, in {writer.store.shown}' if writer else 'nothing'}", flush=True)
-    if service.scoring:
-        print(f"scored by: {', '.join(rewards)}", flush=True)
-    aliases = {name: source.alias for name, source in sources.items() if source.alias}
-    if uri and aliases:
-        Reloader(service, aliases, uri, load).start()
+    writer = plan.writer()
+    service = plan.service(writer)
+    service.scoring = plan.scoring(writer)
+    _announce(plan)
+    plan.follow(service)
     serve(service, args.host, args.port)
     return 0
-
-
-def _baseline(policy: Path) -> Baseline | None:
-    """The evaluation of a run's policy: what the dashboard compares with."""
-    from rlhf.serving.watch import baseline
-
-    folder = baseline.usual(policy.absolute().parents[1]) if policy.name == "artifact" else None
-    return baseline.read(folder) if folder else None
-
-
-def _scoring(writer: Writer | None, rewards: dict[str, Path]) -> BackgroundScoring | None:
-    if writer is None or not rewards:
-        return None
-    from launch.serve.background import BackgroundScoring
-    from launch.serve.scoring import RewardModel
-
-    return BackgroundScoring(writer, {name: RewardModel(folder) for name, folder in rewards.items()})
-
-
-def _guard(args: argparse.Namespace, uri: str | None) -> Guard | None:
-    if args.guard is None:
-        for option in ("threshold", "action"):
-            if getattr(args, f"guard_{option}") is not None:
-                raise UserError(f"--guard-{option} is about a guard: name its safety model with --guard")
-        return None
-    from launch.serve.guard import Guard
-    from launch.serve.scoring import RewardModel
-
-    model = RewardModel(resolved(args.guard, uri).folder)
-    if not model.has_logits:
-        raise UserError(f"--guard {args.guard}: a DPO policy says nothing of safety; name a reward model", 4)
-    threshold = PPOConfig.model_fields["safety_threshold"].default
-    threshold = threshold if args.guard_threshold is None else args.guard_threshold
-    return Guard(model, threshold, args.guard_action or "refuse")
-
-
-def _writer(args: argparse.Namespace, folder: Path) -> Writer | None:
-    from launch.serve.feedback import default_store, store_url
-    from rlhf.serving.store import Store, Writer
-
-    if args.store == "none":
-        return None
-    return Writer(Store(store_url(args.store or str(default_store(folder))), args.redact), args.keep_days)
 
 
 def check_installed() -> None:
@@ -152,12 +94,15 @@ def _check_port(host: str, port: int) -> None:
         raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): {remedy}", 5 if taken else 2) from None
 
 
-def _announce(host: str, port: int, token: str, models: list[str]) -> None:
+def _announce(plan: Plan) -> None:
     """The token is shown where nobody has chosen it."""
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    given = bool(os.environ.get(TOKEN, "").strip())
-    print(f"{', '.join(models)}: {address}/v1")
-    print(f"page: {address}/?token={'…' if given else token}")
+    host, given = plan.args.host, bool(os.environ.get(TOKEN, "").strip())
+    address = f"http://{f'[{host}]' if ':' in host else host}:{plan.args.port}"
+    print(f"{', '.join(plan.sources)}: {address}/v1")
+    print(f"page: {address}/?token={'…' if given else plan.token}")
     if not given:
-        print(f"token (new at each start; {TOKEN} chooses one): {token}")
+        print(f"token (new at each start; {TOKEN} chooses one): {plan.token}")
+    print(f"kept: {f'exchanges and votes, in {without_secrets(plan.store)}' if plan.store else 'nothing'}")
+    if plan.store and plan.rewards:
+        print(f"scored by: {', '.join(plan.rewards)}")
     sys.stdout.flush()

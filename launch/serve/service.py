@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sqlalchemy.exc import DBAPIError
 
@@ -23,6 +24,13 @@ from rlhf.serving.store import Writer
 from rlhf.serving.watch.baseline import Baseline
 
 MOST_RECENT = 20_000
+OTHERS_S, LOOK_S = 2.0, 0.1  # until the store has what another process was asked before
+
+
+class Others(Protocol):
+    """The processes that share the work with this one."""
+
+    async def metrics(self) -> bytes: ...  # of all, this one too
 
 
 @dataclass
@@ -42,6 +50,7 @@ class Service:
     """Scores what the writer keeps."""
     baseline: Baseline | None = None
     """What the responses are compared with."""
+    others: Others | None = None
     stopping: bool = False
     active: int = 0
     """Requests that are being answered."""
@@ -128,8 +137,14 @@ class Service:
         """Whether these responses are kept, or will be. ApiError (503) while the store does not answer."""
         if self.writer is None:
             return False
-        others = [each for each in ids if each not in self._recent]
+        unknown = [each for each in ids if each not in self._recent]
+        deadline = time.monotonic() + (OTHERS_S if self.others else 0.0)
         try:
-            return not others or self.writer.store.knows(others)
+            while unknown and not (known := self.writer.store.knows(unknown)) and time.monotonic() < deadline:
+                time.sleep(LOOK_S)
+            return not unknown or known
         except DBAPIError:
             raise ApiError(503, "the store does not answer; try again later", "no_store") from None
+
+    async def metrics_text(self) -> bytes:
+        return await self.others.metrics() if self.others else self.metrics.text()

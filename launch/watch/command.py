@@ -12,9 +12,9 @@ from sqlalchemy.exc import DBAPIError
 
 from launch.commands.arguments import tracking_uri
 from launch.serve.feedback import FOLDER, existing
+from launch.signals import Stop
 from launch.watch.alarms import ring
 from launch.watch.look import Look, look
-from launch.watch.stop import Stop
 from launch.watch.table import tables
 from rlhf.config import TrackingConfig
 from rlhf.errors import UserError
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     store = existing(args.store)
     tracker = _tracker(args) if given else NullTracker()
     try:
-        with Stop().handled() as stop:
+        with Stop().handled() as stop:  # between two looks, so that no alarm is kept and not told
             while not stop.number:
                 _tick(store, args, given, compared, tracker)
                 if args.once:
