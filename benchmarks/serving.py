@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import numpy as np
@@ -127,11 +127,13 @@ async def pressed(url: str, model: str, clients: int, seconds: float, max_tokens
                     await asyncio.sleep(0.2)
 
         tasks = [asyncio.create_task(client()) for _ in range(clients)]
-        await asyncio.sleep(seconds)
+        broken, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         now = time.monotonic()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for task in broken:
+            task.result()  # raises
     return load, now
 
 
@@ -155,7 +157,7 @@ async def texts(lines: AsyncIterator[str]) -> AsyncIterator[str]:
         if "error" in event:
             raise ValueError(str(event["error"]))
         for choice in event["choices"]:
-            finished = finished or choice["finish_reason"] is not None
+            finished = finished or choice.get("finish_reason") is not None  # some leave it out until the end
             if content := choice["delta"].get("content"):
                 yield content
     if not finished:
@@ -165,7 +167,7 @@ async def texts(lines: AsyncIterator[str]) -> AsyncIterator[str]:
 def body_of(number: int, model: str, max_tokens: int) -> dict[str, Any]:
     ask = ASKS[number % len(ASKS)].format(TOPICS[number // len(ASKS) % len(TOPICS)])
     asked = {"model": model, "messages": [{"role": "user", "content": ask}], "max_tokens": max_tokens}
-    return asked | {"temperature": 1.0, "seed": number, "stream": True}
+    return asked | {"temperature": 1.0, "stream": True}
 
 
 @contextmanager
@@ -176,9 +178,10 @@ def started(command: Sequence[str], url: str, threads: int) -> Iterator[None]:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | extra, start_new_session=True)
         try:
             if not _comes(process, url):
-                log.seek(0)
-                raise RuntimeError(f"{command[0]} did not come up:\n{log.read()[-2000:]}")
+                raise RuntimeError(f"{command[0]} did not come up:\n{_end_of(log)}")
             yield
+            if process.poll() is not None:
+                raise RuntimeError(f"{command[0]} has died:\n{_end_of(log)}")
         finally:
             process.terminate()
             try:
@@ -186,6 +189,11 @@ def started(command: Sequence[str], url: str, threads: int) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _end_of(log: IO[str]) -> str:
+    log.seek(0)
+    return log.read()[-2000:]
 
 
 def _comes(process: subprocess.Popen, url: str) -> bool:

@@ -265,7 +265,10 @@ def open_llm(**settings: Any) -> Any:
     os.environ.update(SETTINGS)
     with _process_kept():
         from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
+        if current_platform.is_cpu():  # after a part of a prompt vLLM rewinds the row's generator, which a CPU's cannot
+            settings["enable_chunked_prefill"] = False
         with _no_shared_memory():
             return LLM(**settings)
 

@@ -25,6 +25,15 @@ def test_clients_press_a_server_and_lose_nothing(tmp_path: Path, monkeypatch: py
     assert 0 < found["first_token_p50_s"] <= found["first_token_p95_s"] < 5
 
 
+def test_what_a_client_cannot_read_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("choices")
+
+    monkeypatch.setattr(serving, "_ask", broken)
+    with pytest.raises(KeyError, match="choices"):
+        asyncio.run(serving.pressed("http://127.0.0.1:9", "tiny", clients=2, seconds=60, max_tokens=2))
+
+
 def test_who_still_waits_counts_with_the_time_so_far() -> None:
     """First tokens after 1, 2, 3 s, one client that waits since 4 s, and one error; 12 characters in 10 s."""
     asked = [Asked(0.0, first, "abcd", True) for first in (1.0, 2.0, 3.0)]
@@ -37,11 +46,17 @@ def test_who_still_waits_counts_with_the_time_so_far() -> None:
 
 END = 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}'
 PIECE = 'data: {"choices": [{"delta": {"content": "ab"}, "finish_reason": null}]}'
+BRIEF = 'data: {"choices": [{"delta": {"content": "ab"}}]}'
 
 
 @pytest.mark.parametrize(
     ("lines", "error"),
-    [([PIECE, "", PIECE, END], ""), ([PIECE], "too early"), ([PIECE, 'data: {"error": {"message": "no"}}'], "no")],
+    [
+        ([PIECE, "", PIECE, END], ""),
+        ([BRIEF, BRIEF, END], ""),
+        ([PIECE], "too early"),
+        ([PIECE, 'data: {"error": {"message": "no"}}'], "no"),
+    ],
 )
 def test_a_stream_is_read_to_its_end(lines: Sequence[str], error: str) -> None:
     async def stream() -> AsyncIterator[str]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import preflight
-from rlhf.data.batches import select
+from rlhf.data.batches import PromptBatch, select
 from rlhf.generation import InProcessSampler, vllm
 from rlhf.generation.vllm import Capacity, VLLMSampler
 from rlhf.models.policy import PolicyModel
@@ -38,7 +38,7 @@ def installed(test):
     )
 
 
-def make(seed: int, tied: bool = False) -> Any:
+def make(seed: int, tied: bool = False, positions: int = 64) -> Any:
     """A Llama of 2 layers with the smallest heads that vLLM has kernels for, and random weights with opinions."""
     config = LlamaConfig(
         vocab_size=12,
@@ -47,7 +47,7 @@ def make(seed: int, tied: bool = False) -> Any:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         initializer_range=0.12,
         tie_word_embeddings=tied,
         bos_token_id=1,
@@ -71,18 +71,21 @@ def passing(model: Any, poison: float = float("nan")):
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """engines(precision) → a sampler, one per precision, as engines take seconds to start; with a tied head in bf16.
+    """engines(precision, length of a prompt) → a sampler, one for each, as engines take seconds to start; with a tied head
+    in bf16.
 
-    Nothing is compiled: that takes longer than all of these tests.
+    Nothing is compiled: that takes longer than all of these tests. All live to the end: one that goes takes the group of
+    the others with it.
     """
-    made: dict[str, VLLMSampler] = {}
+    made: dict[tuple[str, int], VLLMSampler] = {}
 
-    def engine(precision: str) -> VLLMSampler:
-        if precision not in made:
+    def engine(precision: str, prompt: int = 7) -> VLLMSampler:
+        if (precision, prompt) not in made:
             folder = tmp_path_factory.mktemp(precision)
-            make(5, tied=precision == "bf16").save_pretrained(folder)
-            made[precision] = VLLMSampler(folder, [EOS], PAD, precision, torch.device("cpu"), Capacity(SLOTS, 7 + R))
-        return made[precision]
+            make(5, tied=precision == "bf16", positions=prompt + 64).save_pretrained(folder)
+            capacity = Capacity(SLOTS, prompt + R)
+            made[precision, prompt] = VLLMSampler(folder, [EOS], PAD, precision, torch.device("cpu"), capacity)
+        return made[precision, prompt]
 
     with torch._dynamo.config.patch(disable=True):
         yield engine
@@ -177,6 +180,19 @@ def test_an_answer_does_not_depend_on_the_batch(sample, answers, many):
     order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
     assert answers(sample(select(many, order))) == [together[i] for i in order]
     assert [answers(sample(select(many, [i])))[0] for i in (0, 17)] == [together[0], together[17]]
+
+
+@installed
+def test_prompts_of_more_tokens_than_a_step_reads_are_sampled(engines, sample, answers):
+    """vLLM reads 4,096 tokens of prompts in a step, and would read a part of the fifth one."""
+    sampler = engines("float32", prompt=1000)
+    sampler.load_weights(make(0).named_parameters())
+    tokens_BP = torch.randint(3, 12, (6, 1000), generator=torch.Generator().manual_seed(0))
+    ids_B = torch.arange(6)
+    prompts = PromptBatch(tokens_BP, torch.ones_like(tokens_BP, dtype=torch.bool), ids_B > 2, ids_B)
+    together = answers(sample(prompts, sampler=sampler))
+    assert len(together) == 6 and all(together)
+    assert answers(sample(select(prompts, [4]), sampler=sampler)) == [together[4]]
 
 
 @installed
