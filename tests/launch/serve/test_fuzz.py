@@ -25,6 +25,7 @@ from rlhf.serving.store import Store, Writer
 from tests.launch.serve.servers import TOKEN, Running, running, until
 
 SHORT, LONG = 300, 10_000
+MOST_EVENTS = 10_000  # of a stream
 CHECKS = [
     not_a_server_error,
     checks.status_code_conformance,
@@ -76,6 +77,8 @@ class Fuzz:
         self.session.headers.update(HEADERS)
         with server.http() as http:
             self.schema = schemathesis.openapi.from_dict(http.get("/openapi.json").json())
+        # By default it hangs up after 64 events of a stream, and the server rightly keeps nothing of that response.
+        self.schema.config.max_stream_events = MOST_EVENTS
         self.sent = self.exchanges = self.votes = 0
         self.statuses: Counter[int] = Counter()
         self._ids: list[str] = []
@@ -100,7 +103,8 @@ class Fuzz:
         )
         @given(case=operation.as_strategy(mode))
         def run(case: Any) -> None:
-            self._aim(case)
+            if mode is GenerationMode.POSITIVE:  # the id may be what is wrong
+                self._aim(case)
             self._told(case.call(base_url=self.server.url, session=self.session), operation.path, case)
 
         run()
