@@ -87,6 +87,7 @@ def _run(config: RunConfig, stage: str, local: bool, tracker: Any, note: str, op
         local=local,
         roles=stage_of(stage).roles,
         open_pool=open_pool,
+        sequence_parallel=1 if local else config.hardware.sequence_parallel,
     )
     if note:
         context.progress.warn(note)

@@ -24,14 +24,15 @@ from rlhf.config import RunConfig
 from rlhf.data import draw_rows, encode_demonstrations, encode_preferences, mix_preferences, pad
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import end_sharded_loading, sharded_loading
+from rlhf.distributed.sequence import group_of
 from rlhf.errors import UserError
 from rlhf.evaluation.held_out import write as write_rows
 from rlhf.evaluation.reward_report import pair_rows, reward_report, wins
-from rlhf.models import ScalarModel, add_lora, check_model, last_value, load_scalar, load_tokenizer
+from rlhf.models import ScalarModel, add_lora, check_model, divide_sequences, last_value, load_scalar, load_tokenizer
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
-from stages.trl_trainer import OwnTraining, Reporter, fit, in_training_order, silence, trainer_arguments
+from stages.trl_trainer import OwnTraining, Reporter, fit, for_groups, in_training_order, silence, trainer_arguments
 
 
 class PairScorer(nn.Module):
@@ -89,12 +90,14 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     lengths = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
     train = in_training_order(Dataset.from_list(pairs), lengths, reward, context.stage, config.seed)
     steps = len(train) // reward.batch_size
+    train = for_groups(train, reward, context)
     held_out = HeldOut(tokenizer, data["preferences"].held_out, settings.own_tag, reward.max_length)
 
     arguments = trainer_arguments(config, reward, context, steps)
     with sharded_loading(config.hardware, context.local):
         model = load_scalar(sft, attention=config.model.attention)
     check_model(config, model.config)
+    divide_sequences(model.backbone, group_of(context.sequence_parallel))
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "scalar", config.seed)
     scorer = PairScorer(model)
@@ -181,7 +184,7 @@ def score_all(
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    mine = [rows[order[i]] for i in collectives.even_shard(len(rows))]
+    mine = [rows[order[i]] for i in collectives.even_shard(len(rows), context.sequence_parallel)]
     scores: list[float] = []
     for start in range(0, len(mine), config.reward.micro_batch_size):
         tokens_BT, mask_BT = pad(mine[start : start + config.reward.micro_batch_size], pad_id)
@@ -189,7 +192,7 @@ def score_all(
             out = model(input_ids=tokens_BT.to(context.device), attention_mask=mask_BT.to(context.device))
         scores += out.logits[:, 0].float().tolist()
     model.train(was_training)
-    by_place = dict(zip(order, collectives.join_shards(scores, len(rows)), strict=True))
+    by_place = dict(zip(order, collectives.join_shards(scores, len(rows), context.sequence_parallel), strict=True))
     return [by_place[i] for i in range(len(rows))]
 
 

@@ -24,22 +24,24 @@ from rlhf.data import encode_demonstrations
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import end_sharded_loading, sharded_loading
 from rlhf.distributed.means import Means
+from rlhf.distributed.sequence import group_of
 from rlhf.kernels.logprobs import logprobs_from_hidden
 from rlhf.models import (
     add_lora,
     check_model,
     check_packing,
-    follows_row_ends,
+    divide_sequences,
     lm_head,
     load_causal,
     load_tokenizer,
+    read_batch,
     resolve,
     save_causal,
 )
 from rlhf.runs import provenance
 from rlhf.runs.artifacts import Artifact
 from rlhf.runs.context import StageContext
-from stages.trl_trainer import OwnTraining, Reporter, fit, in_training_order, silence, trainer_arguments
+from stages.trl_trainer import OwnTraining, Reporter, fit, for_groups, in_training_order, silence, trainer_arguments
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +87,13 @@ def main(config: RunConfig, context: StageContext) -> Artifact:
     lengths = [len(tokens) for tokens in packed["input_ids"]]
     rows = in_training_order(packed, lengths, config.sft, context.stage, config.seed)
     steps = len(rows) // config.sft.batch_size
+    rows = for_groups(rows, config.sft, context)
     arguments = trainer_arguments(config, config.sft, context, steps)
     with sharded_loading(config.hardware, context.local):
         model = load_causal(base, attention=config.model.attention)
     check_model(config, model.config)
     causal = model
+    divide_sequences(model, group_of(context.sequence_parallel))
     if config.model.lora is not None:
         model = add_lora(model, config.model.lora, "causal", config.seed)
     trainer = Trainer(
@@ -138,15 +142,17 @@ def pack(rows: Sequence[dict[str, list[int]]], settings: SFTConfig) -> Dataset:
 def response_logprobs(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
     """logprobs_N, float32: the forward pass of a causal model for its response tokens, those with a label.
 
-    For packed rows TRL passes their positions and their ends.
+    For packed rows TRL passes their positions and their ends. Other rows are padded on the right.
     """
-    if not follows_row_ends(causal):
-        inputs = {name: value for name, value in inputs.items() if not name.startswith(("cu_seq_lens", "max_length"))}
-    hidden_BTH = cast(Any, causal).base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    states = read_batch(causal, labels.shape, **inputs)
     labels_BT = labels[:, 1:]
     response_BT = labels_BT != IGNORED
     weight_VH = cast(Tensor, lm_head(causal).weight)
-    return logprobs_from_hidden(hidden_BTH[response_BT][None], weight_VH, labels_BT[response_BT][None])[0]
+
+    def read(hidden_NH: Tensor, here_BT: Tensor) -> tuple[Tensor]:
+        return (logprobs_from_hidden(hidden_NH[None], weight_VH, labels_BT[here_BT][None])[0],)
+
+    return states.values(states.place_BT[:, :-1].masked_fill(~response_BT, -1), read)[0][response_BT]
 
 
 @torch.no_grad()
@@ -157,7 +163,7 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     means = Means()
-    mine = [rows[i] for i in collectives.even_shard(len(rows))]
+    mine = [rows[i] for i in collectives.even_shard(len(rows), context.sequence_parallel)]
     for start in range(0, len(mine), config.sft.micro_batch_size):
         part = mine[start : start + config.sft.micro_batch_size]
         tokens_BT = _padded([r["input_ids"] for r in part], pad_id).to(context.device)

@@ -20,6 +20,7 @@ from rlhf.distributed import training_state
 from rlhf.distributed.collectives import broadcast_result, share_time_limit, world_size
 from rlhf.distributed.engine import build_optimizer, build_schedule, import_deepspeed, trainer_zero_config
 from rlhf.errors import UserError
+from rlhf.models import check_slices
 from rlhf.runs import checkpoint, stopping
 from rlhf.runs.context import StageContext
 from rlhf.tracking import NOTHING
@@ -29,7 +30,7 @@ def trainer_arguments(
     config: RunConfig, settings: SupervisedConfig, context: StageContext, steps: int
 ) -> dict[str, Any]:
     """Keyword arguments of a TRL config; our callbacks evaluate, log and show progress."""
-    accumulation = settings.batch_size // (settings.micro_batch_size * context.world_size)
+    accumulation = settings.batch_size // (settings.micro_batch_size * context.data_ranks)
     save_every = math.ceil(steps / (settings.checkpoints + 1))
     if not context.local:
         import_deepspeed()
@@ -78,6 +79,15 @@ def in_training_order(
     while len(order) < steps * size:
         order += epoch_order(lengths, size, f"{seed}/{len(order)}")
     return dataset.select(order[: steps * size])
+
+
+def for_groups(dataset: Dataset, settings: SupervisedConfig, context: StageContext) -> Dataset:
+    """Every micro-batch as often as there are ranks that read it: a Trainer deals them out to ranks after one another."""
+    size, together = settings.micro_batch_size, context.sequence_parallel
+    if together == 1:
+        return dataset
+    starts = range(0, len(dataset), size)
+    return dataset.select([row for start in starts for _ in range(together) for row in range(start, start + size)])
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: str) -> list[int]:
@@ -172,6 +182,13 @@ class TimeLimit(TrainerCallback):
             share_time_limit()
 
 
+class SlicesCheck(TrainerCallback):
+    """Checks before the first step, when the model is sharded and readable, that its sequences can be divided."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        check_slices(model)
+
+
 class Stopper(TrainerCallback):
     """Ends training after a step, with a checkpoint, when the run was asked to stop. The last step just ends the stage."""
 
@@ -194,6 +211,7 @@ def fit(trainer: Any, reporter: Reporter) -> None:
     trainer.add_callback(reporter)
     trainer.add_callback(CheckpointCommitter())
     trainer.add_callback(TimeLimit())
+    trainer.add_callback(SlicesCheck())
     stopper = Stopper()
     trainer.add_callback(stopper)
     found = checkpoint.newest(context.checkpoint_folder)

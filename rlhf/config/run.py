@@ -55,6 +55,9 @@ class HardwareConfig(Settings):
     """A worker is one process, which computes on one GPU or on CPUs."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     offload_to_cpu: bool = False
+    sequence_parallel: Count = 1
+    """Workers after one another that read the same rows, each a slice of every sequence, in SFT, reward training and PPO:
+    activations are divided by it. For sequences too long for one worker."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: float32 master weights, bfloat16 autocast in forward and backward; heads and losses stay float32."""
     ray_address: str | None = None
@@ -102,6 +105,7 @@ class RunConfig(Settings):
         misfits = [
             *self._too_many_at_least(),
             *self._uneven_batches(),
+            *self._undivided_sequences(),
             *(info.context["misfits"](self) if info.context else ()),
         ]
         if "ppo" in self.pipeline:
@@ -160,20 +164,44 @@ class RunConfig(Settings):
             name = "ppo.minibatch_size" if stage == "ppo" else f"{stage}.batch_size"
             key = "hardware.workers_per_reward_model" if stage == "reward" and own else "hardware.workers"
             if total % workers:
-                yield f"{name} is {total}, which is not a multiple of {workers} workers ({key})"
+                kind = "workers" if self.hardware.sequence_parallel == 1 else "groups of workers"
+                yield f"{name} is {total}, which is not a multiple of {workers} {kind} ({key})"
+
+    def _undivided_sequences(self) -> Iterator[str]:
+        together, key = self.hardware.sequence_parallel, "hardware.sequence_parallel"
+        if together == 1:
+            return
+        for name in ("workers", "workers_per_reward_model"):
+            workers = getattr(self.hardware, name)
+            if workers is not None and workers % together:
+                yield f"{key} is {together}, which does not divide the {workers} workers (hardware.{name})"
+        if "dpo" in self.pipeline:
+            yield f"{key} is {together}, but dpo does not divide sequences; leave it out of the pipeline, or set it to 1"
+        if self.model.attention != "sdpa":
+            yield f"{key} is {together}, but only model.attention sdpa divides sequences (it is {self.model.attention})"
+        if self.model.path == "tiny" and self.model.tiny.heads % together:
+            yield f"{key} is {together}, which does not divide the {self.model.tiny.heads} heads of model.tiny"
+        workers, rows = self.hardware.workers, self.ppo.batch_size
+        if "ppo" in self.pipeline and rows % (workers * self.ppo.group_size):
+            yield (
+                f"ppo.batch_size is {rows}, of which {workers} workers (hardware.workers) cannot sample equally many "
+                f"groups of {self.ppo.group_size} (ppo.group_size)"
+            )
 
     def _batches(self) -> dict[str, tuple[int, int]]:
-        """(rows of an optimizer step, workers) of each stage of the pipeline."""
+        """(rows of an optimizer step, workers or groups of them that read rows of their own) of each stage of the
+        pipeline."""
         batches = {}
         for stage in self.pipeline:
             own = getattr(self, stage, None)
             if isinstance(own, SupervisedConfig | PPOConfig):
                 size = own.minibatch_size if isinstance(own, PPOConfig) else own.batch_size
-                batches[stage] = (size, self.reward_workers if stage == "reward" else self.hardware.workers)
+                workers = self.reward_workers if stage == "reward" else self.hardware.workers
+                batches[stage] = (size, max(workers // self.hardware.sequence_parallel, 1))
         return batches
 
     def _uneven_minibatches(self) -> Iterator[str]:
-        rows, left = divmod(self.ppo.minibatch_size, self.hardware.workers)
+        rows, left = divmod(*self._batches()["ppo"])
         if left == 0 and rows % self.ppo.group_size:
             yield (
                 f"ppo.group_size is {self.ppo.group_size}, which does not divide the {rows} rows that a "

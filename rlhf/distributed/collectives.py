@@ -40,7 +40,7 @@ def barrier() -> None:
 
 def share_time_limit() -> None:
     """Gives every group the time limit of the default group: those that DeepSpeed makes have PyTorch's own."""
-    limit = timedelta(seconds=_time_limit_s())
+    limit = timedelta(seconds=time_limit_s())
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             distributed_c10d._set_pg_timeout(limit, group)
@@ -94,7 +94,7 @@ def _beats(work: Callable[[], Any], doing: str) -> Iterator[tuple[bool, Any, Bas
                 (True, None, RuntimeError(f"the first rank failed while {doing}: {error!r}").with_traceback(None))
             )
 
-    threads, limit_s = torch.get_num_threads(), _time_limit_s()
+    threads, limit_s = torch.get_num_threads(), time_limit_s()
     worker = threading.Thread(target=run, name="alone", daemon=True)
     worker.start()
     used, since = -1.0, time.monotonic()
@@ -122,7 +122,7 @@ def _cpu_seconds(thread: threading.Thread) -> float:
         return -1.0
 
 
-def _time_limit_s() -> float:
+def time_limit_s() -> float:
     """The time limit of collectives in the default group."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     return dist.group.WORLD._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
@@ -150,31 +150,31 @@ def broadcast_result(decide: Callable[[], Value]) -> Value:
     return value
 
 
-def gather_rows(batch: Batch) -> Batch:
-    """The batch of all ranks, rank 0's rows first; every rank gets all of it. Other dimensions must agree."""
+def gather_rows(batch: Batch, group: Any = None) -> Batch:
+    """The batch of all ranks (of `group`), rank 0's rows first; every rank gets all of it. Other dimensions must agree."""
     if world_size() == 1:
         return batch
-    return type(batch)(**{f.name: _gather(getattr(batch, f.name)) for f in fields(batch)})  # type: ignore[arg-type]
+    return type(batch)(**{f.name: _gather(getattr(batch, f.name), group) for f in fields(batch)})  # type: ignore[arg-type]
 
 
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
+def _gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     # NCCL transfers GPU tensors, gloo CPU tensors.
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     wire = tensor.to(device, torch.uint8 if tensor.dtype == torch.bool else tensor.dtype)
-    counts = gather_objects(len(wire))
+    counts = gather_objects(len(wire), group)
     padded = wire.new_zeros((max(counts), *wire.shape[1:]))  # messages must have equal sizes
     padded[: len(wire)] = wire
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded.contiguous())
+    dist.all_gather(parts, padded.contiguous(), group=group)
     return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]).to(tensor)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The (small, picklable) value of every rank, in rank order."""
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """The (small, picklable) value of every rank (of `group`), in rank order."""
     if world_size() == 1:
         return [value]
-    out: list[Any] = [None] * world_size()
-    dist.all_gather_object(out, value)
+    out: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(out, value, group=group)
     return out
 
 
@@ -185,15 +185,17 @@ def shard(total: int, of_rank: int, world: int) -> slice:
     return slice(start, start + base + (of_rank < extra))
 
 
-def even_shard(total: int) -> list[int]:
+def even_shard(total: int, together: int = 1) -> list[int]:
     """Row numbers for this rank, equally many on every rank; if they do not divide evenly, the first rows are repeated.
+    `together` ranks after one another have the same rows.
 
     With sharded models all ranks take part in every forward pass, so none may have fewer.
     """
-    per_rank = -(-total // world_size())
-    return [i % total for i in range(per_rank * rank(), per_rank * (rank() + 1))]
+    here, parts = rank() // together, max(world_size() // together, 1)
+    per_part = -(-total // parts)
+    return [i % total for i in range(per_part * here, per_part * (here + 1))]
 
 
-def join_shards(mine: list[Any], total: int) -> list[Any]:
+def join_shards(mine: list[Any], total: int, together: int = 1) -> list[Any]:
     """The values of all rows, in row order, from what each rank computed for its `even_shard`."""
-    return [value for part in gather_objects(mine) for value in part][:total]
+    return [value for part in gather_objects(mine)[::together] for value in part][:total]

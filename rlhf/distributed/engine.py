@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import HardwareConfig, OptimConfig
-from rlhf.distributed import collectives, training_state
+from rlhf.distributed import collectives, sequence, training_state
 
 BUCKET_BYTES = 256 << 20
 BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's default of half a billion uses 2 GB per worker
@@ -68,6 +68,7 @@ class LocalEngine:
     ) -> None:
         self.module = with_frozen_weights(module, hardware) if optim else frozen(module, hardware)
         self.device = next(module.parameters()).device
+        self.sequence_parallel = 1
         self.precision = hardware.precision
         self.max_grad_norm = optim.max_grad_norm if optim else math.inf
         self.optimizer = build_optimizer(module, optim) if optim else None
@@ -128,7 +129,8 @@ class ZeroEngine:
         self.module = module
         self.device = self.engine.device
         self.precision = hardware.precision
-        self.world_size = torch.distributed.get_world_size()
+        self.sequence_parallel = hardware.sequence_parallel
+        self.data_ranks = sequence.data_ranks(self.sequence_parallel)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
@@ -141,8 +143,9 @@ class ZeroEngine:
 
     def backward(self, loss_sum: Tensor, count: float, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages gradients over ranks; the count is global already, so the average becomes a sum again.
-        self.engine.backward(loss_sum * (self.world_size / max(count, 1)))
+        # DeepSpeed averages gradients over ranks; the count is global already, so the average becomes a sum again. Ranks
+        # that share sequences compute one loss together, whose parts `sum_of_slices` weighs.
+        self.engine.backward(loss_sum * (self.data_ranks / max(count, 1)))
 
     def step(self) -> float:
         stage_0 = self.engine.zero_optimization_stage() == 0

@@ -11,11 +11,11 @@ L keys that they see, X = G · Q.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -23,23 +23,33 @@ BLOCK = 128  # queries whose scores exist at a time: few enough for a CPU's cach
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query_BATD, key_BKTD, value_BKTD → (out_BTAD, None).
 
     Packed rows are a batch of one, and `cu_seq_lens_q` and `max_length_q` (names of transformers) say where they end.
     The mask says the same and is not read.
     """
+    scale = settings.get("scaling") or query.shape[-1] ** -0.5
+    if reads_row_ends(module, query, key, value, settings):
+        return packed_attention(query, key, value, settings["cu_seq_lens_q"], settings["max_length_q"], scale), None
+    if _is_ours(module, query, key, value, settings) and attention_mask is None and query.device.type == "cpu":
+        return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
+
+
+def reads_row_ends(module: Any, query: Tensor, key: Tensor, value: Tensor, settings: Mapping[str, Any]) -> bool:
+    """Whether `attend` goes by the ends of packed rows and reads no mask."""
+    given = settings.get("cu_seq_lens_q") is not None
+    return given and _is_ours(module, query, key, value, settings) and _is_for_flash(module, query)
+
+
+def _is_ours(module: Any, query: Tensor, key: Tensor, value: Tensor, settings: Mapping[str, Any]) -> bool:
+    """Whether this is plain causal attention in bf16 over whole rows."""
     causal = getattr(module, "is_causal", True) and settings.get("is_causal") is not False
     plain = not settings.get("dropout") and settings.get("position_bias") is None
     whole = query.shape[2] == key.shape[2] > 1 and value.shape == key.shape
-    ours = causal and plain and whole and computed_in(query) is torch.bfloat16
-    scale = settings.get("scaling") or query.shape[-1] ** -0.5
-    if ours and settings.get("cu_seq_lens_q") is not None and _is_for_flash(module, query):
-        return packed_attention(query, key, value, settings["cu_seq_lens_q"], settings["max_length_q"], scale), None
-    if ours and attention_mask is None and query.device.type == "cpu":
-        return causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[return-value]
+    return causal and plain and whole and computed_in(query) is torch.bfloat16
 
 
 def computed_in(x: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ lora.py          adapters                            policy.py     logprobs of r
 tiny.py          a new small Llama                   gguf.py       GGUF files to ordinary folders
 packing.py       concatenated rows                   weights.py    weights of a folder, one at a time
 requirements.py  what a run requires of a model      encoder.py    encoder classifiers, which only score
+slices.py        sequences divided over ranks
 """
 
 from pathlib import Path
@@ -18,11 +19,15 @@ from rlhf.models.gguf import import_gguf
 from rlhf.models.lora import add_lora
 from rlhf.models.pretrained import (
     check_packing,
+    check_slices,
+    divide_sequences,
     follows_row_ends,
     hidden_states,
     lm_head,
     load_causal,
     load_config,
+    read_batch,
+    read_states,
     recompute_activations,
     save_causal,
 )
@@ -38,6 +43,8 @@ __all__ = [
     "add_lora",
     "check_model",
     "check_packing",
+    "check_slices",
+    "divide_sequences",
     "find_model",
     "follows_row_ends",
     "hidden_states",
@@ -53,6 +60,8 @@ __all__ = [
     "make_tiny",
     "new_critic",
     "positions",
+    "read_batch",
+    "read_states",
     "recompute_activations",
     "resolve",
     "save_causal",

@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from rlhf.kernels.logprobs import logprobs_and_entropy_from_hidden
-from rlhf.models import hidden_states, lm_head
+from rlhf.models import lm_head, read_states
 
 
 class PolicyModel(nn.Module):
@@ -32,15 +32,16 @@ class PolicyModel(nn.Module):
         The token at position t is predicted at t - 1. The LM head runs on the N real response tokens only. Padding is
         0, and so are entropies without `with_entropy`.
         """
-        hidden_BTH = hidden_states(self.causal, tokens_BT, mask_BT, self.packing, response_length)
+        states = read_states(self.causal, tokens_BT, mask_BT, self.packing, response_length)
         response_BR = mask_BT[:, -response_length:].bool()
-        hidden_NH = hidden_BTH[:, -response_length - 1 : -1][response_BR]
-        labels_N = tokens_BT[:, -response_length:][response_BR]
+        before_BR = states.place_BT[:, -response_length - 1 : -1].masked_fill(~response_BR, -1)
         weight_VH = cast(Tensor, lm_head(self.causal).weight)
-        read_2N = logprobs_and_entropy_from_hidden(
-            hidden_NH[None], weight_VH, labels_N[None], temperature, with_entropy=with_entropy
-        )
-        logprobs_BR, entropy_BR = (
-            x_1N.new_zeros(response_BR.shape).masked_scatter(response_BR, x_1N) for x_1N in read_2N
-        )
+
+        def read(hidden_NH: Tensor, here_BR: Tensor) -> tuple[Tensor, Tensor]:
+            labels_N = tokens_BT[:, -response_length:][here_BR]
+            return logprobs_and_entropy_from_hidden(
+                hidden_NH[None], weight_VH, labels_N[None], temperature, with_entropy=with_entropy
+            )
+
+        logprobs_BR, entropy_BR = states.values(before_BR, read)
         return logprobs_BR, entropy_BR

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.integrations import deepspeed as sharding
 from transformers.utils import logging as logs
 
 from rlhf.chat import format_of
+from rlhf.distributed.sequence import SequenceGroup
 from rlhf.errors import UserError
 from rlhf.kernels.attention import has_windows
 from rlhf.kernels.norm import tune_norms
@@ -25,6 +27,7 @@ from rlhf.models import lora
 from rlhf.models.folders import LOAD_ERRORS, adapter_base, find_model, has_tokenizer, is_adapter, why
 from rlhf.models.packing import pack
 from rlhf.models.saving import State, first_rank, save_weights
+from rlhf.models.slices import SLICES, States, group_of_model, read_slice, use_slices
 from rlhf.models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -216,8 +219,18 @@ def recompute_activations(module: nn.Module) -> None:
 def hidden_states(
     model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False, response_length: int = 0
 ) -> Tensor:
-    """hidden_BTH before the LM head, 0 at padding. Positions count real tokens, so padding on either side has no
-    effect.
+    """hidden_BTH before the LM head, 0 at padding; otherwise as `read_states`."""
+    states = read_states(model, tokens_BT, mask_BT, packing, response_length)
+    here_BT = states.place_BT >= 0
+    hidden_BTH = states.hidden_MH.new_zeros(*mask_BT.shape, states.hidden_MH.shape[-1])
+    hidden_BTH[here_BT] = states.hidden_MH.index_select(0, states.place_BT[here_BT])
+    return states.everywhere(hidden_BTH)
+
+
+def read_states(
+    model: nn.Module, tokens_BT: Tensor, mask_BT: Tensor, packing: bool = False, response_length: int = 0
+) -> States:
+    """The states of the real tokens. Positions count real tokens, so padding on either side has no effect.
 
     Rows are shifted to start with their first real token. No causal token sees the padding after them, so attention
     needs no mask and can use its fastest kernel.
@@ -227,31 +240,60 @@ def hidden_states(
     ends, and `_row_ends` tells flash attention; otherwise a mask is used.
     """
     mask_BT = mask_BT.bool()
-    read = partial(without_adapter_wrapper(model).base_model, use_cache=False)
+    length_B = mask_BT.sum(1)
+    position_BT = mask_BT.long().cumsum(1) - mask_BT.long()
+    whole = without_adapter_wrapper(model)
+    read, group = partial(whole.base_model, use_cache=False), group_of_model(whole)
     if packing:
         packed = pack(tokens_BT, mask_BT, response_length, share=can_share_prompts(model))
-        position_BT = mask_BT.long().cumsum(1) - mask_BT.long()
-        read_1NH = read(
-            input_ids=tokens_BT[packed.read_BT][None],
-            position_ids=position_BT[packed.read_BT][None],
-            **_row_ends(model, mask_BT) if packed.sees_NN is None else _mask_for(model, packed.sees_NN[None, None]),
-        ).last_hidden_state
-        hidden_NH = read_1NH[0].index_select(0, packed.place_BT[mask_BT])
-    else:
-        length_B = mask_BT.sum(1)
-        real_BW = torch.arange(int(length_B.max()), device=mask_BT.device) < length_B[:, None]
-        tokens_BW = tokens_BT.new_zeros(real_BW.shape)
-        tokens_BW[real_BW] = tokens_BT[mask_BT]
-        hidden_NH = read(input_ids=tokens_BW).last_hidden_state[real_BW]
-    hidden_BTH = hidden_NH.new_zeros(*mask_BT.shape, hidden_NH.shape[-1])
-    hidden_BTH[mask_BT] = hidden_NH
-    return hidden_BTH
+        rows = {"input_ids": tokens_BT[packed.read_BT][None], "position_ids": position_BT[packed.read_BT][None]}
+        place_BT = packed.place_BT.masked_fill(~mask_BT, -1)
+        if group is None:
+            sees = _row_ends(model, mask_BT) if packed.sees_NN is None else _mask_for(model, packed.sees_NN[None, None])
+            return States(read(**rows, **sees).last_hidden_state[0], place_BT, None)
+        ends = _ends(length_B) if packed.sees_NN is None else None
+        hidden_MH, in_slice = read_slice(read, rows["input_ids"], rows["position_ids"], group, ends, packed.sees_NN)
+        return States(hidden_MH, in_slice(place_BT), group)
+    W = int(length_B.max())
+    real_BW = torch.arange(W, device=mask_BT.device) < length_B[:, None]
+    tokens_BW = tokens_BT.new_zeros(real_BW.shape)
+    tokens_BW[real_BW] = tokens_BT[mask_BT]
+    place_BT = torch.arange(len(mask_BT), device=mask_BT.device)[:, None] * W + position_BT
+    place_BT = place_BT.masked_fill(~mask_BT, -1)
+    if group is None:
+        return States(read(input_ids=tokens_BW).last_hidden_state.flatten(0, 1), place_BT, None)
+    column_BW = torch.arange(W, device=mask_BT.device).expand(real_BW.shape)
+    hidden_MH, in_slice = read_slice(read, tokens_BW, column_BW, group)
+    return States(hidden_MH, in_slice(place_BT), group)
+
+
+def read_batch(model: nn.Module, shape: tuple[int, ...], **inputs: Any) -> States:
+    """The states of `inputs` as transformers names them, of B rows and T columns: padded on the right, or packed to one."""
+    whole = without_adapter_wrapper(model)
+    tokens_BT, group = inputs["input_ids"], group_of_model(whole)
+    place_BT = torch.arange(math.prod(shape), device=tokens_BT.device).view(shape)
+    if group is None:
+        if not follows_row_ends(model):
+            inputs = {
+                name: value for name, value in inputs.items() if not name.startswith(("cu_seq_lens", "max_length"))
+            }
+        return States(whole.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1), place_BT, None)
+    position_BT = inputs.get("position_ids", torch.arange(shape[1], device=tokens_BT.device).expand(shape))
+    read, ends = partial(whole.base_model, use_cache=False), inputs.get("cu_seq_lens_q")
+    hidden_MH, in_slice = read_slice(read, tokens_BT, position_BT, group, ends)
+    return States(hidden_MH, in_slice(place_BT), group)
+
+
+def divide_sequences(model: nn.Module, group: SequenceGroup | None) -> None:
+    """From now on each rank of the group reads a slice of every sequence. None changes nothing."""
+    if group is not None:
+        use_slices(without_adapter_wrapper(model), group)
 
 
 def can_share_prompts(model: nn.Module) -> bool:
     """Whether the model's attention can use our mask: not in flash attention, and not with attention windows."""
     config = without_adapter_wrapper(model).config.get_text_config()
-    return config._attn_implementation in ("sdpa", "eager") and not has_windows(config)
+    return config._attn_implementation in ("sdpa", "eager", SLICES) and not has_windows(config)
 
 
 def follows_row_ends(model: nn.Module) -> bool:
@@ -264,9 +306,14 @@ def _row_ends(model: nn.Module, mask_BT: Tensor) -> dict[str, Any]:
     if not follows_row_ends(model):
         return {}
     length_B = mask_BT.sum(1)
-    longest, ends = int(length_B.max()), nn.functional.pad(length_B.cumsum(0), (1, 0)).to(torch.int32)
+    longest, ends = int(length_B.max()), _ends(length_B)
     of_keys = {"cu_seq_lens_k": ends, "max_length_k": longest}
     return {"cu_seq_lens_q": ends, "max_length_q": longest, "seq_idx": mask_BT.nonzero()[None, :, 0].int()} | of_keys
+
+
+def _ends(length_B: Tensor) -> Tensor:
+    """Row i of packed rows is `ends[i]` to `ends[i + 1]`, int32."""
+    return nn.functional.pad(length_B.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _mask_for(model: nn.Module, sees_11NN: Tensor) -> dict[str, Tensor]:
@@ -295,6 +342,23 @@ def check_packing(model: nn.Module, setting: str, sharing: bool = False) -> None
             f"packed responses cannot share their prompt in models whose attention has a window; set {setting} to false",
             4,
         )
+
+
+@torch.no_grad()
+def check_slices(model: nn.Module) -> None:
+    """UserError (4) for families whose attention cannot be divided over ranks. All ranks must call it."""
+    base: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel)).base_model
+    if (group := group_of_model(base)) is None:
+        return
+    device = next(model.parameters()).device
+    tokens_BT = torch.arange(3, 3 + 2 * group.ranks + 1, device=device)[None]  # no multiple of the ranks
+    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    divided = hidden_states(base, tokens_BT, mask_BT).float()
+    base.sequence_group = None
+    whole = hidden_states(base, tokens_BT, mask_BT).float()
+    base.sequence_group = group
+    if not (divided - whole).norm() <= 0.05 * whole.norm():  # bf16 stays within 0.01
+        raise UserError("attention in models of this family cannot be divided; set hardware.sequence_parallel to 1", 4)
 
 
 def lm_head(model: nn.Module) -> nn.Module:

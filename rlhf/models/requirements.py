@@ -52,6 +52,7 @@ def misfits(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]
     yield from _family(model)
     yield from _attention(run, model)
     yield from _packing(run, model)
+    yield from _slices(run, model)
 
 
 def _lengths(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
@@ -104,6 +105,22 @@ def _packing(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int
     if "ppo" in packed and run.ppo.group_size > 1 and has_windows(text):
         reason = "packed responses cannot share their prompt in models whose attention has a window"
         yield f"ppo.packing: {reason}; set ppo.packing to false, or ppo.group_size to 1", BAD_SETTING
+
+
+def _slices(run: RunConfig, model: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    together, text = run.hardware.sequence_parallel, model.get_text_config()
+    if together == 1:
+        return
+    key, heads = "hardware.sequence_parallel", text.num_attention_heads
+    if heads % together:
+        yield (
+            f"{key}: {together} workers cannot share {heads} attention heads equally; set it to a divisor",
+            BAD_SETTING,
+        )
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model), None)
+    if has_windows(text) or _has_alibi(text) or not getattr(family, "_supports_attention_backend", False):
+        reason = f"attention of {text.model_type} models with windows, or outside of transformers' interface"
+        yield f"{key}: {reason}, cannot be divided; set {key} to 1", BAD_SETTING
 
 
 def _has_alibi(text: Any) -> bool:

@@ -25,12 +25,12 @@ from rlhf.errors import UserError
 from rlhf.models import lora
 from rlhf.models.folders import adapter_base, find_model, is_adapter
 from rlhf.models.pretrained import (
-    hidden_states,
     load_causal,
     load_complete,
     load_config,
     merge_adapter,
     quiet,
+    read_states,
     read_weight,
 )
 from rlhf.models.saving import HEAD, State, first_rank, save_weights
@@ -70,7 +70,8 @@ class ScalarModel(nn.Module):
 
         With `response_length`, the columns of the responses, packed rows share equal prompts.
         """
-        return self.head(hidden_states(self.backbone, tokens_BT, mask_BT, self.packing, response_length))
+        states = read_states(self.backbone, tokens_BT, mask_BT, self.packing, response_length)
+        return states.values(states.place_BT, lambda hidden_NH, _: (self.head(hidden_NH),))[0]
 
     def score(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """scores_B, float32: the value at the last real token minus the offset."""

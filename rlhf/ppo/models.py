@@ -12,12 +12,14 @@ from torch import nn
 
 from rlhf.config import PPOConfig, RunConfig
 from rlhf.distributed.engine import Engine, frozen, open_engine, sharded_loading, with_frozen_weights
+from rlhf.distributed.sequence import group_of
 from rlhf.generation import InProcessSampler, Sampler, open_sampler
 from rlhf.models import (
     ScalarModel,
     add_lora,
     check_model,
     check_packing,
+    divide_sequences,
     load_causal,
     load_scalar,
     load_tokenizer,
@@ -64,11 +66,16 @@ def open_models(config: RunConfig, context: StageContext, reward_models: Mapping
         keep_freed_memory()
     ppo, sft = config.ppo, context.inputs["sft"].path
 
+    group = None if context.local else group_of(config.hardware.sequence_parallel)
+
     def causal() -> nn.Module:
-        return load_causal(sft, attention=config.model.attention)
+        model = load_causal(sft, attention=config.model.attention)
+        divide_sequences(model, group)
+        return model
 
     def scalar(folder: Path) -> ScalarModel:
         model = load_scalar(folder, attention=config.model.attention)
+        divide_sequences(model.backbone, group)
         model.packing = ppo.packing
         return model
 
@@ -85,7 +92,8 @@ def open_models(config: RunConfig, context: StageContext, reward_models: Mapping
     tokenizer = load_tokenizer(sft)
     sampler = open_sampler(config, sft, tokenizer, context.device, context.open_pool)
     if ppo.packing:
-        whole = sampler.model if isinstance(sampler, InProcessSampler) else causal()  # not sharded
+        alone = isinstance(sampler, InProcessSampler)
+        whole = sampler.model if alone else load_causal(sft, attention=config.model.attention)  # not sharded
         check_packing(whole, "ppo.packing", ppo.group_size > 1)
     return Models(
         policy=_engine(PolicyModel(policy, ppo.packing), ppo.optim, config, context),

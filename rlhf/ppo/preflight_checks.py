@@ -24,10 +24,11 @@ from rlhf.data.batches import Rollout, Scores, select, to, trim
 from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine, full_parameters
 from rlhf.distributed.micro_batches import micro_batches_of_shards
+from rlhf.distributed.sequence import group_of, rows_of_group
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler, Sampler
 from rlhf.generation.sampler import is_stop
-from rlhf.models import load_scalar
+from rlhf.models import check_slices, load_scalar
 from rlhf.ppo.models import Models
 from rlhf.ppo.rollout_source import records_of
 from rlhf.ppo.scoring import score_responses
@@ -60,6 +61,7 @@ def run(setup: Setup, fresh: bool) -> dict[str, str]:
     config, models, ppo = setup.config, setup.models, setup.config.ppo
     precision, tokenizer = config.hardware.precision, models.tokenizer
     _check_memory(models.sampler, ppo)
+    check_slices(models.policy.module)
     batch = next_prompts(tokenizer, setup.prompts, config, 1)
     mine = select(batch, collectives.shard(ppo.batch_size, collectives.rank(), collectives.world_size()))
     few = select(mine, slice(ROWS))
@@ -129,7 +131,8 @@ def _distance(figure: float) -> float:
 @torch.no_grad()
 def first_ratio(policy: Engine, rollout: Rollout, scores: Scores, ppo: PPOConfig, precision: str) -> CheckResult:
     """The ratio π/π_old of the first minibatch, computed as the update computes it, must be 1."""
-    far = []
+    far, group = [], group_of(policy.sequence_parallel)
+    (rollout, _), (scores, _) = rows_of_group(rollout, group), rows_of_group(scores, group)
     for index in micro_batches_of_shards(rollout, ppo):
         part = trim(select(rollout, index))
         mask_BR = part.response_mask_BR

@@ -14,6 +14,7 @@ from rlhf.config import PPOConfig
 from rlhf.data.batches import Rollout, Scores, select, trim
 from rlhf.distributed.engine import Engine
 from rlhf.distributed.micro_batches import in_row_order, micro_batches_of_shards
+from rlhf.distributed.sequence import group_of, rows_of_group
 from rlhf.ppo.models import Models
 from rlhf.rewards import RewardSet, responses_of
 
@@ -25,6 +26,7 @@ def score_rollout(rollout: Rollout, models: Models, rewards: tuple[Tensor, Tenso
     Every rank must have equally many rows, or a sharded model would wait for ever.
     """
     temperature, critic = config.sampling.temperature, models.critic
+    rollout, own = rows_of_group(rollout, group_of(models.policy.sequence_parallel))
     micro_batches = micro_batches_of_shards(rollout, config)
     columns: dict[str, list[Tensor]] = {"logprobs_BR": [], "ref_logprobs_BR": [], "values_BR": []}
     R = rollout.response_mask_BR.shape[1]
@@ -41,13 +43,14 @@ def score_rollout(rollout: Rollout, models: Models, rewards: tuple[Tensor, Tenso
             for name, x_BR in read.items():
                 columns[name].append(F.pad(x_BR.float().cpu(), (0, R - r)))
     rewards_BN, failed_BN = rewards
-    ordered = {name: in_row_order(parts, micro_batches) for name, parts in columns.items()}
+    ordered = {name: in_row_order(parts, micro_batches)[own] for name, parts in columns.items()}
     return Scores(rewards_BN=rewards_BN, failed_BN=failed_BN, **ordered)
 
 
 @torch.no_grad()
 def sequence_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tensor:
     """kl_B: k1 of each whole response between the policy that sampled it and the reference, in nats."""
+    rollout, own = rows_of_group(rollout, group_of(reference.sequence_parallel))
     micro_batches, kl = micro_batches_of_shards(rollout, config), []
     for index in micro_batches:
         part = trim(select(rollout, index))
@@ -56,7 +59,7 @@ def sequence_kl(rollout: Rollout, reference: Engine, config: PPOConfig) -> Tenso
         ref_BR, _ = reference(tokens_BT, mask_BT, R, config.sampling.temperature)
         gap_BR = part.behaviour_logprobs_BR.to(ref_BR.device) - ref_BR
         kl.append(torch.where(part.response_mask_BR.to(ref_BR.device), gap_BR, 0.0).sum(1).cpu())
-    return in_row_order(kl, micro_batches)
+    return in_row_order(kl, micro_batches)[own]
 
 
 def score_responses(

@@ -10,10 +10,10 @@ from torch import Tensor
 from rlhf.algorithms.losses import kl_loss, policy_loss, value_loss
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Experience, Rollout, select, to, trim
-from rlhf.distributed import collectives
 from rlhf.distributed.engine import Engine
 from rlhf.distributed.means import Means
 from rlhf.distributed.micro_batches import micro_batches_of_minibatch
+from rlhf.distributed.sequence import data_rank, data_ranks
 
 
 def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Iterator[Tensor]:
@@ -42,16 +42,14 @@ def update(
     ranks, minibatches and tokens. All ranks must call it.
     """
     means, norms = Means(), {"ppo/grad_norm": 0.0, "ppo/critic_grad_norm": 0.0}
-    indices = list(minibatches(len(experience.tokens_BT), config, *key))
+    indices, k = list(minibatches(len(experience.tokens_BT), config, *key)), policy.sequence_parallel
 
     def policy_sum(part: Experience) -> Tensor:
         return _policy_loss(policy, part, config, kl_loss_coef, means)
 
     for index in indices:
         batch = select(experience, index)
-        micro_batches = micro_batches_of_minibatch(
-            experience, index, collectives.rank(), collectives.world_size(), config
-        )
+        micro_batches = micro_batches_of_minibatch(experience, index, data_rank(k), data_ranks(k), config)
         parts = [select(experience, mine) for mine in micro_batches]
         # One at a time, so that gradients of only one model exist.
         norms["ppo/grad_norm"] += _step(policy, policy_sum, parts, float(batch.denominator_B.sum()))

@@ -11,6 +11,7 @@ from rlhf.config import PPOConfig
 from rlhf.data.batches import select, trim
 from rlhf.distributed.engine import Engine
 from rlhf.distributed.micro_batches import in_row_order, micro_batches_of_shards
+from rlhf.distributed.sequence import group_of, rows_of_group
 from rlhf.models import ScalarModel, last_value
 from rlhf.rewards.base import Responses, Scored
 
@@ -28,13 +29,13 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Scored:
-        rollout = responses.rollout
+        rollout, own = rows_of_group(responses.rollout, group_of(self.engine.sequence_parallel))
         micro_batches, values = micro_batches_of_shards(rollout, self._config), []
         for index in micro_batches:
             part = trim(select(rollout, index))
             tokens_BT, mask_BT = part.tokens_BT.to(self.engine.device), part.mask_BT.to(self.engine.device)
             values.append(score(self.engine, tokens_BT, mask_BT, part.response_mask_BR.shape[1]))
-        values_B = in_row_order(values, micro_batches).float().cpu()
+        values_B = in_row_order(values, micro_batches)[own].float().cpu()
         return Scored(values_B, torch.zeros(len(values_B), dtype=torch.bool))
 
 

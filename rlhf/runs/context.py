@@ -34,11 +34,17 @@ class StageContext:
     roles: tuple[str, ...] = ()  # of the data that the stage reads: "demonstrations", "preferences", "prompts"
     open_pool: Callable[[Path, tuple[Sequence[int], int], Any], Any] | None = None
     """Opens samplers on devices of their own: folder, (stop ids, pad id), capacity → Sampler. None: there is no Ray."""
+    sequence_parallel: int = 1  # ranks after one another that read the same rows, each a slice of them
 
     @property
     def is_writer(self) -> bool:
         """True on the one rank that writes files, metrics and progress."""
         return self.rank == 0
+
+    @property
+    def data_ranks(self) -> int:
+        """How many (groups of) ranks read rows of their own."""
+        return self.world_size // self.sequence_parallel
 
     @property
     def artifact_folder(self) -> Path:

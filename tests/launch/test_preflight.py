@@ -205,6 +205,30 @@ def test_samplers_that_cannot_be_divided_are_told(sampling: str, said: str) -> N
         settings("--ppo.sampling", sampling, "--hardware.workers", "2")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], ""),
+        (["--hardware.workers", "6"], "which does not divide the 6 workers .hardware.workers"),
+        (["--hardware.workers_per_reward_model", "2"], "the 2 workers .hardware.workers_per_reward_model"),
+        (["--pipeline", "[sft, dpo]"], "dpo does not divide sequences"),
+        (["--model.attention", "eager"], "only model.attention sdpa divides sequences"),
+        (["--model.tiny.heads", "2"], "does not divide the 2 heads of model.tiny"),
+        (["--sft.batch_size", "3"], "sft.batch_size: is 3, which is not a multiple of 2 groups of workers"),
+        (["--ppo", "{batch_size: 12, minibatch_size: 12}"], "of which 8 workers .* cannot sample equally many"),
+    ],
+)
+def test_sequences_that_cannot_be_divided_are_told(more: list[str], said: str) -> None:
+    """Batches need as many rows as there are groups, and PPO's as many as there are workers."""
+    given = ["--model.tiny.heads", "4", "--hardware", "{workers: 8, workers_per_reward_model: 4, sequence_parallel: 4}"]
+    given += ["--sft.batch_size", "2", "--sft.micro_batch_size", "1", "--ppo.minibatch_size", "2"]
+    if not said:
+        assert settings(*given).hardware.sequence_parallel == 4
+        return
+    with pytest.raises(UserError, match=said):
+        settings(*given, *more)
+
+
 def test_vllm_and_adapters_do_not_go_together() -> None:
     with pytest.raises(UserError, match="ppo.sampling.engine: is vllm, which samples from full weights only"):
         settings("--ppo.sampling.engine", "vllm", "--model.lora.rank", "4")

@@ -20,6 +20,31 @@ BUGS = [
         Bug("rows that went round again are told twice", "join_shards", "A[:_]", "A"),
     ),
     *bugs_in(
+        "rlhf/distributed/sequence.py",
+        ["rlhf/distributed/test_sequence.py"],
+        Bug("gradients go back as values came", "_Exchange.backward", "_exchange(A, B, C, D)", "_exchange(A, B, D, C)"),
+        Bug("a slice's gradient counts once", "_SumOfSlices.backward", "A * B", "A"),
+        Bug("a rank takes the rows of the first of its group", "rows_of_group", "A.rank * B", "0", nth=0),
+        Bug("ranks of a group read other rows", "data_rank", "A // B", "A % B"),
+        Bug("every group is the first", "_group", "A if B == C else D", "A if B == 0 else D"),
+    ),
+    *bugs_in(
+        "rlhf/distributed/collectives.py",
+        ["rlhf/distributed/test_sequence.py"],
+        Bug("ranks of a group have rows of their own", "even_shard", "A // B", "A", nth=0),
+        Bug("rows of a group are told twice", "join_shards", "A[::B]", "A"),
+    ),
+    *bugs_in(
+        "rlhf/distributed/engine.py",
+        ["proofs/test_layout.py"],
+        Bug("a group's loss counts for each of its ranks", "ZeroEngine.__init__", "A.data_ranks(B)", "A.data_ranks(1)"),
+    ),
+    *bugs_in(
+        "stages/trl_trainer.py",
+        ["stages/test_sequence_parallel.py"],
+        Bug("ranks of a group train on other rows", "for_groups", "range(B)", "range(1)", given="range(A, A + _)"),
+    ),
+    *bugs_in(
         "rlhf/distributed/engine.py",
         ["rlhf/distributed/test_engine.py::test_what_lies_under_an_adapter_is_kept_in_bf16"],
         Bug("adapters are rounded to bf16 too", "with_frozen_weights", "(_ for _ in A if _)", "A"),

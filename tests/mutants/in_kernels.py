@@ -41,7 +41,7 @@ BUGS = [
             "A and B and C and _ and D",
             "A and B and C and D",
         ),
-        Bug("flash attention gets values of another size", "attend", "A and _ == _", "A"),
+        Bug("flash attention gets values of another size", "_is_ours", "A and _ == _", "A"),
         Bug(
             "flash attention gets heads that it cannot read",
             "_is_for_flash",

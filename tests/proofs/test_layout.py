@@ -43,6 +43,7 @@ class Layout:
     answers: int = 1  # to each prompt
     advantage: str = "gae"  # another one: with a function as reward that fails for some answers, and without a critic
     off_policy: bool = False  # answers of the next iteration are sampled during the update
+    slices: int = 1  # hardware.sequence_parallel
     mean_of_means: bool = False  # a planted fault
 
     @property
@@ -62,6 +63,7 @@ class Layout:
         words = [f"{self.ranks} ranks", self.engine, f"accumulation {self.accumulation}"]
         words += ["tokens" if self.by_tokens else "rows", "packed" if self.packing else "padded"]
         words += [f"{self.answers} answers per prompt"] * (self.answers > 1) + ["recompute"] * self.recompute
+        words += [f"sequences over {self.slices}"] * (self.slices > 1)
         words += ["one step off-policy"] * self.off_policy + [self.advantage] * (self.advantage != "gae")
         return ", ".join(words + ["mean of means"] * self.mean_of_means)
 
@@ -78,6 +80,8 @@ QUICK = [
     Layout(accumulation=2, by_tokens=True, packing=True, answers=4, advantage="grpo"),
     Layout(ranks=2, zero_stage=3, accumulation=2, packing=True, answers=4, advantage="grpo"),
     Layout(ranks=2, zero_stage=3, off_policy=True, answers=4, advantage="grpo"),
+    Layout(ranks=2, zero_stage=3, accumulation=2, slices=2),
+    Layout(ranks=2, zero_stage=2, accumulation=2, by_tokens=True, packing=True, recompute=True, answers=4, slices=2),
 ]
 FAULTY = Layout(accumulation=4, mean_of_means=True)
 ENGINES = [(1, None), *product((1, 2, 4), (0, 2, 3))]
@@ -90,6 +94,12 @@ MATRIX += [
     Layout(ranks, stage, 2, by_tokens, True, answers=4) for ranks, stage in ENGINES for by_tokens in (False, True)
 ]
 MATRIX += [
+    Layout(ranks, stage, 2, by_tokens, packing, recompute=packing, answers=answers, slices=2)
+    for ranks, stage in product((2, 4), (0, 2, 3))
+    for by_tokens, packing, answers in ((False, False, 1), (True, True, 1), (True, True, 4))
+]
+MATRIX += [Layout(ranks, 3, 2, packing=True, answers=4, advantage="grpo", slices=2) for ranks in (2, 4)]
+MATRIX += [
     Layout(ranks, stage, 2, packing=True, answers=4, advantage=advantage)
     for advantage, (ranks, stage) in product(("grpo", "dr_grpo", "rloo", "reinforce++"), ENGINES)
 ]
@@ -99,7 +109,7 @@ MATRIX += [
 
 
 def settings(layout: Layout) -> RunConfig:
-    rows = MINIBATCH // (layout.ranks * layout.accumulation)
+    rows = MINIBATCH * layout.slices // (layout.ranks * layout.accumulation)
     ppo = {
         "iterations": 5,
         "batch_size": BATCH,
@@ -124,7 +134,7 @@ def settings(layout: Layout) -> RunConfig:
     }
     model = {"gradient_checkpointing": layout.recompute}
     data = {role: {"train": []} for role in ("demonstrations", "preferences", "prompts")}
-    hardware = {"zero_stage": layout.zero_stage or 0, "workers": layout.ranks}
+    hardware = {"zero_stage": layout.zero_stage or 0, "workers": layout.ranks, "sequence_parallel": layout.slices}
     return RunConfig.model_validate(
         {"name": "x", "seed": 3, "data": data, "ppo": ppo, "model": model, "hardware": hardware}
     )

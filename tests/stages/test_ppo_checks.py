@@ -6,12 +6,14 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from launch import cli
 from rlhf.distributed.engine import LocalEngine
 from rlhf.errors import UserError
 from rlhf.generation import InProcessSampler, in_process
 from rlhf.models import load_scalar, load_tokenizer, scalar
+from rlhf.models.slices import States
 from rlhf.ppo import models, preflight_checks, trainer
 from rlhf.runs import checkpoint
 from rlhf.runs.context import read_progress
@@ -98,10 +100,12 @@ def another_score_head(patch):
 
 
 def positions_that_count_padding(patch):
-    def hidden_states(model, tokens_BT, mask_BT, packing, response_length):
-        return model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    def read_states(model, tokens_BT, mask_BT, packing, response_length):
+        hidden_BTH = model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        place_BT = torch.arange(tokens_BT.numel()).view_as(tokens_BT).masked_fill(~mask_BT, -1)
+        return States(hidden_BTH.flatten(0, 1), place_BT, None)
 
-    patch.setattr(scalar, "hidden_states", hidden_states)
+    patch.setattr(scalar, "read_states", read_states)
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,20 @@ def test_packing_that_a_family_cannot_do_is_refused_with_its_setting():
     (text,) = said(MistralConfig(sliding_window=8), *sharing)
     assert "set ppo.packing to false, or ppo.group_size to 1" in text
     assert said(LlamaConfig(), *sharing) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (LlamaConfig(num_attention_heads=4, num_key_value_heads=1), ""),
+        (Qwen2Config(num_attention_heads=8), ""),
+        (LlamaConfig(hidden_size=384, num_attention_heads=6), "4 workers cannot share 6 attention heads equally"),
+        (MistralConfig(num_attention_heads=8, sliding_window=8), "cannot be divided"),
+        (BloomConfig(n_head=8), "cannot be divided"),
+    ],
+)
+def test_models_whose_sequences_cannot_be_divided_are_refused(model, reason):
+    hardware = "{workers: 4, workers_per_reward_model: null, sequence_parallel: 4}"
+    more = ["--hardware", hardware, "--model.tiny.heads", "4", "--sft.batch_size", "4"]
+    found = [text for text in said(model, *more) if "sequence_parallel" in text]
+    assert (reason in found[0]) if reason else found == []
