@@ -36,6 +36,7 @@ def nearest_change(config: RunConfig, shape: ModelShape, machine: Machine) -> Ch
     """None if no change of these fits: then it needs more or larger machines, or a smaller model."""
     plan = plan_run(config, shape, machine)
     groups = [*_micro_batches(config, plan), *_others(config), *_shared_samplers(config, shape, machine)]
+    groups += _shared_sequences(config, shape, machine)
     for count in range(1, min(MOST_TOGETHER, len(groups)) + 1):
         for chosen in combinations(groups, count):
             for settings in product(*chosen):
@@ -87,6 +88,17 @@ def _shared_samplers(config: RunConfig, shape: ModelShape, machine: Machine) -> 
     numbers = [k for k in (2, 4, 8) if k > sampling.tensor_parallel and on_node % k == shape.heads % k == 0]
     if numbers:
         yield [engine | {"ppo.sampling.tensor_parallel": k} for k in numbers]
+
+
+def _shared_sequences(config: RunConfig, shape: ModelShape, machine: Machine) -> Iterator[list[dict[str, Any]]]:
+    """Every sequence on 2, 4 or 8 workers of a node."""
+    hardware, every = config.hardware, (config.hardware.workers, config.reward_workers)
+    if not hardware.gpus_per_worker or "dpo" in config.pipeline or config.model.attention != "sdpa":
+        return
+    counts = (*every, machine.workers(hardware, hardware.workers), shape.heads)
+    numbers = [k for k in (2, 4, 8) if k > hardware.sequence_parallel and all(count % k == 0 for count in counts)]
+    if numbers:
+        yield [{"hardware.sequence_parallel": k} for k in numbers]
 
 
 def _with(settings: Any, keys: list[str], value: Any) -> Any:

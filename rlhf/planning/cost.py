@@ -87,14 +87,14 @@ def cost_of(config: RunConfig, shape: ModelShape, machine: Machine, plan: StageP
 
 def _iteration(ppo: PPOConfig, phases: PPOPhases, rates: Rates, rows: int) -> dict[str, float]:
     layout, P, R = phases.layout, phases.prompt, phases.response
-    n = phases.rows_of_worker
+    n, k = phases.rows_of_worker, layout.sequence_parallel  # k workers read k times as many rows, each a slice of them
     micro = max(phases.tokens // (P + R), 1)
-    passes = -(-n // micro)
+    passes = -(-n * k // micro)
     scoring = sum(_pass(model, layout, rates, n, P + R, passes) for model in phases.models)
     minibatch = -(-ppo.minibatch_size // layout.workers)
     steps = ppo.epochs * (ppo.batch_size // ppo.minibatch_size)
     update = sum(
-        steps * _learn(model, layout, rates, (minibatch, P + R), -(-minibatch // micro)) for model in phases.trained
+        steps * _learn(model, layout, rates, (minibatch, P + R), -(-minibatch * k // micro)) for model in phases.trained
     )
     policy = phases.trained[0]
     sync = policy.trained * FLOAT / rates.link if layout.gathers else policy.trained * FLOAT / rates.memory
@@ -140,9 +140,15 @@ def _moved(model: Model, layout: Layout, rates: Rates) -> float:
     return from_host + (whole / rates.link if layout.workers > 1 else 0.0)
 
 
+def _exchanged(model: Model, layout: Layout, rates: Rates, tokens: int) -> float:
+    """Seconds in which workers that share sequences exchange queries, keys, values and results, once in every layer."""
+    shape, k = model.shape, layout.sequence_parallel
+    return tokens * shape.layers * 2 * (shape.query + shape.kv) * layout.number * (k - 1) / k / rates.near
+
+
 def _pass(model: Model, layout: Layout, rates: Rates, rows: int, length: int, passes: int) -> float:
     arithmetic = _forward(model, rows, length) / rates.flops / REACHED["scoring"]
-    return arithmetic + passes * _moved(model, layout, rates)
+    return arithmetic + passes * _moved(model, layout, rates) + _exchanged(model, layout, rates, rows * length)
 
 
 def _learn(model: Model, layout: Layout, rates: Rates, batch: tuple[int, int], passes: int) -> float:
@@ -154,14 +160,15 @@ def _learn(model: Model, layout: Layout, rates: Rates, batch: tuple[int, int], p
     reduced = model.trained * FLOAT / rates.link if layout.workers > 1 else 0.0
     states = model.trained / layout.workers * (2 * FLOAT + MOMENTS) * 2
     stepping = states / (rates.optimizer if layout.offload else rates.memory)
-    return arithmetic + passes * (2 * _moved(model, layout, rates) + reduced) + stepping
+    exchanged = 2 * _exchanged(model, layout, rates, rows * length)
+    return arithmetic + passes * (2 * _moved(model, layout, rates) + reduced) + exchanged + stepping
 
 
 def _step(stage: str, config: RunConfig, shape: ModelShape, layout: Layout, rates: Rates) -> dict[str, float]:
     own: SupervisedConfig = getattr(config, stage)
     model = Model(stage, shape, scalar=stage == "reward", learns=True, lora=config.model.lora)
-    rows, passes = own.batch_size // layout.workers, own.batch_size // layout.workers // own.micro_batch_size
-    texts = TEXTS[stage] * rows
+    passes = own.batch_size // layout.groups // own.micro_batch_size
+    texts = -(-TEXTS[stage] * own.batch_size // layout.workers)  # of k rows a worker reads k parts
     seconds = {"update": _learn(model, layout, rates, (texts, own.max_length), passes)}
     if stage == "dpo":
         seconds["reference"] = _pass(Model("reference", shape), layout, rates, texts, own.max_length, passes)

@@ -42,6 +42,16 @@ class Layout:
     bf16: bool
     cpu: bool
     local: bool = False  # plain torch in one process
+    sequence_parallel: int = 1  # workers that share every sequence
+
+    @property
+    def groups(self) -> int:
+        """Of workers that read rows of their own."""
+        return max(self.workers // self.sequence_parallel, 1)
+
+    def slice(self, tokens: int) -> int:
+        """Of a micro-batch, the tokens that one worker reads."""
+        return -(-tokens // self.sequence_parallel)
 
     @property
     def sharded(self) -> bool:
@@ -64,7 +74,8 @@ class Layout:
 def layout_of(hardware: HardwareConfig, workers: int, local: bool = False) -> Layout:
     offload = hardware.offload_to_cpu and hardware.zero_stage >= 2 and hardware.gpus_per_worker > 0
     bf16, cpu = hardware.precision == "bf16", not hardware.gpus_per_worker
-    return Layout(workers, hardware.zero_stage, offload, bf16, cpu, local)
+    together = 1 if local else hardware.sequence_parallel
+    return Layout(workers, hardware.zero_stage, offload, bf16, cpu, local, together)
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,14 @@ class PPOPhases:
         return ppo.micro_batch_size * row if ppo.micro_batch_tokens is None else max(ppo.micro_batch_tokens, row)
 
     @property
+    def read(self) -> int:
+        """Of them, those of one worker."""
+        return self.layout.slice(self.tokens)
+
+    @property
     def predicted(self) -> int:
-        return round(self.tokens * self.response / (self.prompt + self.response))
+        """Tokens of responses, which may all be in the slice of one worker."""
+        return min(round(self.tokens * self.response / (self.prompt + self.response)), self.read)
 
     def rest(self) -> list[Part]:
         return [*(part for model in self.models for part in resting(model, self.layout)), *self.sampler.resting()]
@@ -152,7 +158,7 @@ class PPOPhases:
         return [
             Part(model.role, "gathered weights", gathered(model, self.layout, backward=False)),
             Part(model.role, "casts of weights", cast),
-            Part(model.role, "activations", activations.passing(self.shape, self.layout, self.tokens)),
+            Part(model.role, "activations", activations.passing(self.shape, self.layout, self.read)),
             Part(model.role, "logits", head),
         ]
 
@@ -162,7 +168,7 @@ class PPOPhases:
         return [*self.rest(), *background, *self._worst(self.trained, self._learns)]
 
     def _learns(self, model: Model) -> list[Part]:
-        return training_parts(model, self.layout, self.tokens, self.predicted, self.config.model.gradient_checkpointing)
+        return training_parts(model, self.layout, self.read, self.predicted, self.config.model.gradient_checkpointing)
 
     def opening(self) -> list[Part]:
         """Trained models are sharded in float32 before their optimizer exists. The largest weight is whole while it is

@@ -20,7 +20,7 @@ def phases(stage: str, config: RunConfig, shape: ModelShape, layout: Layout, loc
     if stage == "dpo" and config.model.lora is None:
         models.append(Model("reference", shape))
     rest = [part for one in models for part in resting(one, layout)]
-    tokens = TEXTS[stage] * settings.micro_batch_size * settings.max_length
+    tokens = layout.slice(TEXTS[stage] * settings.micro_batch_size * settings.max_length)
     first = 0.0 if layout.local or layout.offload else model.trained / layout.shards * FLOAT
     opened = [
         *(part for part in rest if part.kind != "small weights, whole"),

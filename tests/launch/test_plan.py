@@ -135,6 +135,39 @@ def test_an_engine_of_several_workers_samples_faster_and_adds_up_between_them(ca
     assert alone / 4 < four < alone
 
 
+def test_workers_that_share_sequences_hold_a_slice_of_the_activations(capsys):
+    """Nothing else that a worker holds changes."""
+
+    def held(*more):
+        ones = ["--sft.micro_batch_size", "1", "--reward.micro_batch_size", "1", "--ppo.micro_batch_size", "1"]
+        _, shown = plan(capsys, "--gpu", "h100-80g", *ones, *more, "--json")
+        found = json.loads(shown)
+        return {
+            (stage["stage"], phase, part["role"], part["kind"]): part["bytes"]
+            for stage in found["stages"]
+            for phase, of in stage["phases"].items()
+            for part in of["device"]
+            if part["kind"] != "fragmentation"
+        } | found["seconds"]["ppo"]
+
+    whole, sliced = held(), held("--hardware.sequence_parallel", "4")
+    assert whole.keys() == sliced.keys()
+    for key in whole:
+        if isinstance(key, tuple) and key[3] == "activations" and key[1] in ("scoring", "update"):
+            assert sliced[key] == pytest.approx(whole[key] / 4), key
+        elif isinstance(key, tuple):
+            assert sliced[key] == whole[key], key
+    assert whole["sampling"] == sliced["sampling"] and whole["update"] < sliced["update"] < 4 * whole["update"]
+
+
+def test_one_long_row_that_does_not_fit_is_shared(capsys):
+    long = ["--gpu", "h100-80g", "--reward", "{max_length: 32768, micro_batch_size: 1}"]
+    code, shown = plan(capsys, *long)
+    line = shown.rstrip().rpartition("nearest change that fits: ")[2]
+    assert code == 5 and line.startswith("--hardware.sequence_parallel")
+    assert plan(capsys, *long, *shlex.split(line))[0] == 0
+
+
 LARGE = ["--sft.batch_size", "512", "--reward.batch_size", "512", "--ppo.minibatch_size", "512"]
 
 

@@ -21,6 +21,11 @@ BUGS = [
         ),
     ),
     *bugs_in(
+        "rlhf/planning/engines.py",
+        ["launch/test_plan.py"],
+        Bug("every worker holds whole sequences", "Layout.slice", "-(-A // B)", "A"),
+    ),
+    *bugs_in(
         "rlhf/planning/disk.py",
         ["rlhf/planning/test_disk.py", "launch/test_preflight_model.py"],
         Bug(
