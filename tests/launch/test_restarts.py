@@ -211,12 +211,7 @@ def test_a_silent_rank_is_ended_and_the_group_started_again(
 
 @pytest.mark.parametrize(("cut_off", "waits"), [("far", (0.1,)), ("elsewhere", (9.9, 0.2))])
 def test_silent_ranks_get_time_to_be_back_unless_their_node_is_cut_off(
-    now: list[float],
-    group: WorkerGroup,
-    ray: Ray,
-    monkeypatch: pytest.MonkeyPatch,
-    cut_off: str,
-    waits: tuple[float, ...],
+    now: list[float], group: WorkerGroup, ray: Ray, monkeypatch: pytest.MonkeyPatch, cut_off: str, waits: tuple
 ) -> None:
     node = network.Node(cut_off, "10.0.0.9", 1, {})
     monkeypatch.setattr(network, "unreachable", lambda: frozenset({node}))
