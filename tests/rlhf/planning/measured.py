@@ -67,8 +67,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.now
 
 
-def peaks(config, folders):
-    """Phase → bytes, in this process alone."""
+def peaks(config, folders, local=True):
+    """Phase → bytes of this process, alone (`local`) or as a rank of DeepSpeed's."""
     from rlhf.algorithms.advantages import ADVANTAGES
     from rlhf.generation import sampler_of
     from rlhf.models import load_tokenizer
@@ -82,7 +82,7 @@ def peaks(config, folders):
 
     ppo, found, cpu = config.ppo, {}, torch.device("cpu")
     context = SimpleNamespace(
-        inputs={"sft": SimpleNamespace(path=folders["sft"])}, device=cpu, local=True, open_pool=None
+        inputs={"sft": SimpleNamespace(path=folders["sft"])}, device=cpu, local=local, open_pool=None
     )
     gc.collect()
     with LiveBytes() as live:
@@ -94,7 +94,8 @@ def peaks(config, folders):
         models = open_models(config, cast(Any, context), {n: folders[n] for n in ("helpfulness", "safety")})
         end("opening")
         sync_weights(models.policy, models.sampler)
-        make_moments(models)
+        if local:  # DeepSpeed makes its own at once
+            make_moments(models)
         live.restart()
         batch = prompts(ppo.batch_size, ppo.max_prompt_length)
         models.sampler.stop_ids = [-1]  # every response is as long as it may be

@@ -1,4 +1,9 @@
-"""The plan of three small shapes against the bytes of tensors that were counted in every phase."""
+"""The plan of three small shapes against the bytes of tensors that were counted in every phase, in one process and in each
+of two under ZeRO-3, for which this file is the program: `test_measured.py FOLDER`."""
+
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ from rlhf.models import ScalarModel, save_causal
 from rlhf.models.tiny import train_tokenizer
 from rlhf.planning import Machine, plan_run, shape_of
 from tests.rlhf.planning import measured
+from tests.worker_group import leave, run_ranks
 
 pytestmark = pytest.mark.integration
 TOLERANCE = 0.15
@@ -27,11 +33,20 @@ RUNS = [  # shape, precision, recomputation
 ]
 
 
-def config_of(shape, precision, recompute, folder):
+RANKS = 2
+UNDER_ZERO_3 = ("13B by 100", "float32", True)
+
+
+def config_of(shape, precision, recompute, folder, workers=1):
     model = {"path": str(folder / shape / "sft"), "gradient_checkpointing": recompute}
     data = {role: {"train": []} for role in ("demonstrations", "preferences", "prompts")}
-    given = {"name": "x", "data": data, "model": model, "hardware": {"precision": precision}, "ppo": PPO}
+    hardware = {"precision": precision, "workers": workers, "workers_per_reward_model": 1}
+    given = {"name": "x", "data": data, "model": model, "hardware": hardware, "ppo": PPO}
     return RunConfig.model_validate(given)
+
+
+def folders_of(shape, folder):
+    return {name: folder / shape / name for name in ("sft", "helpfulness", "safety")} | {"out": folder / "out"}
 
 
 def make_models(folder, own):
@@ -47,11 +62,11 @@ def make_models(folder, own):
             ScalarModel(causal.base_model, head_1H).save(folder / name, tokenizer)
 
 
-def planned(config):
+def planned(config, local=True):
     """Phase → bytes of a worker, with the model that is written while saving."""
     shape = shape_of(config.model)
     assert shape is not None
-    ppo = plan_run(config, shape, Machine("x", 0, 0.0, 1e12), local=True).stages[-1]
+    ppo = plan_run(config, shape, Machine("x", 0, 0.0, 1e12), local).stages[-1]
     unseen = ("packed weights", "process", "file")
     return {
         phase.name: sum(
@@ -68,7 +83,32 @@ def test_what_is_planned_is_what_was_counted(run, tmp_path):
     shape, precision, recompute = run
     config = config_of(shape, precision, recompute, tmp_path)
     make_models(tmp_path / shape, SHAPES[shape])
-    folders = {name: tmp_path / shape / name for name in ("sft", "helpfulness", "safety")}
-    theirs, ours = measured.peaks(config, folders | {"out": tmp_path / "out"}), planned(config)
+    theirs, ours = measured.peaks(config, folders_of(shape, tmp_path)), planned(config)
+    check(ours, theirs)
+
+
+def test_each_of_two_ranks_under_zero_3_holds_what_is_planned(tmp_path):
+    shape, precision, recompute = UNDER_ZERO_3
+    make_models(tmp_path / shape, SHAPES[shape])
+    run_ranks(__file__, tmp_path, RANKS)
+    ours = planned(config_of(shape, precision, recompute, tmp_path, RANKS), local=False)
+    for rank in range(RANKS):
+        check(ours, json.loads((tmp_path / f"peaks-{rank}.json").read_text()))
+
+
+def check(ours, theirs):
     ratios = {phase: round(ours[phase] / theirs[phase], 3) for phase in measured.PHASES}
     assert all(abs(ratio - 1) <= TOLERANCE for ratio in ratios.values()), (ratios, ours, theirs)
+
+
+def as_rank(folder):
+    torch.distributed.init_process_group("gloo")
+    shape, *rest = UNDER_ZERO_3
+    config = config_of(shape, *rest, folder, RANKS)
+    found = measured.peaks(config, folders_of(shape, folder), local=False)
+    (folder / f"peaks-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    leave()
+
+
+if __name__ == "__main__":
+    as_rank(Path(sys.argv[1]))
