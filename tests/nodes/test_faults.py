@@ -1,7 +1,7 @@
-"""What becomes of a stage on two nodes of which one is slow, or cut off for good.
+"""What becomes of a stage on two nodes of which one is slow, cut off for good, or lost and back.
 
 `pytest -s -m nodes tests/nodes/test_faults.py` prints the seconds that stand in docs/reliability.md. `make nodes` runs one of
-these tests, `make proofs` the other.
+these tests, `make proofs` the others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 
 from launch.testbed import Testbed
+from rlhf.tracking import read_metrics
 from tests.faults.runs import newest_checkpoint, steps
 from tests.nodes.runs import rlhf
 
@@ -84,6 +85,9 @@ class Watched:
         before = self.restarts()
         return self.until(lambda: self.restarts() > before)
 
+    def ranks(self) -> int:
+        return len([*self.folder.glob("ranks/*/rank-*.json")])
+
     def ends(self) -> tuple[int, str]:
         """Exit code, and what was printed."""
         shown, _ = self._process.communicate(timeout=LIMIT_S)
@@ -109,6 +113,13 @@ def cluster(pair: Testbed) -> Iterator[Testbed]:
     pair.start_ray(2)
     while "nodes: 2" not in (shown := pair.run(1, [sys.executable, "-c", COUNT.format(pair.address)]).stdout):
         assert "nodes: 3" in shown, shown  # a lost one is not given up yet
+
+
+def assert_whole(folder: Path, epochs: int) -> None:
+    """Every step is there once, and none was made from the start again."""
+    assert [step for step, _ in read_metrics(folder)["sft/loss"]] == list(range(1, epochs * STEPS + 1))
+    assert steps(folder).count(1) == 1
+    assert (folder / "artifact/manifest.json").is_file()
 
 
 @pytest.mark.proof
@@ -140,3 +151,23 @@ def test_a_node_that_is_cut_off_for_good_ends_the_run(cluster: Testbed) -> None:
     client = MlflowClient(tracked[1])
     recorded = client.search_runs([one.experiment_id for one in client.search_experiments()])
     assert [run.info.status for run in recorded] == ["FAILED", "FAILED"]  # the run and its stage
+
+
+@pytest.mark.proof
+def test_a_node_lost_for_good_makes_the_stage_smaller_until_it_is_back(cluster: Testbed) -> None:
+    epochs = 16
+    stage = Watched(cluster, "smaller", *UNTRACKED, *length(epochs), *PLACED, "--hardware.min_workers", "1")
+    stage.reaches_a_checkpoint()
+    assert stage.ranks() == 2
+    cluster.kill(2)
+    noticed = stage.notices()
+    smaller = noticed + stage.until(lambda: stage.ranks() == 1) + stage.takes(2)
+    say("a node lost, min_workers", noticed=noticed, **{"goes on after": smaller})
+    cluster.start(2)
+    back = stage.notices() + stage.until(lambda: stage.ranks() == 2)
+    say("it is back", **{"goes on after": back + stage.takes(2)})
+    code, shown = stage.ends()
+    assert code == 0 and re.search(GONE, shown), shown
+    assert "to go on with more workers: there is room again" in shown, shown
+    assert noticed < NOTICED_S and stage.restarts() == 2
+    assert_whole(stage.folder, epochs)
