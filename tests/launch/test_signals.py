@@ -11,6 +11,12 @@ import pytest
 from launch import cli, signals
 
 
+@pytest.fixture(autouse=True)
+def _no_signal_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For other tests in this process: the newest signal stays known after `handled`."""
+    monkeypatch.setattr(signals, "_handler", signals.Handler())
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """clock(seconds) sets the time."""
