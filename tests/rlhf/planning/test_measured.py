@@ -103,8 +103,8 @@ def check(ours, theirs):
 
 def as_rank(folder):
     torch.distributed.init_process_group("gloo")
-    shape, *rest = UNDER_ZERO_3
-    config = config_of(shape, *rest, folder, RANKS)
+    shape, precision, recompute = UNDER_ZERO_3
+    config = config_of(shape, precision, recompute, folder, RANKS)
     found = measured.peaks(config, folders_of(shape, folder), local=False)
     (folder / f"peaks-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
     leave()
