@@ -127,7 +127,7 @@ def test_a_run_asks_the_hub_once_for_all_workers_and_once_for_all_time(trainable
     }
 
 
-@pytest.mark.integration
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_a_hub_that_breaks_off_is_no_mistake_of_the_user(trainable: Hub, tmp_path: Path) -> None:
     trainable.lacks = "model.safetensors"

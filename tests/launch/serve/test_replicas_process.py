@@ -89,7 +89,7 @@ def ask(http: httpx2.Client, tokens: int = 4) -> int:
         return 599
 
 
-@pytest.mark.integration
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_two_replicas_share_the_work_and_one_that_dies_comes_back(folder: Path, tmp_path: Path) -> None:
     with serving(folder, tmp_path) as served:

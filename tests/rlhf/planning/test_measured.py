@@ -34,7 +34,10 @@ RUNS = [  # shape, precision, recomputation
 
 
 RANKS = 2
-UNDER_ZERO_3 = ("13B by 100", "float32", True)
+UNDER_ZERO_3 = [
+    ("grouped", "float32", True),
+    pytest.param(("13B by 100", "float32", True), marks=[pytest.mark.proof, pytest.mark.timeout(600)]),
+]
 
 
 def config_of(shape, precision, recompute, folder, workers=1):
@@ -87,9 +90,11 @@ def test_what_is_planned_is_what_was_counted(run, tmp_path):
     check(ours, theirs)
 
 
-def test_each_of_two_ranks_under_zero_3_holds_what_is_planned(tmp_path):
-    shape, precision, recompute = UNDER_ZERO_3
+@pytest.mark.parametrize("run", UNDER_ZERO_3, ids=lambda run: run[0])
+def test_each_of_two_ranks_under_zero_3_holds_what_is_planned(run, tmp_path):
+    shape, precision, recompute = run
     make_models(tmp_path / shape, SHAPES[shape])
+    (tmp_path / "run.json").write_text(json.dumps(run))
     run_ranks(__file__, tmp_path, RANKS)
     ours = planned(config_of(shape, precision, recompute, tmp_path, RANKS), local=False)
     for rank in range(RANKS):
@@ -103,7 +108,7 @@ def check(ours, theirs):
 
 def as_rank(folder):
     torch.distributed.init_process_group("gloo")
-    shape, precision, recompute = UNDER_ZERO_3
+    shape, precision, recompute = json.loads((folder / "run.json").read_text())
     config = config_of(shape, precision, recompute, folder, RANKS)
     found = measured.peaks(config, folders_of(shape, folder), local=False)
     (folder / f"peaks-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
