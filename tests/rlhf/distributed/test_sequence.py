@@ -26,7 +26,7 @@ from stages.sft import IGNORED, response_logprobs
 RANKS, TOGETHER = 4, 2
 LIMIT_S = 60.0  # of the ranks, in which a lost one leaves the others waiting
 TOKENS, RESPONSE = 11, 4  # an odd number: the last slice is longer than what is left for it
-KEY_HEADS = (1, 2, 4)  # of four query heads: fewer than ranks, as many, more
+KEY_HEADS = (1, 2, 4, 3)  # of four query heads: fewer than ranks, as many, more; of six: not divisible by ranks
 KINDS = ("padded", "packed", "shared", "recomputed", "sft", "sft packed", "values")
 
 
@@ -99,11 +99,12 @@ def test_a_family_that_reads_slices_as_whole_rows_is_refused(found):
 
 
 def make_model(key_heads: int, kind: str) -> Any:
-    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": key_heads}
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 2}
+    queries = 6 if key_heads == 3 else 4
+    heads: dict[str, Any] = {"num_attention_heads": queries, "num_key_value_heads": key_heads}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3, pad_token_id=0))
     model = (
-        ScalarModel(llama.model, torch.randn(1, 16))
+        ScalarModel(llama.model, torch.randn(1, 24))
         if kind == "values"
         else PolicyModel(llama, kind in ("packed", "shared"))
     )
