@@ -35,6 +35,10 @@ def unreachable() -> frozenset[Node]:
     return _unreachable
 
 
+def unreachable_hosts() -> set[str]:
+    return {node.host for node in _unreachable}
+
+
 @contextmanager
 def watched() -> Iterator[None]:
     """Tries all nodes in the background. Needs a connection to Ray."""

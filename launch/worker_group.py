@@ -70,7 +70,7 @@ class WorkerGroup:
         if ray.wait([self._reference], timeout=timeout_s)[0]:
             return self._has_ended()
         now = time.monotonic()
-        self._watch.look(now, claim.storage_fault(), {node.host for node in network.unreachable()})
+        self._watch.look(now, claim.storage_fault(), network.unreachable_hosts())
         if self.restarts and self._watch.missing() and now - self._freed > FREED_S:
             self._freed = now
             attempt.free_places()
@@ -192,7 +192,7 @@ class WorkerGroup:
     def _give_up(self, late: list[int], now: float) -> None:
         """Ends silent ranks here, so that Ray sees their death; elsewhere Ray ends the whole group in `_end_for_good`: at once
         where their node is cut off, for Ray may take a minute to see that."""
-        cut_off = {node.host for node in network.unreachable()}
+        cut_off = network.unreachable_hosts()
         ranks = [one for rank, one in life.read(self._place).items() if rank in late]
         self._given_up = (late, now if any(one.host in cut_off for one in ranks) else now + ENDS_S)
         for one in ranks:
