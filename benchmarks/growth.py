@@ -60,8 +60,7 @@ def predicted(published: Published) -> float | None:
     shape = shape_of(config.model)
     assert shape is not None
     plan = plan_run(config, shape, machine)
-    (stage,) = (stage for stage in plan.stages if stage.stage == "ppo")
-    cost = cost_of(config, shape, machine, stage)
+    cost = cost_of(config, shape, machine, plan.of("ppo"))
     return cost.total if cost and plan.fits else None
 
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from launch.plan import tables
@@ -67,8 +66,7 @@ def predicted(config: RunConfig, machine: Machine) -> dict[str, float]:
     """Seconds of the phases of an iteration, before the fractions are fitted."""
     shape = shape_of(config.model)
     assert shape is not None
-    (stage,) = (stage for stage in plan_run(config, shape, machine).stages if stage.stage == "ppo")
-    cost = cost_of(config, shape, machine, stage)
+    cost = cost_of(config, shape, machine, plan_run(config, shape, machine).of("ppo"))
     assert cost is not None
     return cost.seconds
 
@@ -76,7 +74,7 @@ def predicted(config: RunConfig, machine: Machine) -> dict[str, float]:
 def apart(config: RunConfig, machine: Machine) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of arithmetic and memory, and those in which weights and gradients are under way."""
     whole = predicted(config, machine)
-    alone = predicted(config, replace(machine, link_bandwidth=math.inf, network_bandwidth=math.inf))
+    alone = predicted(config, machine.with_endless_network())
     return alone, {phase: whole[phase] - alone[phase] for phase in whole}
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launch.plan import tables
 from rlhf.config import RunConfig
@@ -28,9 +27,7 @@ class Size:
 def size_of(config: RunConfig, shape: ModelShape, machine: Machine, nodes: int) -> Size:
     """Of PPO. The seconds in which data moves are those that a network without limit would save."""
     plan = plan_run(config, shape, machine)
-    stage = next(stage for stage in plan.stages if stage.stage == "ppo")
-    endless = replace(machine, link_bandwidth=math.inf, network_bandwidth=math.inf)
-    cost, ideal = (cost_of(config, shape, each, stage) for each in (machine, endless))
+    cost, ideal = (cost_of(config, shape, each, plan.of("ppo")) for each in (machine, machine.with_endless_network()))
     assert cost and ideal, "a machine of configs/machines.yaml has rates"
     why = "" if plan.fits else f"does not fit: {tables.worst(plan)}"
     longest = max(cost.seconds, key=lambda phase: cost.seconds[phase])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import yaml
@@ -26,6 +26,9 @@ class Machine:
     link_bandwidth: float = 0.0
     host_bandwidth: float = 0.0
     network_bandwidth: float = 0.0
+
+    def with_endless_network(self) -> Machine:
+        return replace(self, link_bandwidth=math.inf, network_bandwidth=math.inf)
 
     def workers(self, hardware: HardwareConfig, of_stage: int) -> int:
         """How many of a stage's workers one node has."""

@@ -48,6 +48,9 @@ class RunPlan:
     device_memory: float  # of one worker
     stages: list[StagePlan]
 
+    def of(self, stage: str) -> StagePlan:
+        return next(one for one in self.stages if one.stage == stage)
+
     @property
     def excesses(self) -> list[Excess]:
         return [excess for stage in self.stages for phase in stage.phases for excess in self._of(stage, phase)]
