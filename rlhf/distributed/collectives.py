@@ -185,15 +185,24 @@ def shard(total: int, of_rank: int, world: int) -> slice:
     return slice(start, start + base + (of_rank < extra))
 
 
+def data_ranks(together: int) -> int:
+    """How many groups of `together` ranks after one another read rows of their own."""
+    return max(world_size() // together, 1)
+
+
+def data_rank(together: int) -> int:
+    """The number of this rank's group."""
+    return rank() // together
+
+
 def even_shard(total: int, together: int = 1) -> list[int]:
     """Row numbers for this rank, equally many on every rank; if they do not divide evenly, the first rows are repeated.
     `together` ranks after one another have the same rows.
 
     With sharded models all ranks take part in every forward pass, so none may have fewer.
     """
-    here, parts = rank() // together, max(world_size() // together, 1)
-    per_part = -(-total // parts)
-    return [i % total for i in range(per_part * here, per_part * (here + 1))]
+    here, per_group = data_rank(together), -(-total // data_ranks(together))
+    return [i % total for i in range(per_group * here, per_group * (here + 1))]
 
 
 def join_shards(mine: list[Any], total: int, together: int = 1) -> list[Any]:

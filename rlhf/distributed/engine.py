@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import HardwareConfig, OptimConfig
-from rlhf.distributed import collectives, sequence, training_state
+from rlhf.distributed import collectives, training_state
 
 BUCKET_BYTES = 256 << 20
 BUCKET_ELEMENTS = 50_000_000  # of gradients; DeepSpeed's default of half a billion uses 2 GB per worker
@@ -130,7 +130,7 @@ class ZeroEngine:
         self.device = self.engine.device
         self.precision = hardware.precision
         self.sequence_parallel = hardware.sequence_parallel
-        self.data_ranks = sequence.data_ranks(self.sequence_parallel)
+        self.data_ranks = collectives.data_ranks(self.sequence_parallel)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)

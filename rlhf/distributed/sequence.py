@@ -31,16 +31,6 @@ class SequenceGroup:
     group: Any  # of torch.distributed
 
 
-def data_ranks(sequence_parallel: int) -> int:
-    """How many groups of ranks read rows of their own."""
-    return max(collectives.world_size() // sequence_parallel, 1)
-
-
-def data_rank(sequence_parallel: int) -> int:
-    """The number of this rank's group."""
-    return collectives.rank() // sequence_parallel
-
-
 def group_of(sequence_parallel: int) -> SequenceGroup | None:
     """This rank's group; None where sequences are not divided, as always in a single process. All ranks must call it."""
     if sequence_parallel == 1 or collectives.world_size() == 1:

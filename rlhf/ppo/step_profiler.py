@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rlhf.config import RunConfig
 from rlhf.data.batches import Rollout, first_with_prompt
-from rlhf.distributed import collectives, sequence
+from rlhf.distributed import collectives
 from rlhf.distributed.micro_batches import tokens_of_minibatch, tokens_of_shards
 from rlhf.generation import Sampler
 from rlhf.ppo.update import minibatches
@@ -138,7 +138,7 @@ def work(
     shared_B = torch.where(first_B < torch.arange(len(first_B)), prompt_B, 0)
     positions = [sum(of_ranks) for of_ranks in zip(*collectives.gather_objects(sampler.positions), strict=True)]
     steps = list(minibatches(len(response_B), ppo, config.seed, iteration))
-    groups = sequence.data_ranks(config.hardware.sequence_parallel)
+    groups = collectives.data_ranks(config.hardware.sequence_parallel)
     read_once = tokens_of_shards(rollout, groups, ppo)
     trained_on = sum(tokens_of_minibatch(rollout, index, groups, ppo) for index in steps)
     lengths, sizes = (prompt_B, response_B, shared_B), [size_of(module) for module in trainable]

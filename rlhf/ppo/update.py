@@ -10,10 +10,10 @@ from torch import Tensor
 from rlhf.algorithms.losses import kl_loss, policy_loss, value_loss
 from rlhf.config import PPOConfig
 from rlhf.data.batches import Experience, Rollout, select, to, trim
+from rlhf.distributed.collectives import data_rank, data_ranks
 from rlhf.distributed.engine import Engine
 from rlhf.distributed.means import Means
 from rlhf.distributed.micro_batches import micro_batches_of_minibatch
-from rlhf.distributed.sequence import data_rank, data_ranks
 
 
 def minibatches(count: int, config: PPOConfig, seed: int, iteration: int) -> Iterator[Tensor]:

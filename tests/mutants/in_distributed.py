@@ -25,13 +25,13 @@ BUGS = [
         Bug("gradients go back as values came", "_Exchange.backward", "_exchange(A, B, C, D)", "_exchange(A, B, D, C)"),
         Bug("a slice's gradient counts once", "_SumOfSlices.backward", "A * B", "A"),
         Bug("a rank takes the rows of the first of its group", "rows_of_group", "A.rank * B", "0", nth=0),
-        Bug("ranks of a group read other rows", "data_rank", "A // B", "A % B"),
         Bug("every group is the first", "_group", "A if B == C else D", "A if B == 0 else D"),
     ),
     *bugs_in(
         "rlhf/distributed/collectives.py",
         ["rlhf/distributed/test_sequence.py"],
-        Bug("ranks of a group have rows of their own", "even_shard", "A // B", "A", nth=0),
+        Bug("ranks of a group read other rows", "data_rank", "A // B", "A % B"),
+        Bug("ranks of a group have rows of their own", "even_shard", "data_rank(A)", "data_rank(1)"),
         Bug("rows of a group are told twice", "join_shards", "A[::B]", "A"),
     ),
     *bugs_in(

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.data.batches import PromptBatch
 from rlhf.distributed import collectives
-from rlhf.distributed.sequence import data_rank, data_ranks, exchange, group_of, rows_of_group, sum_of_slices
+from rlhf.distributed.collectives import data_rank, data_ranks
+from rlhf.distributed.sequence import exchange, group_of, rows_of_group, sum_of_slices
 from rlhf.errors import UserError
 from rlhf.models import ScalarModel, check_slices, divide_sequences, recompute_activations, slices
 from rlhf.models.policy import PolicyModel
