@@ -36,7 +36,7 @@ def unreachable() -> frozenset[Node]:
 
 
 def unreachable_hosts() -> set[str]:
-    return {node.host for node in _unreachable}
+    return {node.host for node in unreachable()}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -208,7 +209,7 @@ def test_no_time_is_spent_on_the_way_inside_a_network_without_limits(capsys, mon
 
     machine = machine_named("h100-80g")
     config = command.load("llama2-chat", ["--hardware.workers", "8", "--hardware.workers_per_reward_model", "4"])
-    fast = growth.replace(machine, link_bandwidth=1e30, network_bandwidth=1e30)
+    fast = replace(machine, link_bandwidth=1e30, network_bandwidth=1e30)
     shape = command._shape(config)
     slow, ideal = (growth.size_of(config, shape, each, 1) for each in (machine, fast))
     assert slow.seconds - slow.moving == pytest.approx(ideal.seconds)
